@@ -1,0 +1,87 @@
+# Two commands do all the set-up they need on a fresh Debian or Ubuntu machine with Python 3.10+:
+#
+#   make demo    real LIBERO demonstrations -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
+#   make test    the tests
+#
+# make lint checks the style, make clean-demo forgets what the demo made, make table prints the component table.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint table clean-demo install system-packages
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+TORCH := torch==2.13.0
+export TIMEFORMAT = [%0R s]
+
+# The demo: one task (6 of libero_object, the butter), trained and evaluated with conf/quickstart.yaml.
+QUICK := --config conf/quickstart.yaml
+DATA := data/quickstart
+RUNS := checkpoints/quickstart
+PHASE1 := $(RUNS)/phase1_temporal_jepa
+PHASE2 := $(RUNS)/phase2_flow_matching
+ROLLOUTS := $(RUNS)/rollouts
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,6p'
+
+demo: $(ROLLOUTS)/.done
+	@$(RUN) eval.py --checkpoint $(PHASE2)/checkpoint_best.pt 2>/dev/null
+	@$(RUN) plot_curves.py $(PHASE1) $(PHASE2)
+	@tail -n 1 $(ROLLOUTS)/summary.txt
+	@echo "video of the rollouts: $(ROLLOUTS)/task6.mp4"
+
+$(DATA)/.done: | install
+	@echo "== demonstrations from the simulator"
+	@time $(RUN) collect_demos.py $(QUICK) --tasks 6 --image_size 64 --visual_mesh_ratio 0.2
+	@$(RUN) embed_language.py $(QUICK) --encoder offline
+	@touch $@
+
+# A training that was interrupted goes on from its last epoch.
+$(PHASE1)/.done: | $(DATA)/.done
+	@echo "== phase 1: temporal JEPA"
+	@resume=$$(ls $(PHASE1)/checkpoint_latest.pt 2>/dev/null | sed 's/^/--checkpoint /'); \
+	  time $(RUN) train.py $(QUICK) --phase 1 $$resume
+	@touch $@
+
+$(PHASE2)/.done: | $(PHASE1)/.done
+	@echo "== phase 2: flow matching on the frozen encoder"
+	@resume=$$(ls $(PHASE2)/checkpoint_latest.pt 2>/dev/null | sed 's/^/--checkpoint /'); \
+	  time $(RUN) train.py $(QUICK) --phase 2 $${resume:---phase1_checkpoint $(PHASE1)/checkpoint_best.pt}
+	@touch $@
+
+$(ROLLOUTS)/.done: | $(PHASE2)/.done
+	@echo "== rollouts from the suite's init states"
+	@rm -rf $(ROLLOUTS) && mkdir -p $(ROLLOUTS)
+	@time $(RUN) run_libero_eval.py --checkpoint $(PHASE2)/checkpoint_best.pt --task_suite libero_object --tasks 6 \
+	  --num_trials 20 --save_video all --output_dir $(ROLLOUTS) | tee $(ROLLOUTS)/summary.txt
+	@touch $@
+
+clean-demo:
+	rm -rf $(DATA) $(RUNS)
+
+test: install
+	@$(RUN) -m pytest
+
+lint: install
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+table: install
+	@$(RUN) statevla_model.py --config conf/config.yaml
+
+install: $(VENV)/.installed
+
+# --no-deps: mamba-ssm's Python files alone, so that the tests can hold jepa/mamba.py against its own module on any CPU.
+$(VENV)/.installed: requirements.txt requirements-dev.txt | system-packages
+	@echo "== installing into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH)
+	@time $(VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+# What no Python package brings: the software renderer's libraries, and venv itself on Debian.
+system-packages:
+	@.ci/system-packages $(PYTHON)

@@ -1,0 +1,471 @@
+"""Collects demonstrations of the ten libero_object tasks from a scripted expert, as LIBERO HDF5 files.
+
+    python collect_demos.py --config conf/quickstart.yaml
+
+Objects are placed at random, never as in the suite's fixed init states: those are for evaluation. Only episodes that
+end in success are kept. A run that was stopped, however hard, continues where it was: each demo lies on disk as soon as
+it is finished. Demo i of a task depends on --seed and the settings alone, not on --num_workers or on interruptions.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from config import load_config
+from errors import BadInput, exits_on_bad_input
+from libero_sim import LiberoEnv, from_simulator, import_libero, make_env, make_suite
+from scripted_expert import SETTLE_STEPS, ScriptedExpert
+
+TASK_SUITE = "libero_object"
+LONGEST_EPISODE = 250  # steps; LIBERO's own longest demo of this suite has 254
+SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
+UNFINISHED = ".unfinished"  # folder of the demos whose task is not complete yet
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what a demo looks like. Every file carries it; files of other settings are never added to."""
+
+    image_size: int
+    visual_mesh_ratio: float
+    obs_alignment: str
+    start_noise: float
+    seed: int
+
+
+@dataclass
+class Episode:
+    """A solved episode. Frame t is what the robot saw before actions[t]; there is one frame more than actions."""
+
+    actions: np.ndarray  # (T, 7)
+    states: np.ndarray  # (T, S) before each action
+    proprioception: list  # T + 1 dicts of the simulator's observations without pictures
+    poses: list  # T + 1 arguments for LiberoEnv.draw
+
+
+# ---- one attempt, in a worker process ----------------------------------------------------------------------------
+
+
+def play_episode(env: LiberoEnv, task_id: int, attempt: int, settings: Settings) -> Episode | None:
+    """Lets the expert try once, without drawing. None when it failed."""
+    rng = np.random.default_rng([settings.seed, task_id, attempt])
+    env.reset(seed=int(rng.integers(2**31)))
+    env.add_start_noise(rng, settings.start_noise)
+    actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
+    solved_steps = 0
+    for action in itertools.islice(ScriptedExpert(env, rng).actions(), LONGEST_EPISODE):
+        states.append(env.state())
+        solved = env.step(action)
+        actions.append(action)
+        proprioception.append(env.proprioception())
+        poses.append(env.poses())
+        solved_steps = solved_steps + 1 if solved else 0
+        if solved_steps == SUCCESS_STEPS:
+            return Episode(np.array(actions), np.array(states), proprioception, poses)
+    return None
+
+
+def write_demo(demo: h5py.Group, env: LiberoEnv, episode: Episode, obs_alignment: str) -> None:
+    """Draws an episode and writes it in LIBERO's layout, without the first steps in which the objects settle."""
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    steps = range(SETTLE_STEPS, len(episode.actions))
+    frames = [t + 1 if obs_alignment == "after" else t for t in steps]
+    env_obs = [episode.proprioception[t] for t in frames]
+    ee_pos = np.stack([o["robot0_eef_pos"] for o in env_obs])
+    ee_ori = np.stack([quat2axisangle(o["robot0_eef_quat"].copy()) for o in env_obs])
+    joints, fingers = (np.stack([o[f"robot0_{name}"] for o in env_obs]) for name in ("joint_pos", "gripper_qpos"))
+    robot_states = np.hstack([fingers, ee_pos, np.stack([o["robot0_eef_quat"] for o in env_obs])])
+    only_the_last = np.zeros(len(steps), dtype=np.uint8)
+    only_the_last[-1] = 1
+
+    demo["actions"], demo["states"] = episode.actions[SETTLE_STEPS:], episode.states[SETTLE_STEPS:]
+    demo["robot_states"], demo["rewards"], demo["dones"] = robot_states, only_the_last, only_the_last
+    demo["obs/joint_states"], demo["obs/gripper_states"] = joints, fingers
+    demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/ee_states"] = ee_pos, ee_ori, np.hstack([ee_pos, ee_ori])
+    picture = (env.image_size, env.image_size, 3)
+    cameras = {
+        name: demo["obs"].create_dataset(
+            name, (len(frames), *picture), np.uint8, chunks=(1, *picture), compression="gzip", compression_opts=1
+        )
+        for name in ("agentview_rgb", "eye_in_hand_rgb")
+    }
+    for i, t in enumerate(frames):
+        obs = from_simulator({**episode.proprioception[t], **env.draw(episode.poses[t])})
+        for name, dataset in cameras.items():
+            dataset[i] = obs[name]
+    demo.attrs["num_samples"] = len(steps)
+    demo.attrs["model_file"] = env.model_xml
+    demo.attrs["init_state"] = episode.states[SETTLE_STEPS]
+
+
+class Worker:
+    """What a worker process keeps between attempts: the environment of the task that it worked on last."""
+
+    task_id: int | None = None
+    env: LiberoEnv | None = None
+
+    @classmethod
+    def attempt(cls, task_id: int, attempt: int, settings: Settings, demo_file: Path) -> int:
+        """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure."""
+        if cls.task_id != task_id:
+            if cls.env is not None:
+                cls.env.close()
+            cls.env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
+            cls.task_id = task_id
+        episode = play_episode(cls.env, task_id, attempt, settings)
+        if episode is None:
+            return 0
+        with replaced_when_complete(demo_file, demo_file.parent) as file:
+            demo = file.create_group("demo")
+            write_demo(demo, cls.env, episode, settings.obs_alignment)
+            demo.attrs["attempt"] = attempt
+            file.attrs["collector"] = collector_text(settings)
+            return int(demo.attrs["num_samples"])
+
+
+def prepare_worker() -> None:
+    """Leaves Ctrl-C to the main process, which then ends its workers, and ends with the main process however it dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced_when_complete(path: Path, scratch: Path):
+    """An HDF5 file in folder `scratch`, open for writing, that takes the place of `path` in one step when complete."""
+    temporary = scratch / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with h5py.File(temporary, "w") as file:
+            yield file
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be written ({problem})") from None
+
+
+def collector_text(settings: Settings) -> str:
+    return json.dumps({"program": "collect_demos.py", **asdict(settings)})
+
+
+def check_settings(path: Path, group, settings: Settings) -> None:
+    """Raises BadInput when the group of a file does not say that it was collected with these very settings."""
+    try:
+        found = json.loads(group.attrs["collector"])
+    except (AttributeError, KeyError, ValueError):
+        raise BadInput(f"{path}: not a file of collect_demos.py; choose another --data_directory") from None
+    for name, value in asdict(settings).items():
+        if found.get(name) != value:
+            raise BadInput(
+                f"{path}: was collected with {name} {found.get(name)}, not {value};"
+                f" choose another --data_directory or delete the file"
+            )
+
+
+class TaskDemos:
+    """The demos of one task on disk, and which attempt comes next."""
+
+    def __init__(self, suite, task_id: int, folder: Path, wanted: int, settings: Settings):
+        self.task_id, self.wanted, self.settings = task_id, wanted, settings
+        self.name = suite.get_task(task_id).name
+        self.path = folder / f"{self.name}_demo.hdf5"
+        self.unfinished = folder / UNFINISHED / self.name
+        self.lengths: dict[int, int | None] = {}  # by attempt; 0 for a failure, None while it is going on
+        self.seconds = 0.0
+        self.in_file = 0
+        self._read_what_is_there()
+
+    def next_attempt(self) -> int | None:
+        """The first attempt not begun, unless the ones before it may already give the wanted number of demos.
+
+        The demos are thus the first successes in the order of attempts, whoever works on them and how fast.
+        """
+        promising = 0
+        for attempt in itertools.count():
+            if promising >= self.wanted:
+                return None
+            if attempt not in self.lengths:
+                return attempt
+            promising += self.lengths[attempt] != 0
+
+    def demo_file(self, attempt: int) -> Path:
+        return self.unfinished / f"attempt_{attempt:05d}.hdf5"
+
+    def successes(self) -> list[int]:
+        return [attempt for attempt, length in sorted(self.lengths.items()) if length]
+
+    def is_complete(self) -> bool:
+        return self.next_attempt() is None and None not in self.lengths.values()
+
+    def assemble(self, attributes: dict) -> None:
+        """Puts the demos of the finished attempts into the task's file, after those that it has already."""
+        demos = self.successes()[: max(self.wanted, self.in_file)]
+        if len(demos) > self.in_file:
+            with replaced_when_complete(self.path, self.unfinished) as file:
+                data = file.create_group("data")
+                if self.in_file:
+                    with h5py.File(self.path) as before:
+                        for i in range(self.in_file):
+                            before.copy(f"data/demo_{i}", data)
+                for i, attempt in enumerate(demos[self.in_file :], start=self.in_file):
+                    with h5py.File(self.demo_file(attempt)) as finished:
+                        finished.copy("demo", data, name=f"demo_{i}")
+                data.attrs.update(attributes)
+                data.attrs["num_demos"] = len(demos)
+                data.attrs["total"] = sum(self.lengths[attempt] for attempt in demos)
+                data.attrs["collector"] = collector_text(self.settings)
+                data.attrs["visual_mesh_ratio"] = self.settings.visual_mesh_ratio
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _read_what_is_there(self) -> None:
+        """Finds the demos of earlier runs: those in the task's file, then those of a run stopped before the file."""
+        with contextlib.ExitStack() as opened:
+            if self.path.exists():
+                file = opened.enter_context(open_hdf5(self.path))
+                data = file.get("data", {})
+                check_settings(self.path, data, self.settings)
+                demos = [data[f"demo_{i}"] for i in range(len(data))]
+                self.lengths = {int(demo.attrs["attempt"]): int(demo.attrs["num_samples"]) for demo in demos}
+                self.in_file = len(demos)
+                for attempt in range(max(self.lengths, default=0)):
+                    self.lengths.setdefault(attempt, 0)  # it was tried before a later one was kept
+            for path in sorted(self.unfinished.glob("attempt_*.hdf5")):
+                file = opened.enter_context(open_hdf5(path))
+                check_settings(path, file, self.settings)
+                demo = file["demo"]
+                self.lengths.setdefault(int(demo.attrs["attempt"]), int(demo.attrs["num_samples"]))
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path)
+    except OSError as problem:
+        raise BadInput(f"{path}: not readable as HDF5 ({problem}); delete it to collect its demos again") from None
+
+
+def libero_attributes(suite, task_id: int, image_size: int) -> dict:
+    """The attributes of `data` in LIBERO's own files, as its create_dataset.py writes them.
+
+    Paths are those inside the LIBERO repository, whatever the place where LIBERO is installed here.
+    """
+    import robosuite
+    from libero.libero.envs import TASK_MAPPING
+    from libero.libero.envs.bddl_utils import get_problem_info
+
+    task = suite.get_task(task_id)
+    bddl_file = Path(import_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    bddl_name = f"libero/libero/bddl_files/{task.problem_folder}/{task.bddl_file}"
+    problem_info = get_problem_info(str(bddl_file))
+    env_name = TASK_MAPPING[problem_info["problem_name"]].__name__
+    env_kwargs = {
+        "robots": ["Panda"],
+        "controller_configs": robosuite.load_controller_config(default_controller="OSC_POSE"),
+        "bddl_file_name": bddl_name,
+        "has_renderer": False,
+        "has_offscreen_renderer": True,
+        "ignore_done": True,
+        "use_camera_obs": True,
+        "camera_depths": False,
+        "camera_names": ["robot0_eye_in_hand", "agentview"],
+        "reward_shaping": True,
+        "control_freq": 20,
+        "camera_heights": image_size,
+        "camera_widths": image_size,
+        "camera_segmentations": None,
+    }
+    env_args = {
+        "type": 1,  # robomimic's number for robosuite
+        "env_name": env_name,
+        "problem_name": problem_info["problem_name"],
+        "bddl_file": bddl_name,
+        "env_kwargs": env_kwargs,
+    }
+    return {
+        "tag": "libero-v1",
+        "env_name": env_name,
+        "problem_info": json.dumps(problem_info),
+        "macros_image_convention": "opengl",
+        "bddl_file_name": bddl_name,
+        "bddl_file_content": bddl_file.read_text(),
+        "env_args": json.dumps(env_args),
+    }
+
+
+# ---- the main process --------------------------------------------------------------------------------------------
+
+
+def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
+    """Runs attempts on all workers until every task has its demos; calls finish(task) when one has them."""
+    missing = sum(max(task.wanted - len(task.successes()), 0) for task in tasks)
+    running = {}  # future -> (task, attempt, time when it was handed out)
+    open_tasks = list(tasks)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):  # LP: Mesa's software renderer
+        os.environ[name] = "1"  # inherited by the workers, one of which keeps one core busy by itself
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), prepare_worker)
+    progress = tqdm(total=missing, unit="demo", desc="collecting", smoothing=0, disable=not missing)
+    try:
+        while True:
+            for task in [task for task in open_tasks if task.is_complete()]:
+                finish(task)
+                open_tasks.remove(task)
+            if not open_tasks:
+                break
+            for task in open_tasks:  # the first tasks first: changing the task costs a worker some seconds
+                while len(running) < num_workers and (attempt := task.next_attempt()) is not None:
+                    check_expert(task)
+                    task.lengths[attempt] = None
+                    future = pool.submit(Worker.attempt, task.task_id, attempt, task.settings, task.demo_file(attempt))
+                    running[future] = task, attempt, time.monotonic()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, attempt, begun = running.pop(future)
+                task.lengths[attempt] = future.result()
+                task.seconds += time.monotonic() - begun
+                progress.update(task.lengths[attempt] > 0)
+    except BrokenProcessPool:
+        raise BadInput("a worker died, most likely for want of memory (1.5 GB each); use fewer --num_workers") from None
+    finally:
+        progress.close()
+        if running:  # stopped: nobody waits for what the workers are still at
+            for process in multiprocessing.active_children():
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def check_expert(task: TaskDemos) -> None:
+    failures = sum(length == 0 for length in task.lengths.values())
+    if failures > 10 + 2 * task.wanted:
+        raise BadInput(
+            f"task {task.task_id}: the expert failed {failures} times and succeeded {len(task.successes())} times;"
+            f" a smaller --start_noise than {task.settings.start_noise} makes it easier"
+        )
+
+
+def report(tasks: list[TaskDemos]) -> None:
+    print("\ntask  successes/attempts  percent  mean length  worker seconds")
+    successes = attempts = 0
+    for task in tasks:
+        lengths = [task.lengths[attempt] for attempt in task.successes()]
+        tried = len(task.lengths)
+        rate, percent = f"{len(lengths)}/{tried}", 100 * len(lengths) / tried
+        mean = sum(lengths) / len(lengths)
+        print(f"{task.task_id:4}  {rate:>18}  {percent:6.1f}%  {mean:11.0f}  {task.seconds:14.0f}  {task.name}")
+        successes, attempts = successes + len(lengths), attempts + tried
+    print(f"expert success over all tasks: {successes}/{attempts} = {100 * successes / attempts:.1f}%")
+
+
+def parse_tasks(text: str, num_tasks: int) -> list[int]:
+    """ "0-9" or "0,3,6" or both mixed -> sorted task ids."""
+    ids = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise BadInput(f"--tasks {text}: expected task numbers such as 0-9 or 0,3,6")
+        ids.update(range(int(first), int(last if dash else first) + 1))
+    if not ids or max(ids) >= num_tasks:
+        raise BadInput(f"--tasks {text}: {TASK_SUITE} has the tasks 0 to {num_tasks - 1}")
+    return sorted(ids)
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
+    add = parser.add_argument
+    of_config = argparse.SUPPRESS  # absent unless given; the config's value then holds
+    add("--config", default="conf/config.yaml", help="settings; only those of the section data matter here")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="changes one setting; may be repeated")
+    add("--data_directory", default=of_config, help="folder of the files (default: data.data_directory of the config)")
+    add("--demos_per_task", type=int, default=of_config, help="(default: data.demos_per_task of the config)")
+    add("--tasks", default="0-9", help="task numbers, such as 0-9 or 0,3,6")
+    add("--image_size", type=int, default=128, help="height and width of the pictures in pixels")
+    add("--num_workers", type=int, default=os.cpu_count(), help="processes of 1.5 GB each; by default one per core")
+    add("--seed", type=int, default=0, help="decides every demo")
+    add("--visual_mesh_ratio", type=float, default=1.0,
+        help="below 1 draws with that share of the visual meshes' triangles: faster, but not LIBERO's own pictures")
+    add("--obs_alignment", choices=("after", "before"), default="after",
+        help="whether obs[t] is recorded after actions[t], as in LIBERO's own files, or before")
+    add("--start_noise", type=float, default=0.02, help="standard deviation of the arm's start joints in rad")
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None:
+    if wanted < 1:
+        raise BadInput(f"--demos_per_task {wanted}: expected at least 1")
+    if args.num_workers < 1:
+        raise BadInput(f"--num_workers {args.num_workers}: expected at least 1")
+    if not 16 <= args.image_size <= 1024:
+        raise BadInput(f"--image_size {args.image_size}: expected 16 to 1024 pixels")
+    if not 0 < args.visual_mesh_ratio <= 1:
+        raise BadInput(f"--visual_mesh_ratio {args.visual_mesh_ratio}: expected above 0 and at most 1")
+    if not 0 <= args.start_noise < 1:
+        raise BadInput(f"--start_noise {args.start_noise}: expected 0 to 1 rad")
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed}: expected 0 or more")
+    if str(folder).startswith("/path/to"):
+        raise BadInput(f"data.data_directory is still {folder}; set it in {args.config} or give --data_directory")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: the data directory is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise BadInput(f"{folder}: the data directory cannot be made ({problem.strerror})") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder}: the data directory is not writable")
+
+
+@exits_on_bad_input
+def main() -> None:
+    args = parse_arguments()
+    data = load_config(args.config, args.set).data
+    folder = Path(getattr(args, "data_directory", data.data_directory)).expanduser()
+    wanted = getattr(args, "demos_per_task", data.demos_per_task)
+    check_arguments(args, folder, wanted)
+    settings = Settings(args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed)
+
+    suite = make_suite(TASK_SUITE)
+    task_ids = parse_tasks(args.tasks, suite.n_tasks)
+    tasks = [TaskDemos(suite, task_id, folder, wanted, settings) for task_id in task_ids]
+    if args.visual_mesh_ratio < 1:
+        print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
+
+    def finish(task: TaskDemos) -> None:
+        task.assemble(libero_attributes(suite, task.task_id, settings.image_size))
+
+    try:
+        collect(tasks, args.num_workers, finish)
+    except KeyboardInterrupt:
+        print(f"\nStopped. Finished demos are kept in {folder}; the same command continues.")
+        raise SystemExit(130) from None
+    with contextlib.suppress(OSError):  # another run may still have unfinished demos in it
+        (folder / UNFINISHED).rmdir()
+    report(tasks)
+
+
+if __name__ == "__main__":
+    main()

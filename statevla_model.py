@@ -1,0 +1,298 @@
+"""StateVLA, the model that runs on the robot, and StateVLATrainer, the module that train.py optimises in both phases.
+
+    python statevla_model.py --config conf/config.yaml      prints the component table with the counts of a built model
+
+Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap.
+"""
+
+import argparse
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer
+from config import Config, ModelConfig, load_config, parse_config
+from errors import BadInput, exits_on_bad_input
+from jepa.temporal_predictor import InverseDynamics, temporal_jepa_losses
+from state_encoder import JEPAStateEncoder
+
+CHECKPOINT_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")  # the guide's six
+
+
+class StateVLA(nn.Module):
+    """Observation -> z_t -> a chunk of ten actions.
+
+    An observation is a dict: agentview_rgb and eye_in_hand_rgb (B, h, w, 3) uint8 in LIBERO's raw orientation,
+    joint_states (B, 7) in rad, gripper_states (B, 2) in metres, language (B, lang_emb_dim).
+    """
+
+    def __init__(self, config: ModelConfig, predictor_hidden_dim: int = 512):
+        super().__init__()
+        self.config = config
+        self.state_encoder = JEPAStateEncoder(config, predictor_hidden_dim)
+        self.state_normalizer = Normalizer(config.state_dim)
+        self.policy = FlowMatchingPolicy(config)
+        self.gripper = GripperClassifier(config)
+
+    def encode(self, obs: dict[str, Tensor]) -> Tensor:
+        """-> z_t (B, D)."""
+        return self.state_encoder(obs)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        obs: dict[str, Tensor],
+        sample_steps: int = 4,
+        flow_start: str = "noise",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """-> actions (B, H, 7): six pose deltas in robot units, [-1, 1], and the gripper, -1 (open) or +1 (close).
+
+        The flow is integrated in `sample_steps` Euler steps from Gaussian noise or, with flow_start "zero", from the
+        noise's mean, which makes the answer deterministic.
+        """
+        return self.act(self.encode(obs), sample_steps, flow_start, generator)
+
+    @torch.no_grad()
+    def act(self, z_t: Tensor, sample_steps: int, flow_start: str, generator: torch.Generator | None = None) -> Tensor:
+        """z_t (B, D) -> actions (B, H, 7), as `predict`."""
+        shape = (len(z_t), self.config.action_seq_len, POSE_DIM)
+        if flow_start == "noise":  # drawn where the generator lives, so that a CPU generator gives any device the same
+            x_1 = torch.randn(shape, generator=generator, device=generator.device if generator else z_t.device)
+        else:
+            x_1 = torch.zeros(shape)
+        z_t = self.state_normalizer.normalize(z_t)
+        pose_deltas = self.policy.sample(z_t, sample_steps, x_1.to(z_t))  # (B, H, 6)
+        return torch.cat([pose_deltas, self.gripper.sample(z_t).unsqueeze(-1)], dim=-1)
+
+
+class StateVLATrainer(nn.Module):
+    """Routes between the phases: forward(batch) gives the losses of its phase, `loss` being the one to minimise.
+
+    Phase 1 trains tokenizer, context encoder and temporal predictor (and the inverse dynamics head, where its weight is
+    not 0); phase 2 trains flow policy and gripper classifier. Everything else is frozen and stays in eval mode.
+    """
+
+    def __init__(
+        self,
+        model: StateVLA,
+        phase: int,
+        variance_weight: float = 1.0,
+        covariance_weight: float = 0.04,
+        inverse_dynamics_weight: float = 0.0,
+    ):
+        super().__init__()
+        if phase not in (1, 2):
+            raise ValueError(f"phase is {phase}, expected 1 or 2")
+        self.model, self.phase = model, phase
+        self.weights = {"jepa_mse": 1.0, "jepa_variance": variance_weight, "jepa_covariance": covariance_weight}
+        self.inverse_dynamics = None
+        encoder = model.state_encoder
+        if inverse_dynamics_weight > 0:
+            self.weights["inverse_dynamics"] = inverse_dynamics_weight
+            hidden_dim = encoder.predictor.project_state.out_features
+            chunk_dim = model.config.prediction_gap * model.config.action_dim
+            self.inverse_dynamics = InverseDynamics(model.config.state_dim, chunk_dim, hidden_dim)
+        trained = {
+            1: [encoder.tokenizer, encoder.encoder, encoder.predictor, self.inverse_dynamics],
+            2: [model.policy, model.gripper],
+        }
+        self.trained = [module for module in trained[phase] if module is not None]  # a plain list: registers nothing
+        self.requires_grad_(False)
+        for module in self.trained:
+            module.requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> "StateVLATrainer":
+        super().train(False)
+        for module in self.trained:
+            module.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Phase 1: batch has obs, actions (B, K, 7) and next_obs. Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
+        return self.phase1_losses(self.phase1_outputs(batch)) if self.phase == 1 else self.phase2_losses(batch)
+
+    def phase1_outputs(self, batch: dict) -> dict[str, Tensor]:
+        """One row a sample: what the losses are made of, before any statistics over the batch."""
+        encoder = self.model.state_encoder
+        z_t = encoder(batch["obs"])
+        outputs = {
+            "z_t": z_t,
+            "z_next_pred": encoder.predictor(z_t, batch["actions"]),
+            "z_next_target": encoder.target(batch["next_obs"]),
+            "actions": batch["actions"].flatten(1),
+        }
+        if self.inverse_dynamics is not None:
+            outputs["actions_pred"] = self.inverse_dynamics(z_t, outputs["z_next_target"])
+        return outputs
+
+    def phase1_losses(self, outputs: dict[str, Tensor], gather: bool = True) -> dict[str, Tensor]:
+        """The losses over the global batch: with several processes the rows of all ranks are gathered first, so that
+        variance and covariance are those of the joint batch. DDP averages gradients over ranks while the backward of
+        all_gather sums them: together the gradient is that of one process with the joint batch."""
+        if gather and dist.is_initialized() and dist.get_world_size() > 1:
+            outputs = {name: torch.cat(torch.distributed.nn.all_gather(rows)) for name, rows in outputs.items()}
+        losses = temporal_jepa_losses(outputs["z_t"], outputs["z_next_pred"], outputs["z_next_target"])
+        if "actions_pred" in outputs:
+            losses["inverse_dynamics"] = F.mse_loss(outputs["actions_pred"], outputs["actions"])
+        losses["loss"] = sum(self.weights[name] * value for name, value in losses.items())
+        return losses
+
+    def phase2_losses(self, batch: dict, per_sample: bool = False) -> dict[str, Tensor]:
+        """Flow matching on the six pose deltas, BCE on the gripper. The encoder is frozen: z_t carries no gradient."""
+        if "z_t" in batch:
+            z_t = batch["z_t"]
+        else:
+            with torch.no_grad():
+                z_t = self.model.encode(batch["obs"])
+        z_t = self.model.state_normalizer.normalize(z_t)
+        actions = batch["actions"]
+        losses = {
+            "pos_rot_loss": self.model.policy.loss(z_t, actions[..., :POSE_DIM]),
+            "gripper_loss": self.model.gripper.loss(z_t, actions[..., POSE_DIM]),
+        }
+        losses["action_loss"] = losses["pos_rot_loss"] + losses["gripper_loss"]
+        if not per_sample:
+            losses = {name: value.mean() for name, value in losses.items()}
+        losses["loss"] = losses["action_loss"]
+        return losses
+
+    def update_target(self, momentum: float) -> None:
+        """One EMA step of the target encoder."""
+        self.model.state_encoder.update_target(momentum)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto takes CUDA, then Apple's MPS, then the CPU. Raises BadInput for a device that isn't there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if name not in available:
+        raise BadInput(f"device is '{name}', expected auto, cuda, mps or cpu")
+    if not available[name]:
+        raise BadInput(f"device {name} was asked for, but this PyTorch finds none; use auto or cpu")
+    return torch.device(name)
+
+
+def build_trainer(config: Config, phase: int) -> StateVLATrainer:
+    """Model and trainer of a run from its settings, freshly initialised."""
+    recipe = config.training.phase1
+    model = StateVLA(config.model, recipe.temporal_predictor_hidden_dim)
+    return StateVLATrainer(
+        model, phase, recipe.variance_weight, recipe.covariance_weight, recipe.inverse_dynamics_weight
+    )
+
+
+def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
+    """Reads a checkpoint's dictionary (tensors and plain values only) and checks that it is one of ours.
+
+    Raises BadInput where the file is missing, damaged, lacks a key, or belongs to the other phase than `phase`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint; `python train.py --phase 1` and `--phase 2` write them")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({reason})") from None
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise BadInput(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}")
+    if phase is not None and checkpoint["phase"] != phase:
+        raise BadInput(f"{path}: key phase is {checkpoint['phase']}, expected a checkpoint of phase {phase}")
+    return checkpoint
+
+
+def load_weights(trainer: StateVLATrainer, checkpoint: dict, source: str | Path) -> None:
+    """Loads model_state_dict strictly; a missing, surplus or differently shaped weight is named."""
+    expected, found = trainer.state_dict(), checkpoint["model_state_dict"]
+    for name in sorted(expected.keys() ^ found.keys()):
+        there = "lacks" if name in expected else "has the unknown"
+        raise BadInput(f"{source}: model_state_dict {there} weight {name}; was it made with other settings?")
+    for name, value in expected.items():
+        if value.shape != found[name].shape:
+            raise BadInput(
+                f"{source}: weight {name} has shape {tuple(found[name].shape)}, the config expects {tuple(value.shape)}"
+            )
+    trainer.load_state_dict(found, strict=True)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> StateVLA:
+    """Rebuilds the model from a checkpoint alone, in eval mode. Raises BadInput as `read_checkpoint`."""
+    return model_from_checkpoint(read_checkpoint(path), path).to(device)
+
+
+def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
+    """As `load_checkpoint`, from a dictionary that `read_checkpoint` has read from the file `source`."""
+    trainer = build_trainer(parse_config(checkpoint["config"], str(source)), checkpoint["phase"])
+    load_weights(trainer, checkpoint, source)
+    return trainer.model.eval()
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Writes the file whole or not at all: an interrupted save leaves the previous one as it was."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as stream:
+        torch.save(checkpoint, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def component_table(model: StateVLA) -> str:
+    """The guide's component table with the counts of this very model."""
+    config, encoder = model.config, model.state_encoder
+    tokenizer = encoder.tokenizer
+    on_robot = count_parameters(tokenizer, encoder.encoder, model.policy, model.gripper)
+    rows = [
+        (
+            "Image Tokenizer",
+            count_parameters(tokenizer.agentview, tokenizer.eye_in_hand),
+            "two cameras, Conv2d patches",
+        ),
+        (
+            "Language Tokenizer",
+            count_parameters(tokenizer.language),
+            f"Linear {config.lang_emb_dim} -> {config.embed_dim}",
+        ),
+        ("Robot State Tokenizer", count_parameters(tokenizer.robot_state), "joint(7) + gripper(2) -> 1 token"),
+        ("CLS token", tokenizer.cls.numel(), "last position, z_t is read here"),
+        ("Context Encoder", count_parameters(encoder.encoder), f"Mamba x {config.encoder_depth}"),
+        ("Target Encoder", 0, f"EMA copy, no gradient ({count_parameters(encoder.target):,} values)"),
+        ("Temporal Predictor", count_parameters(encoder.predictor), "phase 1 only, residual"),
+        ("Flow Matching Policy", count_parameters(model.policy), f"Mamba x {config.policy_layers}"),
+        ("Gripper Classifier", count_parameters(model.gripper), f"MLP -> {config.action_seq_len} logits"),
+        ("On the robot", on_robot, "tokenizers + context encoder + policy + gripper"),
+    ]
+    lines = [f"{'Component':<24}{'Parameters':>12}  Description"]
+    return "\n".join(lines + [f"{name:<24}{count:>12,}  {description}" for name, count, description in rows])
+
+
+@exits_on_bad_input
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the component table of the model that a config describes.")
+    parser.add_argument("--config", default="conf/config.yaml", help="settings file (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. model.embed_dim=128"
+    )
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.set)
+    print(component_table(build_trainer(config, phase=1).model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""Trains StateVLA: phase 1 learns the state z_t (temporal JEPA), phase 2 the policy on top of it (flow matching).
+
+    python train.py --config conf/config.yaml --phase 1
+    python train.py --config conf/config.yaml --phase 2 \\
+        --phase1_checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt
+
+    resume:        --checkpoint checkpoints/phase1_temporal_jepa/checkpoint_latest.pt
+    several GPUs:  torchrun --nproc_per_node=4 train.py --config conf/config.yaml --phase 1
+    out of memory: --batch_size 32
+    one setting:   --set training.phase1.num_epochs=5
+
+An epoch is a function of (config, number of the epoch, rank): sampler, noise and schedules are derived from them, so a
+resumed run continues exactly where the interrupted one was.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import Config, load_config
+from dataloader import (
+    ChunkDataset,
+    Demo,
+    FrameDataset,
+    LanguageTable,
+    TransitionDataset,
+    gather_rows,
+    load_demos,
+    load_language,
+    ordered_loader,
+    same_language,
+    split_demos,
+    to_device,
+    training_loader,
+)
+from errors import BadInput, exits_on_bad_input
+from jepa.mamba import choose_mamba_backend
+from jepa.temporal_predictor import representation_health
+from statevla_model import (
+    StateVLATrainer,
+    build_trainer,
+    choose_device,
+    count_parameters,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+PHASE_DIRECTORIES = {1: "phase1_temporal_jepa", 2: "phase2_flow_matching"}
+COLLAPSED_STD = 0.1  # a mean std of z below this (VICReg pulls it towards 1), or an effective rank
+COLLAPSED_RANK = 0.05  # below this share of the dimensions, is warned about
+
+
+@exits_on_bad_input
+def main() -> None:
+    # Settings.
+    arguments = parse_arguments()
+    config, phase = load_config(arguments.config, arguments.set), arguments.phase
+    resumed = read_checkpoint(arguments.checkpoint, phase) if arguments.checkpoint else None
+    source = resumed or (read_checkpoint(arguments.phase1_checkpoint, 1) if phase == 2 else None)
+    source_path = arguments.checkpoint or arguments.phase1_checkpoint
+    device = join_processes(config.training.device)
+    choose_mamba_backend(config.training.mamba_backend, device)
+
+    # Data: whole demos of each task train or are held out.
+    shortest = (config.model.prediction_gap if phase == 1 else config.model.action_seq_len) + 1
+    demos, observation = load_demos(config.data, shortest)
+    train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed)
+    tasks = sorted({demo.task for demo in demos})
+    language = load_language(config.data.data_directory, tasks, config.model.lang_emb_dim)
+    forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
+    report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
+    report(f"data: obs[t] was recorded {observation['obs_alignment']} actions[t]{forced}")
+
+    # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
+    torch.manual_seed(config.training.seed)
+    trainer = build_trainer(config, phase)
+    if source:
+        check_same_run(source, source_path, config, observation, language, held_out_demos, same_split=bool(resumed))
+        load_weights(trainer, source, source_path)
+    trainer.to(device)
+    trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
+    frozen = count_parameters(trainer) - sum(parameter.numel() for parameter in trainable)
+    report(f"phase {phase}: {count_parameters(trainer) - frozen:,} parameters train, {frozen:,} are frozen")
+
+    # Batches. The frozen encoder of phase 2 sees every frame once; its epochs run on the states z_t.
+    if phase == 1:
+        train_set = TransitionDataset(train_demos, language, config.model.prediction_gap)
+        held_out_set = TransitionDataset(held_out_demos, language, config.model.prediction_gap)
+    else:
+        train_states = encode_frames(trainer, train_demos, language, config, device)
+        held_out_states = encode_frames(trainer, held_out_demos, language, config, device)
+        if not resumed:
+            trainer.model.state_normalizer.fit(train_states)
+            trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in train_demos]))
+        train_set = ChunkDataset(train_demos, language, config.model.action_seq_len, train_states)
+        held_out_set = ChunkDataset(held_out_demos, language, config.model.action_seq_len, held_out_states)
+    loading = {"num_workers": config.training.num_workers if phase == 1 else 0, "pin_memory": device.type == "cuda"}
+    batch_size = config.training.batch_size
+    batches = training_loader(train_set, batch_size, seed=config.training.seed, **loading)
+    held_out_batches = ordered_loader(held_out_set, batch_size, **loading)
+    report(
+        f"phase {phase}: {len(train_set):,} training samples, {len(batches):,} steps an epoch "
+        f"on {dist.get_world_size()} process(es)"
+    )
+
+    # What a checkpoint keeps beside the guide's six keys: all that an evaluation needs, so that it needs no other file.
+    facts = {
+        "config": config.to_dict(),
+        "phase": phase,
+        "observation": observation,
+        "language": {"encoder": language.encoder, "embeddings": language.embeddings},
+        "held_out_demos": [demo.name for demo in held_out_demos],
+    }
+    optimizer = make_optimizer(
+        trainer,
+        phase_settings(config, phase).learning_rate or config.training.learning_rate,
+        config.training.weight_decay,
+    )
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer_state_dict"])
+    try:
+        train(trainer, optimizer, batches, held_out_batches, config, facts, resumed, device)
+    except torch.OutOfMemoryError:
+        raise BadInput(
+            f"out of memory with batch_size {batch_size}; try --batch_size {max(batch_size // 2, 1)}"
+        ) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def train(
+    trainer: StateVLATrainer,
+    optimizer: torch.optim.Optimizer,
+    batches: DataLoader,
+    held_out_batches: DataLoader,
+    config: Config,
+    facts: dict,
+    resumed: dict | None,
+    device: torch.device,
+) -> None:
+    """The loop of both phases: epochs of steps, each epoch ending with validation and checkpoints."""
+    phase, settings = trainer.phase, config.training
+    num_epochs = phase_settings(config, phase).num_epochs
+    total_steps = num_epochs * len(batches)
+    first_epoch = resumed["epoch"] if resumed else 0
+    best_loss = resumed["best_loss"] if resumed else math.inf
+    step = first_epoch * len(batches)
+    base_learning_rate = optimizer.defaults["lr"]
+    trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
+    log = RunLog(config, phase, starts_anew=not resumed)
+    ddp_trainer = DistributedDataParallel(trainer, device_ids=[device.index] if device.type == "cuda" else None)
+
+    for epoch in range(first_epoch, num_epochs):
+        batches.sampler.set_epoch(epoch)
+        seed_epoch(settings.seed, epoch)
+        progress = tqdm(batches, desc=f"phase {phase} epoch {epoch + 1}/{num_epochs}", disable=not is_first_rank())
+        for batch in progress:
+            learning_rate = base_learning_rate * learning_rate_factor(step, total_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            losses = ddp_trainer(to_device(batch, device))  # always through DDP: .module(...) skips the gradient sync
+            losses["loss"].backward()
+            gradient_norm = clip_grad_norm_(trainable, settings.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if phase == 1:
+                trainer.update_target(ema_momentum(step, total_steps, config))
+            step += 1
+            log.add(losses | {"gradient_norm": gradient_norm})
+            if step % settings.log_interval == 0:
+                means = log.write_training(epoch + 1, step, learning_rate)
+                progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+
+        seed_epoch(settings.seed, 0)  # the noise of validation is the same in every epoch
+        metrics = validate(trainer, held_out_batches, device)
+        log.write_validation(epoch + 1, step, metrics)
+        warn_of_collapse(metrics, config.model.state_dim)
+        is_best = metrics["loss"] < best_loss
+        best_loss = min(best_loss, metrics["loss"])
+        if is_first_rank():
+            checkpoint = facts | {
+                "epoch": epoch + 1,
+                "step": step,
+                "loss": metrics["loss"],
+                "best_loss": best_loss,
+                "model_state_dict": trainer.state_dict(),
+                "optimizer_state_dict": optimizer.state_dict(),
+            }
+            save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
+            if is_best:
+                save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
+            if (epoch + 1) % settings.save_interval == 0:
+                save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch + 1}.pt")
+        dist.barrier()
+    report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
+    log.close()
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains phase 1 (temporal JEPA) or phase 2 (flow matching) of StateVLA.",
+        epilog="Several GPUs: torchrun --nproc_per_node=N train.py ...",
+    )
+    parser.add_argument("--config", default="conf/config.yaml", help="settings file (default: %(default)s)")
+    parser.add_argument("--phase", type=int, required=True, help="1: encoder and predictor; 2: policy, encoder frozen")
+    parser.add_argument("--phase1_checkpoint", help="phase 2 starts from the encoder in this file (default: none)")
+    parser.add_argument("--checkpoint", help="resume from this file of the same phase (default: start anew)")
+    parser.add_argument("--batch_size", type=int, help="samples a step and process (default: training.batch_size)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override one setting, e.g. training.phase1.num_epochs=5; may be repeated",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.phase not in PHASE_DIRECTORIES:
+        raise BadInput(f"--phase {arguments.phase}: expected 1 (temporal JEPA) or 2 (flow matching)")
+    if arguments.phase == 2 and not (arguments.phase1_checkpoint or arguments.checkpoint):
+        raise BadInput(
+            "phase 2 needs the encoder of phase 1: run `python train.py --phase 1`, then give "
+            "--phase1_checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt"
+        )
+    if arguments.phase1_checkpoint and (arguments.phase == 1 or arguments.checkpoint):
+        raise BadInput("--phase1_checkpoint starts phase 2 anew; it goes neither with --phase 1 nor with --checkpoint")
+    if arguments.batch_size is not None:
+        arguments.set.append(f"training.batch_size={arguments.batch_size}")
+    return arguments
+
+
+def phase_settings(config: Config, phase: int):
+    return {1: config.training.phase1, 2: config.training.phase2}[phase]
+
+
+def check_same_run(
+    checkpoint: dict,
+    path: str,
+    config: Config,
+    observation: dict,
+    language: LanguageTable,
+    held_out_demos: list[Demo],
+    same_split: bool,
+) -> None:
+    """Raises BadInput where the weights of a checkpoint don't fit this run's model, pictures, language or split."""
+    for section, name in ((config.to_dict()["model"], "model"), (observation, "observation")):
+        before = checkpoint["config"]["model"] if name == "model" else checkpoint["observation"]
+        for key, value in section.items():
+            if before.get(key) != value:
+                raise BadInput(f"{path}: {name}.{key} is {before.get(key)}, but this run has {value}")
+    trained_with = LanguageTable(**checkpoint["language"])
+    same_language(language, trained_with, config.data.data_directory)
+    unseen, now = set(checkpoint["held_out_demos"]), {demo.name for demo in held_out_demos}
+    if same_split and unseen != now:
+        raise BadInput(
+            f"{path}: it held out {len(unseen)} other demos than this run would; "
+            "resume needs the same data and data.split_seed"
+        )
+    if not now <= unseen:
+        report(f"note: {len(now - unseen)} demos held out here have trained the encoder in {path}")
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+def join_processes(device_name: str) -> torch.device:
+    """This process's device. A single process is a group of one, so that one code path trains on any number."""
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def is_first_rank() -> bool:
+    return dist.get_rank() == 0
+
+
+def report(line: str) -> None:
+    if is_first_rank():
+        print(line, flush=True)
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Noise is drawn anew from here: different on every rank and in every epoch, the same in a resumed run."""
+    torch.manual_seed((seed * 1_000_003 + epoch) * 1_009 + dist.get_rank())
+
+
+# ------------------------------------------------------------------------------------------- optimizer, schedules
+
+
+def make_optimizer(trainer: StateVLATrainer, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW. Biases, norms and what Mamba marks `_no_weight_decay` (A_log and D) are not decayed."""
+    trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
+    kept = [p for p in trainable if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
+    kept_ids = {id(p) for p in kept}
+    decayed = [p for p in trainable if id(p) not in kept_ids]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
+    """Linear warm-up over training.warmup_steps, then constant, or a cosine down to 0 at the last step."""
+    warmup = config.training.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.training.learning_rate_schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
+
+
+def ema_momentum(step: int, total_steps: int, config: Config) -> float:
+    """training.ema_momentum at the first step, rising along a cosine to 1.0 at the last."""
+    start = config.training.ema_momentum
+    if config.training.ema_momentum_schedule == "constant":
+        return start
+    return 1 - (1 - start) * (1 + math.cos(math.pi * step / max(total_steps - 1, 1))) / 2
+
+
+# ---------------------------------------------------------------------------------------- frozen states, validation
+
+
+@torch.no_grad()
+def encode_frames(
+    trainer: StateVLATrainer, demos: list[Demo], language: LanguageTable, config: Config, device: torch.device
+) -> Tensor:
+    """z of every frame of the demos, in FrameDataset's order, on the CPU; the ranks share the work: (n, state_dim)."""
+    frames = FrameDataset(demos, language)
+    loader = ordered_loader(frames, config.training.batch_size, config.training.num_workers, device.type == "cuda")
+    progress = tqdm(loader, desc=f"encoding {len(frames):,} frames", disable=not is_first_rank())
+    states = [trainer.model.encode(to_device(obs, device)) for obs in progress]
+    own = torch.cat(states) if states else torch.empty(0, config.model.state_dim, device=device)
+    return gather_rows(own).cpu()
+
+
+@torch.no_grad()
+def validate(trainer: StateVLATrainer, batches: DataLoader, device: torch.device) -> dict[str, float]:
+    """The losses over all held-out demos, whatever the batch size and the number of processes.
+
+    Phase 1 adds what tells whether it works: `jepa_copy_mse`, the error of predicting that nothing changes (jepa_mse
+    has to stay below it), and the mean std and effective rank of z (both near 0 where the representation collapses).
+    """
+    trainer.eval()
+    rows: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        batch = to_device(batch, device)
+        outputs = trainer.phase1_outputs(batch) if trainer.phase == 1 else trainer.phase2_losses(batch, per_sample=True)
+        for name, values in outputs.items():
+            rows.setdefault(name, []).append(values)
+    if dist.get_world_size() > 1:
+        names = [None] * dist.get_world_size()
+        dist.all_gather_object(names, {name: values[0].shape[1:] for name, values in rows.items()})
+        for name, shape in max(names, key=len).items():  # a rank without a sample must take part all the same
+            rows.setdefault(name, [torch.empty(0, *shape, device=device)])
+    joined = {name: gather_rows(torch.cat(rows[name])) for name in sorted(rows)}
+    trainer.train()
+    if trainer.phase == 2:
+        return {name: float(values.mean()) for name, values in joined.items()}
+    metrics = trainer.phase1_losses(joined, gather=False)
+    metrics["jepa_copy_mse"] = torch.nn.functional.mse_loss(joined["z_t"], joined["z_next_target"])
+    return {name: float(value) for name, value in (metrics | representation_health(joined["z_t"])).items()}
+
+
+def warn_of_collapse(metrics: dict[str, float], state_dim: int) -> None:
+    if "z_std" not in metrics:
+        return
+    if metrics["z_std"] < COLLAPSED_STD or metrics["effective_rank"] < COLLAPSED_RANK * state_dim:
+        report(
+            f"warning: the representation is collapsing (mean std of z {metrics['z_std']:.3f}, effective rank "
+            f"{metrics['effective_rank']:.1f} of {state_dim}); see variance_weight and covariance_weight in the config"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ log
+
+
+class RunLog:
+    """A run's folder, its metrics.jsonl and, where wandb.mode says so, its wandb run. Writes on the first rank only."""
+
+    def __init__(self, config: Config, phase: int, starts_anew: bool):
+        self.directory = Path(config.training.checkpoint_directory) / PHASE_DIRECTORIES[phase]
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.since = 0, time.perf_counter()
+        self.samples_per_step = config.training.batch_size * dist.get_world_size()
+        self.file = self.wandb_run = None
+        if not is_first_rank():
+            return
+        if starts_anew:
+            set_aside(self.directory)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.file = (self.directory / "metrics.jsonl").open("a")
+        except OSError as problem:
+            raise BadInput(
+                f"training.checkpoint_directory: cannot write {self.directory} ({problem.strerror})"
+            ) from None
+        if config.wandb.mode != "disabled":
+            import wandb
+
+            self.wandb_run = wandb.init(
+                project=config.wandb.project, mode=config.wandb.mode, config=config.to_dict(), dir=self.directory,
+                name=PHASE_DIRECTORIES[phase],
+            )  # fmt: skip
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds one step's values; nothing is copied from the device until a line is due."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.count += 1
+
+    def write_training(self, epoch: int, step: int, learning_rate: float) -> dict[str, float]:
+        """One line with the means over the steps since the last and over all ranks (one all-reduce)."""
+        names = list(self.sums)
+        totals = torch.stack([self.sums[name].float() for name in names])
+        dist.all_reduce(totals)
+        means = dict(zip(names, (totals / self.count / dist.get_world_size()).tolist(), strict=True))
+        now = time.perf_counter()
+        speed = self.samples_per_step * self.count / (now - self.since)
+        self._write(
+            {
+                "split": "train",
+                "epoch": epoch,
+                "step": step,
+                "learning_rate": learning_rate,
+                **means,
+                "samples_per_s": speed,
+            }
+        )
+        self.sums, self.count, self.since = {}, 0, now
+        return means
+
+    def write_validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        self._write({"split": "validation", "epoch": epoch, "step": step, **metrics})
+        report("validation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        self.since = time.perf_counter()
+
+    def _write(self, line: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.wandb_run:
+            split = line["split"]
+            self.wandb_run.log(
+                {f"{split}/{name}": value for name, value in line.items() if name != "split"}, step=line["step"]
+            )
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def set_aside(directory: Path) -> None:
+    """An earlier run's folder is renamed, never overwritten: starting anew loses nothing."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}_earlier_{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    print(f"{directory}: the run that was there is kept as {aside}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
