@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from config import load_config
 from errors import BadInput, exits_on_bad_input
-from libero_sim import LiberoEnv, from_simulator, import_libero, make_env, make_suite
+from libero_sim import SIM_KEYS, LiberoEnv, import_libero, make_env, make_suite
 from scripted_expert import SETTLE_STEPS, ScriptedExpert
 
 TASK_SUITE = "libero_object"
@@ -89,7 +89,7 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, episode: Episode, obs_alignment
     env_obs = [episode.proprioception[t] for t in frames]
     ee_pos = np.stack([o["robot0_eef_pos"] for o in env_obs])
     ee_ori = np.stack([quat2axisangle(o["robot0_eef_quat"].copy()) for o in env_obs])
-    joints, fingers = (np.stack([o[f"robot0_{name}"] for o in env_obs]) for name in ("joint_pos", "gripper_qpos"))
+    joints, fingers = (np.stack([o[SIM_KEYS[name]] for o in env_obs]) for name in ("joint_states", "gripper_states"))
     robot_states = np.hstack([fingers, ee_pos, np.stack([o["robot0_eef_quat"] for o in env_obs])])
     only_the_last = np.zeros(len(steps), dtype=np.uint8)
     only_the_last[-1] = 1
@@ -106,9 +106,9 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, episode: Episode, obs_alignment
         for name in ("agentview_rgb", "eye_in_hand_rgb")
     }
     for i, t in enumerate(frames):
-        obs = from_simulator({**episode.proprioception[t], **env.draw(episode.poses[t])})
+        pictures = env.draw(episode.poses[t])
         for name, dataset in cameras.items():
-            dataset[i] = obs[name]
+            dataset[i] = pictures[SIM_KEYS[name]]
     demo.attrs["num_samples"] = len(steps)
     demo.attrs["model_file"] = env.model_xml
     demo.attrs["init_state"] = episode.states[SETTLE_STEPS]
@@ -140,7 +140,7 @@ class Worker:
 
 
 def prepare_worker() -> None:
-    """Leaves Ctrl-C to the main process, which then ends its workers, and ends with the main process however it dies."""
+    """Leaves Ctrl-C to the main process, which then ends its workers. However that one dies, its workers end too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():

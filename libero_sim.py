@@ -45,6 +45,22 @@ RENDERER_HELP = (
 )
 
 
+class SimulatorError(Exception):
+    """The simulation broke down in the middle of an episode: MuJoCo, the arm's controller or the renderer gave up."""
+
+
+SIMULATOR_ERRORS = (SimulatorError,)  # for whoever wants to count a broken episode and go on
+
+
+@contextlib.contextmanager
+def _breakdowns_named():
+    libero = import_libero()
+    try:
+        yield
+    except (libero.mujoco.FatalError, libero.SimulationError, np.linalg.LinAlgError) as problem:
+        raise SimulatorError(f"{type(problem).__name__}: {problem}") from problem
+
+
 def from_simulator(env_obs: dict) -> dict:
     """The repo's observation (see the top of this file) from the simulator's. `dataloader.from_hdf5` is its twin."""
     return {
@@ -118,10 +134,13 @@ class LiberoEnv:
         self._drawn_data = libero.mujoco.MjData(self._model)  # draw() poses this one and leaves the simulation alone
         self._add_pose_sensor(libero)
 
+    @_breakdowns_named()
     def reset(self, seed: int | None = None) -> None:
         """Places the objects anew, at random; with a seed the same way every time."""
         if seed is not None:
             self.domain.seed(seed)  # robosuite places with numpy's global generator
+        for robot in self.domain.robots:  # a hard reset rebuilds the gripper; this one would keep its last command
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
         while True:
             try:  # not the reset() of LIBERO's wrapper: that one also swallows Ctrl-C
                 self.domain.reset()
@@ -129,6 +148,7 @@ class LiberoEnv:
             except import_libero().RandomizationError:  # the objects did not fit on the table: draw again
                 continue
 
+    @_breakdowns_named()
     def set_init_state(self, state: np.ndarray) -> None:
         """Puts the simulation into a flattened state (S,), as `task_init_states` has them. Call `reset()` before."""
         self._env.set_init_state(state)
@@ -146,6 +166,7 @@ class LiberoEnv:
             observable.reset()
         self.domain._update_observables(force=True)
 
+    @_breakdowns_named()
     def step(self, action: np.ndarray) -> bool:
         """Applies one action (7,) for 1/20 s and returns whether the task is solved."""
         _, _, success, _ = self._env.step(action)
@@ -170,6 +191,7 @@ class LiberoEnv:
         """The simulator's observation with both pictures, number for number what LIBERO's camera observations give."""
         return {**self.proprioception(), **self.draw(self._poses)}
 
+    @_breakdowns_named()
     def draw(self, poses: dict) -> dict:
         """Both pictures, {camera}_image -> (image_size, image_size, 3) uint8 in raw OpenGL row order."""
         mujoco, renderer = import_libero().mujoco, self._renderer
@@ -222,15 +244,16 @@ def import_libero() -> SimpleNamespace:
         import mujoco
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
-        from robosuite.utils.errors import RandomizationError
+        from robosuite.utils.errors import RandomizationError, SimulationError
         from robosuite.utils.observables import Observable, sensor
     except (ImportError, RuntimeError) as problem:  # RuntimeError: MuJoCo does not know the value of MUJOCO_GL
-        raise BadInput(f"LIBERO cannot be imported ({problem}); is all of requirements.txt installed?") from None
+        advice = RENDERER_HELP if "EGL" in str(problem) else "LIBERO cannot be imported; is requirements.txt installed?"
+        raise BadInput(f"{advice} ({problem})") from None
     finally:
         logging.disable(logging.NOTSET)
     return SimpleNamespace(
         mujoco=mujoco, benchmark=benchmark, get_libero_path=get_libero_path, OffScreenRenderEnv=OffScreenRenderEnv,
-        RandomizationError=RandomizationError, Observable=Observable, sensor=sensor,
+        RandomizationError=RandomizationError, SimulationError=SimulationError, Observable=Observable, sensor=sensor,
     )  # fmt: skip
 
 

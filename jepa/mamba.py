@@ -57,26 +57,27 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 class ChunkedScan(torch.autograd.Function):
     """Scans CHUNK tokens at a time, in buffers that every chunk uses again.
 
-    All states of a sequence would take N times the memory of its activations, so only those between chunks are kept; the
-    backward pass computes a chunk's states again and then runs the recurrence of their gradient from its end:
+    All states of a sequence would take N times the memory of its activations, so only those between chunks are kept;
+    backward computes a chunk's states again and then runs the recurrence of their gradient from the chunk's end:
 
     g_t = dL/dh_t = C_t dy_t + a_{t+1} g_{t+1},  with the decay a_t = exp(delta_t A)
 
-    Time is the first axis, so that the states of one token are contiguous, and E the last, so that B_t and C_t, which all
-    channels share, scale whole rows. Products with vectors are written row @ matrix: matrix @ column is far slower in
-    batched CPU kernels.
+    Time is the first axis, so that the states of one token are contiguous, and E the last, so that B_t and C_t, which
+    all channels share, scale whole rows. Products with a vector are written row @ matrix: CPU kernels are several times
+    slower at a batch of matrix @ column.
     """
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D):
         with torch.autocast(u.device.type, enabled=False):
             x, dt, b, c = (time_first(v) for v in (delta * u, delta, B, C))  # (L, B, E) and (L, B, N)
-            decay, states = chunk_buffers(x, A)
+            A_ne = A.T.contiguous()  # (N, E)
+            decay, states = chunk_buffers(x, A_ne)
             states[0] = 0
             y, starts = [], []
             for now in chunks(x):
                 starts.append(states[0].clone())
-                h = fill_chunk(decay, states, x[now], dt[now], A, b[now])
+                h = fill_chunk(decay, states, x[now], dt[now], A_ne, b[now])
                 y.append((c[now, :, None] @ h).squeeze(2))
                 states[0] = h[-1]
             ctx.save_for_backward(u, delta, A, B, C, D, torch.stack(starts))
@@ -89,31 +90,32 @@ class ChunkedScan(torch.autograd.Function):
         with torch.autocast(u.device.type, enabled=False):
             x, dt, b, c, dy_ = (time_first(v) for v in (delta * u, delta, B, C, dy))  # (L, B, E) and (L, B, N)
             dx, ddt, db, dc = (torch.empty_like(v) for v in (x, dt, b, c))
-            dA = torch.zeros_like(A.T)  # (N, E)
-            decay, states = chunk_buffers(x, A)
+            A_ne = A.T.contiguous()  # (N, E)
+            dA = torch.zeros_like(A_ne)
+            decay, states = chunk_buffers(x, A_ne)
             gradients = torch.empty_like(decay)
-            g_next = torch.zeros_like(states[0])  # a_{t+1} g_{t+1} where the later chunk begins; nothing after the last
+            carried = torch.zeros_like(states[0])  # a_{t+1} g_{t+1} from the chunk that follows in time
             for start, now in reversed(list(zip(starts, chunks(x), strict=True))):
                 states[0] = start
-                h = fill_chunk(decay, states, x[now], dt[now], A, b[now])
+                h = fill_chunk(decay, states, x[now], dt[now], A_ne, b[now])
                 dc[now] = (dy_[now, :, None] @ h.mT).squeeze(2)
 
                 a, g = decay[: len(h)], gradients[: len(h)]
                 torch.mul(c[now, :, :, None], dy_[now, :, None], out=g)
-                g[-1] += g_next
+                g[-1] += carried
+                a_t, g_t = a.unbind(), g.unbind()
                 for t in range(len(g) - 1, 0, -1):
-                    g[t - 1].addcmul_(a[t], g[t])
+                    g_t[t - 1].addcmul_(a_t[t], g_t[t])
                 dx[now] = (b[now, :, None] @ g).squeeze(2)
                 db[now] = (x[now, :, None] @ g.mT).squeeze(2)
 
-                dlog_a = a.mul_(g)  # d/d(delta_t A) = a_t h_{t-1} g_t
-                g_next = a[0].clone()
-                dlog_a.mul_(states[: len(h)])
-                dA += torch.mul(dlog_a, dt[now, :, None], out=g).sum((0, 1))
-                torch.sum(dlog_a.mul_(A.T), 2, out=ddt[now])
-            dx, ddt = dx.transpose(0, 1), ddt.transpose(0, 1)
-            du = (dx * delta).addcmul_(dy, D)
-            return du, ddt.addcmul_(dx, u), dA.T, db.transpose(0, 1), dc.transpose(0, 1), (dy * u).sum((0, 1))
+                a.mul_(g)
+                carried = a[0].clone()
+                a.mul_(states[: len(h)])  # a_t h_{t-1} g_t, the gradient of delta_t A
+                dA += torch.mul(a, dt[now, :, None], out=g).sum((0, 1))
+                torch.sum(a.mul_(A_ne), 2, out=ddt[now])
+            dx, ddt, db, dc = (v.transpose(0, 1) for v in (dx, ddt, db, dc))
+            return (dx * delta).addcmul_(dy, D), ddt.addcmul_(dx, u), dA.T, db, dc, (dy * u).sum((0, 1))
 
 
 def time_first(v: Tensor) -> Tensor:
@@ -124,20 +126,20 @@ def chunks(x: Tensor) -> list[slice]:
     return [slice(first, min(first + CHUNK, len(x))) for first in range(0, len(x), CHUNK)]
 
 
-def chunk_buffers(x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for a chunk's decays (T, B, N, E), and for its states with the one before it in front (1 + T, B, N, E)."""
-    T, (_, batch, E), N = min(CHUNK, len(x)), x.shape, A.shape[1]
-    return x.new_empty(T, batch, N, E), x.new_empty(1 + T, batch, N, E)
+def chunk_buffers(x: Tensor, A_ne: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for a chunk's decays (T, B, N, E), and for its states with the one before them (1 + T, B, N, E)."""
+    T, batch = min(CHUNK, len(x)), x.shape[1]
+    return x.new_empty(T, batch, *A_ne.shape), x.new_empty(1 + T, batch, *A_ne.shape)
 
 
-def fill_chunk(decay: Tensor, states: Tensor, x: Tensor, dt: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """Runs the recurrence from states[0] over x = delta u (T, B, E), dt (T, B, E) and b (T, B, N) -> h (T, B, N, E)."""
+def fill_chunk(decay: Tensor, states: Tensor, x: Tensor, dt: Tensor, A_ne: Tensor, b: Tensor) -> Tensor:
+    """Runs the recurrence from states[0] over x = delta u (T, B, E), dt (T, B, E), b (T, B, N) -> h (T, B, N, E)."""
     a, h = decay[: len(x)], states[1 : 1 + len(x)]
-    # exp(v) = 2^(v / ln 2): exp slows down a hundredfold below -87, where its result is subnormal; exp2 does not.
-    torch.mul(dt[:, :, None], A.T / math.log(2), out=a).exp2_()
+    # exp(v) = 2^(v / ln 2): exp can slow down a hundredfold where its result is subnormal, exp2 does not.
+    torch.mul(dt[:, :, None], A_ne / math.log(2), out=a).exp2_()
     torch.mul(x[:, :, None], b[..., None], out=h)
-    for t in range(len(x)):
-        h[t].addcmul_(a[t], states[t])
+    for a_t, h_t, h_before in zip(a.unbind(), h.unbind(), states.unbind(), strict=False):
+        h_t.addcmul_(a_t, h_before)
     return h
 
 
@@ -179,8 +181,15 @@ class Mamba(nn.Module):
         return self.out_proj(y * F.silu(gate))
 
     def causal_conv(self, x: Tensor) -> Tensor:
-        """A filter of its own per channel over the last d_conv tokens: (B, L, E) -> (B, L, E)."""
-        return self.conv1d(x.transpose(1, 2))[:, :, : x.shape[1]].transpose(1, 2)
+        """conv1d without the outputs that look ahead: (B, L, E) -> (B, L, E).
+
+        One shifted product per tap keeps E last; F.conv1d would need (B, E, L) and takes longer on a CPU.
+        """
+        taps = self.conv1d.weight.squeeze(1).T.contiguous()  # (d_conv, E), the last one meets the token itself
+        y = torch.addcmul(self.conv1d.bias, x, taps[-1])
+        for lag in range(1, len(taps)):
+            y[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
+        return y
 
     def forward_fused(self, tokens: Tensor, mamba_inner_fn) -> Tensor:
         """The same in one kernel, which wants time as the last axis."""
@@ -266,8 +275,9 @@ def choose_mamba_backend(name: str, device: torch.device) -> str:
     if name != "torch":
         try:
             _fused_kernel, reason = _working_kernel(device), "mamba-ssm's kernels run and agree with the plain scan"
-        except (ImportError, OSError, RuntimeError) as failure:  # OSError: built for another torch, a symbol is undefined
-            reason = f"no mamba-ssm kernels: {str(failure).splitlines()[0]}"
+        except (ImportError, OSError, RuntimeError) as failure:  # OSError: built for another torch
+            first_line, *_ = str(failure).split("\n")
+            reason = f"no mamba-ssm kernels: {first_line}"
     if name == "cuda" and _fused_kernel is None:
         raise BadInput(
             f"training.mamba_backend=cuda, but {reason}; pip install mamba-ssm causal-conv1d --no-build-isolation "
@@ -280,7 +290,7 @@ def choose_mamba_backend(name: str, device: torch.device) -> str:
 
 
 def _working_kernel(device: torch.device):
-    """mamba_inner_fn after a trial against the plain scan, because both packages import where their kernels cannot run."""
+    """mamba_inner_fn after a trial against the plain scan: the packages may import where their kernels cannot run."""
     if device.type != "cuda":
         raise RuntimeError(f"the device is {device.type}")
     import causal_conv1d.cpp_functions  # noqa: F401  mamba-ssm goes on without it and then fails in the first forward

@@ -1,0 +1,304 @@
+"""Demonstrations on disk: alignment, samples, split, language, and every way in which files were seen broken."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from libero_files import TASK, write_task_file
+
+from config import load_config
+from dataloader import (
+    EMBEDDINGS_FILE,
+    ChunkDataset,
+    FrameDataset,
+    LanguageTable,
+    TransitionDataset,
+    canonical_instruction,
+    load_demos,
+    load_language,
+    ordered_loader,
+    split_demos,
+    task_instruction,
+)
+from errors import BadInput
+
+INSTRUCTION = "pick up the milk and place it in the basket"
+LANGUAGE = LanguageTable("test encoder", {INSTRUCTION: torch.nn.functional.normalize(torch.ones(512), dim=0)})
+
+
+def data_config(directory, *overrides):
+    return load_config("conf/config.yaml", [f"data.data_directory={directory}", *overrides]).data
+
+
+def load(directory, *overrides, min_length=11):
+    return load_demos(data_config(directory, *overrides), min_length)
+
+
+# ------------------------------------------------------------------------------------------------------- alignment
+
+
+@pytest.mark.parametrize("recorded", ["before", "after"])
+def test_alignment_is_found_out_from_the_simulator_states(tmp_path, recorded):
+    write_task_file(tmp_path, alignment=recorded)
+    demos, observation = load(tmp_path)
+    assert observation["obs_alignment"] == recorded
+    assert {demo.lag for demo in demos} == {1 if recorded == "after" else 0}
+
+
+def test_alignment_can_be_forced(tmp_path):
+    write_task_file(tmp_path, alignment="after")
+    assert load(tmp_path, "data.obs_alignment=before")[1]["obs_alignment"] == "before"
+
+
+def test_files_that_disagree_about_the_alignment_are_refused(tmp_path):
+    write_task_file(tmp_path, alignment="after")
+    write_task_file(tmp_path, task="pick_up_the_butter_and_place_it_in_the_basket", alignment="before")
+    with pytest.raises(BadInput, match="obs_alignment is after, but pick_up_the_butter.* has before"):
+        load(tmp_path)
+
+
+def test_undecidable_alignment_asks_for_the_setting(tmp_path):
+    path = write_task_file(tmp_path)
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            del demo["states"]
+    with pytest.raises(BadInput, match=r"key states is missing.*set data\.obs_alignment"):
+        load(tmp_path)
+    assert load(tmp_path, "data.obs_alignment=after")[0]
+
+
+# --------------------------------------------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
+def test_a_chunk_starts_with_the_action_that_follows_its_observation(tmp_path, recorded, lag):
+    path = write_task_file(tmp_path, alignment=recorded, steps=30, demos=2)
+    demos, _ = load(tmp_path)
+    samples = ChunkDataset(demos, LANGUAGE, chunk_length=10)
+    assert len(samples) == 2 * (30 - lag - 10 + 1)
+    with h5py.File(path) as file:
+        demo = file["data/demo_1"]
+        sample = samples[len(samples) // 2 + 3]  # step 3 of the second demo
+        np.testing.assert_array_equal(sample["obs"]["agentview_rgb"], demo["obs/agentview_rgb"][3])
+        np.testing.assert_array_equal(sample["actions"], demo["actions"][3 + lag : 13 + lag].astype(np.float32))
+        last = samples[len(samples) - 1]
+        np.testing.assert_array_equal(last["actions"], demo["actions"][-10:].astype(np.float32))
+
+
+@pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
+@pytest.mark.parametrize("gap", [1, 5])
+def test_a_transition_holds_the_actions_between_its_two_observations(tmp_path, recorded, lag, gap):
+    path = write_task_file(tmp_path, alignment=recorded, demos=2)
+    demos, _ = load(tmp_path)
+    samples = TransitionDataset(demos, LANGUAGE, gap)
+    assert len(samples) == 2 * (30 - gap)
+    with h5py.File(path) as file:
+        demo = file["data/demo_0"]
+        sample = samples[7]
+        np.testing.assert_array_equal(sample["obs"]["eye_in_hand_rgb"], demo["obs/eye_in_hand_rgb"][7])
+        np.testing.assert_array_equal(sample["next_obs"]["eye_in_hand_rgb"], demo["obs/eye_in_hand_rgb"][7 + gap])
+        np.testing.assert_array_equal(sample["actions"], demo["actions"][7 + lag : 7 + gap + lag].astype(np.float32))
+
+
+def test_an_observation_is_uint8_pictures_float32_state_and_language(tmp_path):
+    write_task_file(tmp_path, image_size=48)
+    obs = FrameDataset(load(tmp_path)[0], LANGUAGE)[5]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in obs.items()} == {
+        "agentview_rgb": (torch.uint8, (48, 48, 3)),
+        "eye_in_hand_rgb": (torch.uint8, (48, 48, 3)),
+        "joint_states": (torch.float32, (7,)),
+        "gripper_states": (torch.float32, (2,)),
+        "language": (torch.float32, (512,)),
+    }
+
+
+@pytest.mark.parametrize("recorded", ["before", "after"])
+def test_stored_states_meet_the_chunks_of_their_own_frames(tmp_path, recorded):
+    write_task_file(tmp_path, alignment=recorded)
+    demos, _ = load(tmp_path)
+    frames = FrameDataset(demos, LANGUAGE)
+    states = torch.stack([obs["joint_states"] for obs in frames])  # the joints stand for z
+    with_obs, with_states = ChunkDataset(demos, LANGUAGE, 10), ChunkDataset(demos, LANGUAGE, 10, states)
+    for index in range(len(with_obs)):
+        assert torch.equal(with_obs[index]["obs"]["joint_states"], with_states[index]["z_t"])
+        assert torch.equal(with_obs[index]["actions"], with_states[index]["actions"])
+
+
+def test_loader_processes_give_the_same_batches_as_none(tmp_path):
+    write_task_file(tmp_path)
+    samples = TransitionDataset(load(tmp_path)[0], LANGUAGE, 1)
+    alone, helped = (list(ordered_loader(samples, 16, workers, False)) for workers in (0, 2))
+    assert sum(len(batch["actions"]) for batch in alone) == len(samples)
+    for first, second in zip(alone, helped, strict=True):
+        assert torch.equal(first["next_obs"]["agentview_rgb"], second["next_obs"]["agentview_rgb"])
+
+
+def test_openvlas_regenerated_files_are_read(tmp_path):
+    write_task_file(tmp_path, alignment="before", official=False, image_size=64)
+    demos, observation = load(tmp_path)
+    assert [demo.key for demo in demos] == ["demo_1", "demo_3", "demo_5"]  # gaps in the numbers
+    assert observation["obs_alignment"] == "before"
+    assert observation["image_size"] == 64
+    assert demos[0].task == INSTRUCTION
+
+
+def test_demos_are_taken_in_the_order_of_their_numbers(tmp_path):
+    write_task_file(tmp_path, demos=12)
+    assert [demo.key for demo in load(tmp_path, "data.demos_per_task=11")[0]] == [f"demo_{i}" for i in range(11)]
+
+
+# ----------------------------------------------------------------------------------------------- split and language
+
+
+def test_split_is_by_demo_seeded_and_complete(tmp_path):
+    write_task_file(tmp_path, demos=10)
+    demos, _ = load(tmp_path)
+    train, held_out = split_demos(demos, 0.8, seed=0)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert {demo.name for demo in train} | {demo.name for demo in held_out} == {demo.name for demo in demos}
+    assert not {demo.name for demo in train} & {demo.name for demo in held_out}
+    assert [demo.name for demo in split_demos(demos, 0.8, seed=0)[1]] == [demo.name for demo in held_out]
+    others = {tuple(demo.name for demo in split_demos(demos, 0.8, seed=seed)[1]) for seed in range(5)}
+    assert len(others) > 1
+
+
+def test_one_demo_cannot_be_split(tmp_path):
+    write_task_file(tmp_path, demos=1)
+    with pytest.raises(BadInput, match="has 1 demo, expected at least 2"):
+        split_demos(load(tmp_path)[0], 0.9, seed=0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pick up the milk and place it in the basket",  # the benchmark
+        "Pick the milk and place it in the basket",  # BDDL files and HDF5 attributes
+        " Pick up the milk and  place it in the basket.",
+        "pick_up_the_milk_and_place_it_in_the_basket",
+    ],
+)
+def test_every_spelling_of_an_instruction_is_one_task(text):
+    assert canonical_instruction(text) == INSTRUCTION
+
+
+def test_scene_prefix_of_libero_100_is_not_part_of_the_instruction(tmp_path):
+    path = write_task_file(tmp_path, task="KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet")
+    with h5py.File(path) as file:
+        assert task_instruction(path, file["data"]) == "close the top drawer of the cabinet"
+
+
+def test_a_renamed_file_takes_its_instruction_from_problem_info(tmp_path):
+    path = write_task_file(tmp_path).rename(tmp_path / "collected.hdf5")
+    with h5py.File(path) as file:
+        assert task_instruction(path, file["data"]) == INSTRUCTION
+
+
+def write_embeddings(directory, texts, vectors):
+    np.savez(directory / EMBEDDINGS_FILE, texts=np.array(texts), embeddings=vectors, encoder=np.array("test 1"))
+
+
+def test_embeddings_are_normalised_when_loaded(tmp_path):
+    write_embeddings(tmp_path, ["Pick the milk and place it in the basket"], np.full((1, 512), 11.0, np.float32))
+    table = load_language(tmp_path, [INSTRUCTION], 512)
+    assert table.encoder == "test 1"
+    assert table[INSTRUCTION].norm().item() == pytest.approx(1)
+
+
+def test_a_task_without_an_embedding_is_an_error_that_says_what_to_run(tmp_path):
+    with pytest.raises(BadInput, match=r"language_embeddings\.npz: no language embeddings; run `python embed_language"):
+        load_language(tmp_path, [INSTRUCTION], 512)
+    write_embeddings(tmp_path, ["close the drawer"], np.ones((1, 512), np.float32))
+    with pytest.raises(BadInput, match=f"no embedding for the task '{INSTRUCTION}'; run `python embed_language"):
+        load_language(tmp_path, [INSTRUCTION], 512)
+    with pytest.raises(BadInput, match="no language embedding for the task 'fly'"):
+        load_language(tmp_path, ["close the drawer"], 512)["fly"]
+
+
+# --------------------------------------------------------------------------------------------------- broken files
+
+
+def replace(demo: h5py.Group, key: str, value: np.ndarray) -> None:
+    del demo[key]
+    demo[key] = value
+
+
+BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
+    "no num_samples": (lambda d: d.attrs.__delitem__("num_samples"), "attribute num_samples is missing, expected 30"),
+    "wrong num_samples": (lambda d: d.attrs.modify("num_samples", 29), "num_samples is 29, but actions has 30 steps"),
+    "eight state dimensions": (
+        lambda d: replace(d, "obs/gripper_states", np.zeros((30, 1))),
+        r"key obs/gripper_states has shape \(30, 1\), expected \(30, 2\)",
+    ),
+    "flat gripper": (
+        lambda d: replace(d, "obs/gripper_states", np.zeros(30)),
+        r"obs/gripper_states has shape \(30,\), expected \(30, 2\)",
+    ),
+    "gripper in {0, 1}": (
+        lambda d: d["actions"].__setitem__((slice(None), 6), (d["actions"][:, 6] + 1) / 2),
+        r"gripper values \[0.0, 1.0\], expected -1 \(open\) or 1",
+    ),
+    "NaN action": (lambda d: d["actions"].__setitem__((3, 2), np.nan), "key actions holds NaN"),
+    "NaN joint": (lambda d: d["obs/joint_states"].__setitem__((3, 2), np.nan), "key obs/joint_states holds NaN"),
+    "large action": (lambda d: d["actions"].__setitem__((3, 2), 2.5), r"pose delta of size 2.5, expected values in"),
+    "seven-DoF joint actions": (
+        lambda d: replace(d, "actions", np.zeros((30, 8))),
+        r"key actions has shape \(30, 8\), expected \(T, 7\)",
+    ),
+    "mixed image sizes": (
+        lambda d: [replace(d, f"obs/{c}_rgb", np.ones((30, 16, 16, 3), np.uint8)) for c in ("agentview", "eye_in_hand")],
+        "images are 16 px, those of demo_0 32 px",
+    ),
+    "cameras of two sizes": (
+        lambda d: replace(d, "obs/eye_in_hand_rgb", np.ones((30, 16, 16, 3), np.uint8)),
+        r"key obs/eye_in_hand_rgb has shape \(30, 16, 16, 3\), expected square images of one size",
+    ),
+    "float images": (
+        lambda d: replace(d, "obs/agentview_rgb", np.ones((30, 32, 32, 3), np.float32)),
+        r"key obs/agentview_rgb is float32 .*, expected uint8 \(30, h, w, 3\)",
+    ),
+    "channels first": (
+        lambda d: replace(d, "obs/agentview_rgb", np.ones((30, 3, 32, 32), np.uint8)),
+        r"key obs/agentview_rgb is uint8 \(30, 3, 32, 32\)",
+    ),
+    "missing camera": (lambda d: d["obs"].__delitem__("eye_in_hand_rgb"), "key obs/eye_in_hand_rgb is missing"),
+    "black frames": (
+        lambda d: d["obs/agentview_rgb"].__setitem__(slice(None), 0),
+        "key obs/agentview_rgb starts with an all-black frame",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_demo_is_named_with_what_was_found_and_expected(tmp_path, damage):
+    path = write_task_file(tmp_path)
+    change, sentence = BROKEN[damage]
+    with h5py.File(path, "a") as file:
+        change(file["data/demo_1"])
+    with pytest.raises(BadInput, match=f"{path}: demo_1: .*{sentence}"):
+        load(tmp_path)
+
+
+def test_demos_shorter_than_a_chunk_or_longer_than_allowed_are_named(tmp_path):
+    path = write_task_file(tmp_path, steps=9)
+    with pytest.raises(BadInput, match=f"{path}: demo_0: has 9 steps, expected at least 11"):
+        load(tmp_path)
+    write_task_file(tmp_path, steps=40)
+    with pytest.raises(BadInput, match=r"demo_0: has 40 steps, data\.max_len_data allows 39"):
+        load(tmp_path, "data.max_len_data=39")
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = write_task_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:-5_000])
+    with pytest.raises(BadInput, match=f"{path}: not readable as HDF5, is it truncated"):
+        load(tmp_path)
+
+
+def test_missing_and_empty_directories_are_named(tmp_path):
+    with pytest.raises(BadInput, match=r"data\.data_directory: no such directory .*nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match=r"holds no \*\.hdf5 file"):
+        load(tmp_path)
+    (tmp_path / f"{TASK}_demo.hdf5").write_bytes(b"")
+    with pytest.raises(BadInput, match="not readable as HDF5"):
+        load(tmp_path)

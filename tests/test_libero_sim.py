@@ -1,0 +1,192 @@
+"""The simulator, against LIBERO's own environment as the definition. Needs a working renderer; takes half a minute."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import libero_sim
+from errors import BadInput
+from libero_sim import (
+    CAMERAS,
+    SIM_KEYS,
+    SIMULATOR_ERRORS,
+    from_simulator,
+    import_libero,
+    make_env,
+    make_suite,
+    task_init_states,
+)
+
+TASK = 6
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return make_suite("libero_object")
+
+
+@pytest.fixture(scope="module")
+def env(suite):
+    env = make_env(suite, TASK, SIZE)
+    yield env
+    env.close()
+
+
+def some_actions(count):
+    rng = np.random.default_rng(0)
+    return [np.append(rng.uniform(-1, 1, 6), -1.0) for _ in range(count)]
+
+
+def test_observe_equals_liberos_own_camera_observation(env, suite):
+    official = import_libero().OffScreenRenderEnv(
+        bddl_file_name=str(env.bddl_file), camera_heights=SIZE, camera_widths=SIZE, hard_reset=False
+    )
+    make_officials_renderer_current = official.env.sim._render_context_offscreen.gl_ctx.make_current
+    init_state = task_init_states(suite, TASK)[4]
+    for starts_from_init_state in (False, True):  # LIBERO reads its sensors 2 ms earlier after set_init_state
+        env.reset(seed=3)
+        official.seed(3)
+        official.robots[0].gripper.current_action = np.zeros(2)  # as the slow hard_reset would leave it
+        make_officials_renderer_current()
+        expected = official.reset()
+        if starts_from_init_state:
+            env.set_init_state(init_state)
+            make_officials_renderer_current()
+            expected = official.set_init_state(init_state)
+        for action in some_actions(4):
+            found = env.observe()
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_array_equal(found[name], value, err_msg=name)
+            env.step(action)
+            make_officials_renderer_current()
+            expected = official.step(action)[0]
+    make_officials_renderer_current()
+    official.close()
+
+
+def test_observation_has_the_repos_names_and_types_and_is_not_flipped(env):
+    env.reset(seed=0)
+    env_obs = env.observe()
+    obs = from_simulator(env_obs)
+    assert {name: (value.shape, value.dtype) for name, value in obs.items()} == {
+        "agentview_rgb": ((SIZE, SIZE, 3), np.uint8),
+        "eye_in_hand_rgb": ((SIZE, SIZE, 3), np.uint8),
+        "joint_states": ((7,), np.float32),
+        "gripper_states": ((2,), np.float32),
+    }
+    for name, sim_name in SIM_KEYS.items():
+        np.testing.assert_array_equal(obs[name], env_obs[sim_name].astype(obs[name].dtype))
+
+
+def test_a_picture_drawn_later_equals_the_live_one(env):
+    env.reset(seed=1)
+    first, *others = some_actions(4)
+    env.step(first)
+    live, poses = env.observe(), env.poses()
+    for action in others:
+        env.step(action)
+    state_before_drawing = env.state()
+    for name, picture in env.draw(poses).items():
+        np.testing.assert_array_equal(picture, live[name])
+        assert not np.array_equal(picture, env.observe()[name])  # the scene has moved on
+    np.testing.assert_array_equal(env.state(), state_before_drawing)
+
+
+def test_thinned_meshes_leave_physics_untouched(env, suite):
+    thinned = make_env(suite, TASK, SIZE, visual_mesh_ratio=0.2)
+    for each in (env, thinned):
+        each.reset(seed=2)
+    for action in some_actions(10):
+        assert env.step(action) == thinned.step(action)
+    np.testing.assert_array_equal(env.state(), thinned.state())
+    full, thin = env.observe(), thinned.observe()
+    triangles = [each.sim.model._model.mesh_facenum.sum() for each in (env, thinned)]
+    thinned.close()
+    assert triangles[1] < 0.5 * triangles[0]
+    for camera in CAMERAS:
+        difference = np.abs(full[f"{camera}_image"].astype(int) - thin[f"{camera}_image"])
+        assert 0 < difference.mean() < 4  # of 255: another picture, but hardly so
+
+
+def test_reset_with_a_seed_repeats_the_episode_whatever_was_before(env):
+    states = []
+    for seed in (5, 6, 5):
+        env.reset(seed=seed)
+        for action in some_actions(5):
+            env.step(action)
+        states.append(env.state())
+        for _ in range(5):
+            env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))  # a closing gripper must not be remembered
+    np.testing.assert_array_equal(states[0], states[2])
+    assert not np.array_equal(states[0], states[1])
+
+
+def test_start_pose_is_noisy(env):
+    def joints_after_reset(std, seed):
+        env.reset(seed=0)
+        env.add_start_noise(np.random.default_rng(seed), std)
+        return env.proprioception()["robot0_joint_pos"]
+
+    still = joints_after_reset(0.0, 0)
+    np.testing.assert_array_equal(still, env.domain.robots[0].init_qpos)
+    offsets = np.array([joints_after_reset(0.02, seed) - still for seed in range(30)])  # 210 draws: std is known to 5%
+    assert 0.016 < offsets.std() < 0.024
+
+
+def test_a_simulation_that_breaks_down_is_a_simulator_error(env, monkeypatch):
+    def diverge(action):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(env._env, "step", diverge)
+    with pytest.raises(SIMULATOR_ERRORS, match="SVD did not converge"):
+        env.step(np.zeros(7))
+
+
+def test_init_states_are_loaded_and_reproduced(env, suite):
+    init_states = task_init_states(suite, TASK)
+    assert init_states.shape == (50, 110)
+    assert init_states.dtype == np.float64
+    env.reset()
+    env.set_init_state(init_states[7])
+    np.testing.assert_array_equal(env.state(), init_states[7])
+
+
+def test_init_states_stored_with_torch_save_are_loaded(tmp_path):
+    init_states = np.random.default_rng(0).normal(size=(3, 110))
+    torch.save(init_states, tmp_path / "upstream.pruned_init")
+    upstream_suite = SimpleNamespace(get_task_init_states=lambda task_id: torch.load(tmp_path / "upstream.pruned_init"))
+    np.testing.assert_array_equal(task_init_states(upstream_suite, 0), init_states)
+
+
+def test_unknown_suite_is_answered_with_the_known_ones():
+    with pytest.raises(BadInput, match=r"libero_objekt.*libero_goal.*libero_object"):
+        make_suite("libero_objekt")
+
+
+def test_upstreams_first_question_is_answered_once(tmp_path, monkeypatch):
+    package = tmp_path / "libero/libero/__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text('answer = input("Do you want to specify a custom path for the dataset folder? (Y/N): ")')
+    monkeypatch.setattr(libero_sim.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
+    config_file = tmp_path / "config/config.yaml"
+
+    libero_sim._answer_upstreams_first_question()
+    assert f"bddl_files: {package.parent / 'bddl_files'}\n" in config_file.read_text()
+    config_file.write_text("the user's own")
+    libero_sim._answer_upstreams_first_question()
+    assert config_file.read_text() == "the user's own"
+
+
+def test_missing_renderer_names_the_packages(monkeypatch):
+    def load(name):
+        raise OSError(name)
+
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(libero_sim.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(libero_sim.ctypes, "CDLL", load)
+    with pytest.raises(BadInput, match="apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"):
+        libero_sim._check_renderer_library()

@@ -1,0 +1,260 @@
+"""The model's parts against the guide's table, the paper's equations, and the laws they must obey."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from action_policy import Normalizer
+from config import ModelConfig, load_config
+from jepa.temporal_predictor import covariance_loss, representation_health, temporal_jepa_losses, variance_loss
+from jepa.tokenizer import resize_images
+from statevla_model import StateVLA, StateVLATrainer, build_trainer, count_parameters
+
+SMALL = [
+    "model.image_size=32", "model.embed_dim=32", "model.state_dim=32", "model.encoder_depth=2",
+    "model.policy_embed_dim=32", "training.phase1.temporal_predictor_hidden_dim=48",
+    "training.phase1.inverse_dynamics_weight=1.0", "model.prediction_gap=2",
+]  # fmt: skip
+
+
+def small_config(*overrides):
+    return load_config("conf/config.yaml", [*SMALL, *overrides])
+
+
+def random_observation(batch: int, image_size: int = 32) -> dict:
+    return {
+        "agentview_rgb": torch.randint(0, 256, (batch, image_size, image_size, 3), dtype=torch.uint8),
+        "eye_in_hand_rgb": torch.randint(0, 256, (batch, image_size, image_size, 3), dtype=torch.uint8),
+        "joint_states": torch.randn(batch, 7),
+        "gripper_states": torch.rand(batch, 2) * 0.04,
+        "language": nn.functional.normalize(torch.randn(batch, 512), dim=-1),
+    }
+
+
+def fitted(model: StateVLA) -> StateVLA:
+    model.state_normalizer.fit(torch.randn(100, model.config.state_dim))
+    model.policy.normalizer.fit(torch.rand(100, 6) - 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def guide_model() -> StateVLA:
+    return StateVLA(ModelConfig(**load_config("conf/config.yaml").to_dict()["model"]))
+
+
+# ---------------------------------------------------------------------------------------------- the guide's table
+
+
+def test_parameter_counts_are_those_of_the_guides_table(guide_model):
+    encoder = guide_model.state_encoder
+    tokenizer = encoder.tokenizer
+    assert count_parameters(tokenizer.agentview, tokenizer.eye_in_hand) == 494_080
+    assert count_parameters(tokenizer.language) == 131_328
+    assert count_parameters(tokenizer.robot_state) == 68_352
+    assert count_parameters(encoder.encoder) == 12 * 1_028_096
+    assert count_parameters(encoder.predictor) == pytest.approx(1.05e6, rel=0.01)
+    assert 1.7e6 < count_parameters(guide_model.policy) < 1.9e6
+    assert count_parameters(guide_model.gripper) == 134_154
+    on_robot = count_parameters(tokenizer, encoder.encoder, guide_model.policy, guide_model.gripper)
+    assert on_robot == pytest.approx(14.9e6, rel=0.01)
+
+
+def test_a_frame_becomes_395_tokens_with_cls_last(guide_model):
+    tokenizer = guide_model.state_encoder.tokenizer
+    obs = random_observation(1, image_size=128)
+    tokens = tokenizer(obs)
+    assert tokens.shape == (1, 395, 256)
+    assert torch.equal(tokens[0, 0], tokenizer.language(obs["language"])[0])
+    assert torch.equal(tokens[0, 2:198], tokenizer.agentview(obs["agentview_rgb"])[0])
+    assert torch.equal(tokens[0, 198:394], tokenizer.eye_in_hand(obs["eye_in_hand_rgb"])[0])
+    assert torch.equal(tokens[0, -1], tokenizer.cls[0, 0])
+
+
+# --------------------------------------------------------------------------------------------- observations and z
+
+
+@pytest.mark.parametrize("key", ["language", "joint_states", "gripper_states", "agentview_rgb", "eye_in_hand_rgb"])
+def test_every_part_of_the_observation_reaches_z(key):
+    model = build_trainer(small_config(), 1).model.double()
+    obs = random_observation(2)
+    other = dict(obs)
+    other[key] = 255 - obs[key] if obs[key].dtype == torch.uint8 else obs[key] + 0.01
+    assert not torch.equal(model.encode(obs), model.encode(other))
+
+
+def test_images_are_resized_as_pillow_resizes_them():
+    from PIL import Image
+
+    image = torch.randint(0, 256, (1, 96, 96, 3), dtype=torch.uint8)
+    smooth = nn.functional.avg_pool2d(image.permute(0, 3, 1, 2).float(), 5, 1, 2).to(torch.uint8).permute(0, 2, 3, 1)
+    ours = resize_images(smooth, 64)[0].permute(1, 2, 0).numpy().astype(int)
+    pillow = Image.fromarray(smooth[0].numpy()).resize((64, 64), Image.Resampling.BILINEAR)
+    assert abs(ours - __import__("numpy").asarray(pillow).astype(int)).max() <= 2
+
+
+def test_prediction_is_a_chunk_in_robot_units():
+    model = fitted(build_trainer(small_config(), 2).model)
+    actions = model.predict(random_observation(3))
+    assert actions.shape == (3, 10, 7)
+    assert actions[..., :6].abs().max() <= 1
+    assert set(actions[..., 6].unique().tolist()) <= {-1.0, 1.0}
+
+
+def test_a_model_without_fitted_statistics_does_not_pass_for_a_trained_one():
+    assert build_trainer(small_config(), 2).model.predict(random_observation(2))[..., :6].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------ phase 1's losses
+
+
+def test_predictor_starts_as_the_copy_baseline():
+    predictor = build_trainer(small_config(), 1).model.state_encoder.predictor
+    z_t = torch.randn(4, 32)
+    assert torch.equal(predictor(z_t, torch.randn(4, 2, 7)), z_t)
+
+
+def test_variance_loss_is_zero_for_unit_std_and_one_for_collapse():
+    z = torch.randn(20_000, 8)
+    assert variance_loss(2 * z).item() == 0
+    assert variance_loss(0.25 * z).item() == pytest.approx(0.75, abs=0.01)
+    assert variance_loss(torch.ones(50, 8)).item() == pytest.approx(1 - math.sqrt(1e-4), abs=1e-5)
+
+
+def test_covariance_loss_is_the_mean_squared_off_diagonal():
+    z = torch.randn(64, 5, dtype=torch.float64)
+    covariance = torch.cov(z.T)
+    expected = sum(covariance[i, j] ** 2 for i in range(5) for j in range(5) if i != j) / 5
+    assert covariance_loss(z).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_effective_rank_counts_the_dimensions_in_use():
+    z = torch.zeros(4_000, 10)
+    z[:, :3] = torch.randn(4_000, 3)
+    assert representation_health(z)["effective_rank"].item() == pytest.approx(3, rel=0.01)
+    assert representation_health(z)["z_std"].item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_vicreg_acts_on_z_and_on_the_prediction():
+    alive, dead = torch.randn(500, 8), torch.zeros(500, 8)
+    assert temporal_jepa_losses(dead, alive, alive)["jepa_variance"] > 0.4
+    assert temporal_jepa_losses(alive, dead, alive)["jepa_variance"] > 0.4
+
+
+def test_target_is_an_exact_ema_of_tokenizer_and_encoder():
+    trainer = build_trainer(small_config(), 1)
+    encoder = trainer.model.state_encoder
+    online = dict([*encoder.tokenizer.named_parameters("tokenizer"), *encoder.encoder.named_parameters("encoder")])
+    target = dict(encoder.target.named_parameters())
+    assert online.keys() == target.keys()
+    with torch.no_grad():
+        for parameter in online.values():
+            parameter += torch.randn_like(parameter)
+    expected = {name: 0.9 * target[name] + 0.1 * online[name] for name in online}
+    trainer.update_target(0.9)
+    for name, value in expected.items():
+        torch.testing.assert_close(target[name], value)
+    trainer.update_target(0.0)
+    obs = random_observation(2)
+    torch.testing.assert_close(encoder.target(obs), encoder(obs))
+
+
+def phase1_batch(batch: int = 4) -> dict:
+    return {"obs": random_observation(batch), "next_obs": random_observation(batch), "actions": torch.randn(batch, 2, 7)}
+
+
+def test_phase1_trains_the_encoder_and_never_the_target_or_the_policy():
+    trainer = build_trainer(small_config(), 1)
+    trainer(phase1_batch())["loss"].backward()
+    encoder = trainer.model.state_encoder
+    for module in (encoder.tokenizer, encoder.encoder, encoder.predictor, trainer.inverse_dynamics):
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    for module in (encoder.target, trainer.model.policy, trainer.model.gripper):
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.parameters())
+
+
+def test_phase1_loss_is_the_weighted_sum_of_its_named_terms():
+    losses = build_trainer(small_config("training.phase1.variance_weight=2.0"), 1)(phase1_batch())
+    expected = losses["jepa_mse"] + 2 * losses["jepa_variance"] + 0.04 * losses["jepa_covariance"]
+    torch.testing.assert_close(losses["loss"], expected + losses["inverse_dynamics"])
+
+
+# ------------------------------------------------------------------------------------------------ phase 2's losses
+
+
+def test_phase2_trains_policy_and_gripper_alone():
+    trainer = StateVLATrainer(fitted(build_trainer(small_config(), 2).model), 2)
+    actions = torch.cat([torch.rand(4, 10, 6) - 0.5, torch.ones(4, 10, 1)], dim=-1)
+    losses = trainer({"obs": random_observation(4), "actions": actions})
+    losses["loss"].backward()
+    assert losses["action_loss"] == losses["pos_rot_loss"] + losses["gripper_loss"]
+    assert all(p.grad is not None for m in (trainer.model.policy, trainer.model.gripper) for p in m.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in trainer.model.state_encoder.parameters())
+
+
+def test_the_frozen_encoder_stays_in_eval_mode():
+    trainer = build_trainer(small_config(), 2).train()
+    assert not any(module.training for module in trainer.model.state_encoder.modules())
+    assert all(module.training for module in trainer.model.policy.modules())
+
+
+def test_phase2_on_stored_states_equals_phase2_on_observations():
+    trainer = StateVLATrainer(fitted(build_trainer(small_config(), 2).model), 2)
+    obs, actions = random_observation(4), torch.ones(4, 10, 7) * 0.3
+    actions[..., 6] = 1
+    torch.manual_seed(3)
+    from_obs = trainer({"obs": obs, "actions": actions})
+    torch.manual_seed(3)
+    from_states = trainer({"z_t": trainer.model.encode(obs).detach(), "actions": actions})
+    torch.testing.assert_close(from_obs["loss"], from_states["loss"])
+
+
+def test_flow_loss_is_zero_when_the_velocity_is_exact():
+    policy = fitted(build_trainer(small_config(), 2).model).policy
+    chunk = (torch.rand(1, 10, 6) - 0.5).expand(64, -1, -1)
+    x_0 = policy.normalizer.normalize(chunk)
+
+    def exact_velocity(x_sigma, sigma, z_t):  # x_sigma = (1 - sigma) x_0 + sigma noise, so noise - x_0 is:
+        return (x_sigma - x_0) / sigma[:, None, None]
+
+    policy.velocity = exact_velocity
+    assert policy.loss(torch.zeros(64, 32), chunk).max() < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_sampling_recovers_actions_when_the_velocity_is_exact(steps):
+    policy = fitted(build_trainer(small_config(), 2).model).policy
+    chunk = torch.rand(8, 10, 6) - 0.5
+    x_0 = policy.normalizer.normalize(chunk)
+    policy.velocity = lambda x, sigma, z_t: (x - x_0) / sigma[:, None, None]
+    recovered = policy.sample(torch.zeros(8, 32), steps, torch.randn(8, 10, 6))
+    torch.testing.assert_close(recovered, chunk, atol=1e-5, rtol=0)
+
+
+def test_gripper_labels_map_open_to_zero_and_close_to_one():
+    gripper = build_trainer(small_config(), 2).model.gripper
+    z = torch.randn(5, 32)
+    commands = torch.where(torch.rand(5, 10) > 0.5, 1.0, -1.0)
+    probability = gripper(z).sigmoid()
+    expected = -torch.where(commands > 0, probability.log(), (1 - probability).log()).mean(dim=1)
+    torch.testing.assert_close(gripper.loss(z, commands), expected)
+    torch.testing.assert_close(gripper.sample(z), torch.where(probability > 0.5, 1.0, -1.0))
+
+
+def test_normalizer_inverts_itself_and_leaves_a_constant_dimension_alone():
+    values = torch.randn(200, 6) * torch.tensor([0.3, 0.4, 0.4, 0.02, 0.05, 0.0]) + 0.1
+    normalizer = Normalizer(6)
+    normalizer.fit(values)
+    normalized = normalizer.normalize(values)
+    torch.testing.assert_close(normalized[:, :5].std(dim=0, correction=0), torch.ones(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalized[:, 5], torch.zeros(200))
+    torch.testing.assert_close(normalizer.unnormalize(normalized), values)
+
+
+def test_the_same_generator_gives_the_same_chunk_and_zero_start_needs_none():
+    model, obs = fitted(build_trainer(small_config(), 2).model), random_observation(2)
+    first, second = (model.predict(obs, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, model.predict(obs, generator=torch.Generator().manual_seed(6)))
+    assert torch.equal(model.predict(obs, flow_start="zero"), model.predict(obs, flow_start="zero"))

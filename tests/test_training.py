@@ -1,0 +1,384 @@
+"""train.py and eval.py as processes: checkpoints, resume, two processes with gloo, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from libero_files import write_task_file
+from test_model import fitted, phase1_batch, small_config
+from torch.nn.parallel import DistributedDataParallel
+
+from dataloader import gather_rows
+from errors import BadInput
+from statevla_model import StateVLATrainer, build_trainer, load_checkpoint, read_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "model.image_size": 32,
+    "model.embed_dim": 32,
+    "model.state_dim": 32,
+    "model.encoder_depth": 2,
+    "model.policy_layers": 1,
+    "model.policy_embed_dim": 32,
+    "training.phase1.temporal_predictor_hidden_dim": 32,
+    "training.phase1.num_epochs": 3,
+    "training.phase2.num_epochs": 3,
+    "training.batch_size": 16,
+    "training.num_workers": 0,
+    "training.log_interval": 1,
+    "training.save_interval": 1,
+    "training.learning_rate": 1e-3,
+    "training.phase1.learning_rate": "null",
+    "training.phase2.learning_rate": "null",
+    "training.device": "cpu",
+}
+
+
+def run(*command: object, expect: int = 0) -> subprocess.CompletedProcess:
+    """Runs a script of the repo with one thread (two would only wait for each other on models this small)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def settings(**changes: object) -> list[str]:
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return [word for key, value in (SMALL | changes).items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("demos")
+    write_task_file(directory, demos=4)
+    write_task_file(directory, task="pick_up_the_butter_and_place_it_in_the_basket", demos=4, seed=1)
+    run("embed_language.py", "--data_directory", directory, "--encoder", "offline")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> Path:
+    """The guide's two commands, phase 1 then phase 2."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    both = settings(data__data_directory=data, training__checkpoint_directory=directory)
+    run("train.py", "--config", "conf/config.yaml", "--phase", 1, *both)
+    run(
+        "train.py", "--config", "conf/config.yaml", "--phase", 2,
+        "--phase1_checkpoint", directory / "phase1_temporal_jepa/checkpoint_best.pt", *both,
+    )  # fmt: skip
+    return directory
+
+
+def metrics(directory: Path, split: str) -> list[dict]:
+    lines = (json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["split"] == split]
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("phase, folder", [(1, "phase1_temporal_jepa"), (2, "phase2_flow_matching")])
+def test_checkpoints_have_the_guides_files_and_keys(runs, phase, folder):
+    names = {path.name for path in (runs / folder).glob("*.pt")}
+    epochs = {f"checkpoint_epoch_{epoch}.pt" for epoch in (1, 2, 3)}
+    assert names == {"checkpoint_latest.pt", "checkpoint_best.pt"} | epochs
+    checkpoint = torch.load(runs / folder / "checkpoint_latest.pt", weights_only=True)
+    assert {"epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase"} <= checkpoint.keys()
+    assert (checkpoint["epoch"], checkpoint["phase"]) == (3, phase)
+    assert isinstance(checkpoint["loss"], float)
+    assert checkpoint["config"]["model"]["embed_dim"] == 32
+    assert set(checkpoint["language"]["embeddings"]) == {
+        f"pick up the {thing} and place it in the basket" for thing in ("milk", "butter")
+    }
+
+
+@pytest.mark.parametrize("folder", ["phase1_temporal_jepa", "phase2_flow_matching"])
+def test_best_checkpoint_is_that_of_the_lowest_validation_loss(runs, folder):
+    losses = {line["epoch"]: line["loss"] for line in metrics(runs / folder, "validation")}
+    best = read_checkpoint(runs / folder / "checkpoint_best.pt")
+    assert best["epoch"] == min(losses, key=losses.get)
+    assert best["loss"] == pytest.approx(min(losses.values()))
+
+
+def test_logs_have_the_guides_names(runs):
+    phase1 = metrics(runs / "phase1_temporal_jepa", "train")[0]
+    phase2 = metrics(runs / "phase2_flow_matching", "train")[0]
+    assert {"jepa_mse", "jepa_variance", "jepa_covariance", "learning_rate"} <= phase1.keys()
+    assert {"pos_rot_loss", "gripper_loss", "action_loss"} <= phase2.keys()
+    assert phase2["action_loss"] == pytest.approx(phase2["pos_rot_loss"] + phase2["gripper_loss"], rel=1e-5)
+
+
+def test_phase2_leaves_the_encoder_bit_identical(runs):
+    before = read_checkpoint(runs / "phase1_temporal_jepa/checkpoint_best.pt")["model_state_dict"]
+    after = read_checkpoint(runs / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
+    encoder = [name for name in before if name.startswith("model.state_encoder.")]
+    assert len(encoder) > 50
+    assert all(torch.equal(before[name], after[name]) for name in encoder)
+    policy = [name for name in before if name.startswith(("model.policy.", "model.gripper."))]
+    assert all(not torch.equal(before[name], after[name]) for name in policy if name.endswith("weight"))
+
+
+def test_action_statistics_are_those_of_the_training_demos(runs, data):
+    checkpoint = read_checkpoint(runs / "phase2_flow_matching/checkpoint_best.pt")
+    actions = []
+    for path in sorted(data.glob("*.hdf5")):
+        with h5py.File(path) as file:
+            demos = [key for key in file["data"] if f"{path.name}/{key}" not in checkpoint["held_out_demos"]]
+            actions += [torch.from_numpy(file["data"][key]["actions"][:, :6]) for key in demos]
+    assert len(actions) == 6
+    actions = torch.cat(actions)
+    state = checkpoint["model_state_dict"]
+    torch.testing.assert_close(state["model.policy.normalizer.mean"].double(), actions.mean(dim=0))
+    torch.testing.assert_close(state["model.policy.normalizer.std"].double(), actions.std(dim=0, correction=0))
+
+
+def test_a_checkpoint_rebuilds_its_model_alone(runs, tmp_path):
+    copy = tmp_path / "elsewhere.pt"
+    copy.write_bytes((runs / "phase2_flow_matching/checkpoint_best.pt").read_bytes())
+    model = load_checkpoint(copy)
+    weights = read_checkpoint(copy)["model_state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[f"model.{name}"]), name
+    assert not model.training
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint_latest.pt"
+    save_checkpoint({"epoch": 1}, path)
+    with pytest.raises(AttributeError):
+        save_checkpoint({"epoch": 2, "cannot be saved": lambda: None}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("phase, folder", [(1, "phase1_temporal_jepa"), (2, "phase2_flow_matching")])
+def test_resume_continues_the_same_loss_curve(runs, data, tmp_path, phase, folder):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    run("train.py", "--phase", phase, "--checkpoint", runs / folder / "checkpoint_epoch_2.pt", *both)
+    whole, resumed = (read_checkpoint(root / folder / "checkpoint_latest.pt") for root in (runs, tmp_path))
+    for name, value in whole["model_state_dict"].items():
+        torch.testing.assert_close(value, resumed["model_state_dict"][name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert whole["best_loss"] == resumed["best_loss"]
+    for split in ("train", "validation"):
+        lines = [line for line in metrics(runs / folder, split) if line["epoch"] == 3]
+        again = metrics(tmp_path / folder, split)
+        assert [line["loss"] for line in lines] == [line["loss"] for line in again]
+        assert [line["step"] for line in lines] == [line["step"] for line in again]
+
+
+def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase1__num_epochs=1)
+    run("train.py", "--phase", 1, *both)
+    first = (tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt").read_bytes()
+    said = run("train.py", "--phase", 1, *both).stdout
+    assert (tmp_path / "phase1_temporal_jepa_earlier_1/checkpoint_latest.pt").read_bytes() == first
+    assert "is kept as" in said
+
+
+def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
+    changes = {"wandb__mode": "offline", "training__phase1__num_epochs": 1}
+    run("train.py", "--phase", 1, *settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes))
+    assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
+
+
+# --------------------------------------------------------------------------------------------------- two processes
+
+
+def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    trainer = build_trainer(small_config(), 1).double()
+    batch = phase1_batch(8)
+    own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    share = {
+        "obs": {name: value[own] for name, value in batch["obs"].items()},
+        "next_obs": {name: value[own] for name, value in batch["next_obs"].items()},
+        "actions": batch["actions"][own].double(),
+    }
+    DistributedDataParallel(trainer)(share)["loss"].backward()
+    gradients = {name: p.grad for name, p in trainer.named_parameters() if p.requires_grad}
+    rows = gather_rows(torch.arange(rank + 1)[:, None])  # rank 0 has one row, rank 1 two
+    torch.save({"gradients": gradients, "rows": rows}, f"{results}_{ranks}_{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
+    for ranks in (1, 2):
+        arguments = (ranks, tmp_path / f"store{ranks}", tmp_path / "rank")
+        multiprocessing.spawn(gradients_of_one_rank, arguments, nprocs=ranks)
+    alone, first, second = (torch.load(tmp_path / f"rank_{name}") for name in ("1_0", "2_0", "2_1"))
+    assert len(alone["gradients"]) > 40
+    for name, gradient in alone["gradients"].items():
+        assert torch.equal(first["gradients"][name], second["gradients"][name]), name
+        torch.testing.assert_close(first["gradients"][name], gradient, rtol=1e-6, atol=1e-10, msg=name)
+    assert first["rows"].flatten().tolist() == second["rows"].flatten().tolist() == [0, 0, 1]
+
+
+def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, data, tmp_path):
+    half = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__batch_size=8)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py"]
+    run(*torchrun, "--config", "conf/config.yaml", "--phase", 1, *half)
+    alone, together = (
+        read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"] for root in (runs, tmp_path)
+    )
+    for name, value in alone.items():  # 30-odd AdamW steps amplify rounding, unsynchronised ranks would be far off
+        torch.testing.assert_close(together[name], value, rtol=0, atol=2e-3, equal_nan=True, msg=name)
+    validation = [metrics(root / "phase1_temporal_jepa", "validation")[-1]["loss"] for root in (runs, tmp_path)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-3)
+
+    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    run(*torchrun, "--phase", 2, "--phase1_checkpoint", encoder, *half)
+    state = [
+        read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"] for root in (runs, tmp_path)
+    ]
+    for name in ("model.state_normalizer.mean", "model.state_normalizer.std", "model.policy.normalizer.mean"):
+        torch.testing.assert_close(state[0][name], state[1][name], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_offline_evaluation_compares_in_robot_units_on_held_out_demos(runs, tmp_path):
+    output = tmp_path / "offline.json"
+    said = run(
+        "eval.py", "--checkpoint", runs / "phase2_flow_matching/checkpoint_best.pt", "--output", output,
+        "--flow_start", "zero", "--sample_steps", 2,
+    ).stdout  # fmt: skip
+    result = json.loads(output.read_text())
+    assert list(result["mse"]) == ["x", "y", "z", "rx", "ry", "rz", "gripper"]
+    assert all(name in said for name in result["mse"])
+
+    checkpoint = read_checkpoint(runs / "phase2_flow_matching/checkpoint_best.pt")
+    model = load_checkpoint(runs / "phase2_flow_matching/checkpoint_best.pt")
+    predicted, demonstrated = [], []
+    for name in checkpoint["held_out_demos"]:
+        file_name, key = name.split("/")
+        task = " ".join(file_name.removesuffix("_demo.hdf5").split("_"))
+        with h5py.File(Path(checkpoint["config"]["data"]["data_directory"]) / file_name) as file:
+            demo = file["data"][key]
+            for t in range(30 - 1 - 10 + 1):
+                obs = {k: torch.from_numpy(demo["obs"][k][t])[None] for k in demo["obs"]}
+                obs["language"] = checkpoint["language"]["embeddings"][task][None]
+                predicted.append(model.predict(obs, sample_steps=2, flow_start="zero")[0])
+                demonstrated.append(torch.from_numpy(demo["actions"][t + 1 : t + 11]))
+    predicted, demonstrated = torch.stack(predicted), torch.stack(demonstrated)
+    mse = (predicted - demonstrated).square().mean(dim=(0, 1))
+    assert list(result["mse"].values()) == pytest.approx(mse.tolist(), rel=1e-4)
+    accuracy = (predicted[..., 6] == demonstrated[..., 6]).float().mean().item()
+    assert result["gripper_accuracy"] == pytest.approx(accuracy)
+
+
+def test_learning_curves_are_drawn(runs):
+    run("plot_curves.py", runs / "phase1_temporal_jepa", runs / "phase2_flow_matching")
+    assert (runs / "phase1_temporal_jepa/curves.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def one_sentence(done: subprocess.CompletedProcess) -> str:
+    """The last line of stderr; there must be no traceback and one error."""
+    assert "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def test_phase2_refuses_to_start_without_an_encoder():
+    assert "train.py --phase 1" in one_sentence(run("train.py", "--phase", 2, expect=2))
+
+
+def test_there_is_no_phase_3():
+    assert "--phase 3: expected 1" in one_sentence(run("train.py", "--phase", 3, expect=2))
+
+
+def test_the_guides_untouched_config_asks_for_the_data_directory():
+    said = one_sentence(run("train.py", "--config", "conf/config.yaml", "--phase", 1, expect=2))
+    assert "data.data_directory" in said and "/path/to/libero_object" in said
+
+
+def test_a_batch_larger_than_the_data_is_named(data, tmp_path):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    said = one_sentence(run("train.py", "--phase", 1, "--batch_size", 5000, *both, expect=2))
+    assert "training.batch_size is 5000" in said and "174 training samples" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_where_there_is_none_is_named(data):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    both = settings(data__data_directory=data, training__device="cuda")
+    assert "device cuda was asked for" in one_sentence(run("train.py", "--phase", 1, *both, expect=2))
+
+
+def test_failing_to_start_touches_nothing_of_an_earlier_run(runs, data):
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    both = settings(data__data_directory=data, training__checkpoint_directory=runs, model__d_state=8)
+    folder = runs / "phase1_temporal_jepa"
+    said = one_sentence(run("train.py", "--phase", 1, "--checkpoint", folder / "checkpoint_latest.pt", *both, expect=2))
+    assert "model.d_state is 16, but this run has 8" in said
+    said = one_sentence(run("train.py", "--phase", 2, "--checkpoint", folder / "checkpoint_latest.pt", *both, expect=2))
+    assert "key phase is 1, expected a checkpoint of phase 2" in said
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
+def test_embeddings_of_another_encoder_are_refused(runs, data, tmp_path):
+    import numpy as np
+
+    for path in data.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    with np.load(data / "language_embeddings.npz") as archive:
+        arrays = dict(archive)
+    (tmp_path / "language_embeddings.npz").unlink()
+    np.savez(tmp_path / "language_embeddings.npz", **(arrays | {"encoder": np.array("another encoder")}))
+    both = settings(data__data_directory=tmp_path, training__checkpoint_directory=tmp_path / "runs")
+    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    said = one_sentence(run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both, expect=2))
+    assert "language encoder is 'another encoder', but the checkpoint was trained with" in said
+
+
+def test_offline_evaluation_refuses_a_phase1_checkpoint(runs):
+    checkpoint = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    assert "expected a checkpoint of phase 2" in one_sentence(run("eval.py", "--checkpoint", checkpoint, expect=2))
+
+
+def test_damaged_missing_and_foreign_checkpoints_are_named(runs, tmp_path):
+    whole = (runs / "phase1_temporal_jepa/checkpoint_best.pt").read_bytes()
+    for name, content in {"cut.pt": whole[: len(whole) // 2], "text.pt": b"hello", "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput, match=f"{name}: not readable as a checkpoint"):
+            read_checkpoint(tmp_path / name)
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(BadInput, match=r"not a checkpoint of train\.py, it lacks epoch, model_state_dict"):
+        read_checkpoint(tmp_path / "foreign.pt")
+    with pytest.raises(BadInput, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "nowhere.pt")
+
+
+def test_a_weight_of_another_shape_is_named(runs, tmp_path):
+    checkpoint = read_checkpoint(runs / "phase2_flow_matching/checkpoint_best.pt")
+    checkpoint["model_state_dict"]["model.gripper.mlp.0.weight"] = torch.zeros(3, 3)
+    save_checkpoint(checkpoint, tmp_path / "odd.pt")
+    with pytest.raises(BadInput, match=r"weight model\.gripper\.mlp\.0\.weight has shape \(3, 3\), the config expects"):
+        load_checkpoint(tmp_path / "odd.pt")
+    del checkpoint["model_state_dict"]["model.gripper.mlp.0.weight"]
+    save_checkpoint(checkpoint, tmp_path / "odd.pt")
+    with pytest.raises(BadInput, match=r"lacks weight model\.gripper\.mlp\.0\.weight"):
+        load_checkpoint(tmp_path / "odd.pt")
+
+
+def test_trainer_knows_only_two_phases():
+    with pytest.raises(ValueError, match="phase is 3"):
+        StateVLATrainer(fitted(build_trainer(small_config(), 2).model), 3)
