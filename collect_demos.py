@@ -6,6 +6,7 @@ Objects are placed at random, never as in the suite's fixed init states: those a
 end in success are kept. A run that was stopped, however hard, continues where it was: each demo lies on disk as soon as
 it is finished. Demo i of a task depends on --seed and the settings alone, not on --num_workers or on interruptions.
 """
+
 import argparse
 import contextlib
 import itertools
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from config import load_config
 from errors import BadInput, exits_on_bad_input
-from libero_sim import SIM_KEYS, LiberoEnv, import_libero, make_env, make_suite
+from libero_sim import SIM_KEYS, LiberoEnv, import_libero, make_env, make_suite, parse_task_ids
 from scripted_expert import SETTLE_STEPS, ScriptedExpert
 
 TASK_SUITE = "libero_object"
@@ -377,19 +378,6 @@ def report(tasks: list[TaskDemos]) -> None:
     print(f"expert success over all tasks: {successes}/{attempts} = {100 * successes / attempts:.1f}%")
 
 
-def parse_tasks(text: str, num_tasks: int) -> list[int]:
-    """ "0-9" or "0,3,6" or both mixed -> sorted task ids."""
-    ids = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise BadInput(f"--tasks {text}: expected task numbers such as 0-9 or 0,3,6")
-        ids.update(range(int(first), int(last if dash else first) + 1))
-    if not ids or max(ids) >= num_tasks:
-        raise BadInput(f"--tasks {text}: {TASK_SUITE} has the tasks 0 to {num_tasks - 1}")
-    return sorted(ids)
-
-
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -449,7 +437,7 @@ def main() -> None:
     settings = Settings(args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed)
 
     suite = make_suite(TASK_SUITE)
-    task_ids = parse_tasks(args.tasks, suite.n_tasks)
+    task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)
     tasks = [TaskDemos(suite, task_id, folder, wanted, settings) for task_id in task_ids]
     if args.visual_mesh_ratio < 1:
         print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")

@@ -413,7 +413,7 @@ def load_language(data_directory: str | Path, tasks: Sequence[str], lang_emb_dim
         raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
     if vectors.shape != (len(texts), lang_emb_dim) or not np.isfinite(vectors).all():
         raise BadInput(
-            f"{path}: embeddings are {vectors.shape}, expected finite ({len(texts)}, {lang_emb_dim}), see model.lang_emb_dim"
+            f"{path}: embeddings are {vectors.shape}, expected finite ({len(texts)}, {lang_emb_dim})"
         )
     vectors = torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1)  # public files often aren't
     table = LanguageTable(str(encoder), {canonical_instruction(str(t)): v for t, v in zip(texts, vectors, strict=True)})

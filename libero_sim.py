@@ -6,6 +6,7 @@ An observation, here and in dataloader.py, is one unbatched frame:
 
 libero itself is imported by the functions that need it, so that a missing simulator is one sentence to the user.
 """
+
 import atexit
 import contextlib
 import ctypes
@@ -16,6 +17,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +81,23 @@ def make_suite(name: str):
         return known[name.lower()]()
 
 
+def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
+    """Turns "0,3,5-7" into task ids of the suite, sorted. Raises BadInput for anything else."""
+    task_ids = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdigit() and (last or first).isdigit()):
+            raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
+        task_ids |= set(range(int(first), int(last or first) + 1))
+    if not task_ids:
+        raise BadInput(f"--tasks {text}: names no task")
+    if max(task_ids) >= suite.n_tasks:
+        raise BadInput(
+            f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {max(task_ids)}"
+        )
+    return sorted(task_ids)
+
+
 def task_init_states(suite, task_id: int) -> np.ndarray:
     """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states."""
     import torch
@@ -130,7 +149,6 @@ class LiberoEnv:
             self._renderer._set_mujoco_context_and_buffers()  # uploads the meshes anew
         if image_size > min(self._renderer.con.offWidth, self._renderer.con.offHeight):
             self._renderer.update_offscreen_size(image_size, image_size)
-        self._camera_ids = [self.sim.model.camera_name2id(name) for name in CAMERAS]
         self._drawn_data = libero.mujoco.MjData(self._model)  # draw() poses this one and leaves the simulation alone
         self._add_pose_sensor(libero)
 
@@ -169,6 +187,8 @@ class LiberoEnv:
     @_breakdowns_named()
     def step(self, action: np.ndarray) -> bool:
         """Applies one action (7,) for 1/20 s and returns whether the task is solved."""
+        if not np.isfinite(action).all():  # MuJoCo would reset itself without a word
+            raise SimulatorError(f"the action {np.asarray(action).round(3).tolist()} is not finite")
         _, _, success, _ = self._env.step(action)
         return bool(success)
 
@@ -192,23 +212,24 @@ class LiberoEnv:
         return {**self.proprioception(), **self.draw(self._poses)}
 
     @_breakdowns_named()
-    def draw(self, poses: dict) -> dict:
-        """Both pictures, {camera}_image -> (image_size, image_size, 3) uint8 in raw OpenGL row order."""
-        mujoco, renderer = import_libero().mujoco, self._renderer
+    def draw(self, poses: dict, image_size: int | None = None, cameras: Sequence[str] = CAMERAS) -> dict:
+        """The pictures at `poses`, {camera}_image -> (image_size, image_size, 3) uint8 in raw OpenGL row order."""
+        mujoco, renderer, size = import_libero().mujoco, self._renderer, image_size or self.image_size
         for name in POSE_ARRAYS:
             getattr(self._drawn_data, name)[:] = poses[name]
         site_rgba_now, self._model.site_rgba[:] = self._model.site_rgba.copy(), poses["site_rgba"]
         renderer.gl_ctx.make_current()  # another environment of this process may have drawn last
-        viewport = mujoco.MjrRect(0, 0, self.image_size, self.image_size)
+        viewport = mujoco.MjrRect(0, 0, size, size)
         pictures = {}
-        for name, camera_id in zip(CAMERAS, self._camera_ids, strict=True):
-            renderer.cam.type, renderer.cam.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera_id
+        for name in cameras:
+            renderer.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            renderer.cam.fixedcamid = self.sim.model.camera_name2id(name)
             mujoco.mjv_updateScene(
                 self._model, self._drawn_data, renderer.vopt, renderer.pert, renderer.cam, mujoco.mjtCatBit.mjCAT_ALL,
                 renderer.scn,
             )  # fmt: skip
             mujoco.mjr_render(viewport, renderer.scn, renderer.con)
-            pictures[f"{name}_image"] = renderer.read_pixels(self.image_size, self.image_size)
+            pictures[f"{name}_image"] = renderer.read_pixels(size, size)
         self._model.site_rgba[:] = site_rgba_now
         return pictures
 

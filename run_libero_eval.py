@@ -24,7 +24,15 @@ from dataloader import STATE_KEYS, LanguageTable, canonical_instruction, to_devi
 from errors import BadInput, exits_on_bad_input
 from jepa.mamba import choose_mamba_backend
 from jepa.tokenizer import CAMERAS
-from libero_sim import SIMULATOR_ERRORS, LiberoEnv, from_simulator, make_env, make_suite, task_init_states
+from libero_sim import (
+    SIMULATOR_ERRORS,
+    LiberoEnv,
+    from_simulator,
+    make_env,
+    make_suite,
+    parse_task_ids,
+    task_init_states,
+)
 from rollout_video import framed, grid, upright, write_mp4
 from statevla_model import StateVLA, choose_device, model_from_checkpoint, read_checkpoint
 
@@ -49,7 +57,7 @@ def main() -> None:
     check_observation(checkpoint["observation"], arguments.checkpoint)
     language = LanguageTable(**checkpoint["language"])
     suite = make_suite(arguments.task_suite)
-    task_ids = parse_tasks(arguments.tasks, suite.n_tasks, arguments.task_suite)
+    task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
     instructions = {task_id: canonical_instruction(suite.get_task(task_id).language) for task_id in task_ids}
     for instruction in instructions.values():
         language[instruction]  # raises here and now for a task that the checkpoint has no embedding of
@@ -141,22 +149,6 @@ def parse_arguments() -> argparse.Namespace:
         help="override one setting of the checkpoint's config",
     )
     return parser.parse_args()
-
-
-def parse_tasks(text: str | None, count: int, suite: str) -> list[int]:
-    """Turns "0,3,5-7" into task ids, checked against the suite."""
-    if text is None:
-        return list(range(count))
-    task_ids = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
-            raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
-        task_ids += range(int(first), int(last or first) + 1)
-    for task_id in task_ids:
-        if task_id >= count:
-            raise BadInput(f"--tasks {text}: {suite} has the tasks 0 to {count - 1}, there is no task {task_id}")
-    return sorted(set(task_ids))
 
 
 def check_numbers(arguments: argparse.Namespace, chunk_length: int, num_init_states: int) -> None:

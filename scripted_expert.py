@@ -4,6 +4,7 @@ It reads the simulator's full state (object poses, collision boxes), which no po
 actions as a policy: OSC_POSE deltas in [-1, 1] (1 is 0.05 m or 0.5 rad per step) and the gripper, -1 open, +1 closed.
 Lengths are in metres, angles in rad, times in steps of 1/20 s; z points up.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

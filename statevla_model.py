@@ -200,11 +200,12 @@ def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint; `python train.py --phase 1` and `--phase 2` write them")
+    if not zipfile.is_zipfile(path):  # torch.save writes zip archives, whose table of contents stands at the end
+        raise BadInput(f"{path}: not readable as a checkpoint of train.py, is it truncated?")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({reason})") from None
+    except (RuntimeError, pickle.UnpicklingError) as problem:
+        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({str(problem).splitlines()[0]})") from None
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise BadInput(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}")

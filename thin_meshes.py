@@ -4,6 +4,7 @@ LIBERO's scenes have about 310,000 visible triangles, which is what drawing with
 with it every step of the physics, stays as it is. A thinned scene is no longer LIBERO's own picture: train and evaluate
 with the same ratio, and never report a LIBERO figure from it.
 """
+
 import numpy as np
 
 from errors import BadInput

@@ -10,6 +10,7 @@ initialisation are those of the mamba-ssm package, so a state dict moves between
 The scan exists three times with the same numbers: `selective_scan_reference` is the definition, `selective_scan` the
 fast one in plain PyTorch, and mamba-ssm's kernels run on CUDA. `choose_mamba_backend` decides once, at start-up.
 """
+
 import math
 import os
 

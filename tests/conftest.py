@@ -1,4 +1,5 @@
 """Fixtures that several test files share."""
+
 import subprocess
 import sys
 from pathlib import Path

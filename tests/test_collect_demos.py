@@ -1,4 +1,5 @@
 """The collector, with real demos of two cores' making (see conftest.py); takes about a minute."""
+
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 import collect_demos
 from collect_demos import Settings, TaskDemos, Worker, collector_text, play_episode, write_demo
+from dataloader import from_hdf5
 from errors import BadInput
 from libero_sim import from_simulator, make_env, make_suite
 from scripted_expert import SETTLE_STEPS
@@ -110,7 +112,8 @@ def test_obs_are_recorded_after_their_action(demo):
     np.testing.assert_array_equal(demo["obs/joint_states"][:-1], demo["states"][1:, 1:8])
 
 
-def test_collected_frame_equals_the_live_frame(demo, env):
+def test_simulator_and_dataset_give_the_same_observation(demo, env):
+    """A demo is lived through again: its frames, read as training reads them, equal what a policy would see."""
     rng = np.random.default_rng([SETTINGS.seed, TASK, demo.attrs["attempt"]])
     env.reset(seed=int(rng.integers(2**31)))
     env.add_start_noise(rng, SETTINGS.start_noise)
@@ -120,8 +123,11 @@ def test_collected_frame_equals_the_live_frame(demo, env):
         np.testing.assert_array_equal(env.state(), demo["states"][t])
         solved = env.step(action)
         if t % 20 == 0 or t == len(demo["actions"]) - 1:
-            for name, value in from_simulator(env.observe()).items():
-                np.testing.assert_array_equal(demo["obs"][name][t].astype(value.dtype), value, err_msg=f"{name} {t}")
+            live, recorded = from_simulator(env.observe()), from_hdf5(demo, t)
+            assert live.keys() == recorded.keys()
+            for name, value in live.items():
+                assert value.dtype == recorded[name].dtype, name
+                np.testing.assert_array_equal(recorded[name], value, err_msg=f"{name} {t}")
     assert solved
 
 

@@ -53,7 +53,7 @@ def test_alignment_can_be_forced(tmp_path):
 def test_files_that_disagree_about_the_alignment_are_refused(tmp_path):
     write_task_file(tmp_path, alignment="after")
     write_task_file(tmp_path, task="pick_up_the_butter_and_place_it_in_the_basket", alignment="before")
-    with pytest.raises(BadInput, match="obs_alignment is after, but pick_up_the_butter.* has before"):
+    with pytest.raises(BadInput, match=r"obs_alignment is after, but pick_up_the_butter.* has before"):
         load(tmp_path)
 
 
@@ -245,7 +245,9 @@ BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
         r"key actions has shape \(30, 8\), expected \(T, 7\)",
     ),
     "mixed image sizes": (
-        lambda d: [replace(d, f"obs/{c}_rgb", np.ones((30, 16, 16, 3), np.uint8)) for c in ("agentview", "eye_in_hand")],
+        lambda d: [
+            replace(d, f"obs/{c}_rgb", np.ones((30, 16, 16, 3), np.uint8)) for c in ("agentview", "eye_in_hand")
+        ],
         "images are 16 px, those of demo_0 32 px",
     ),
     "cameras of two sizes": (

@@ -1,4 +1,5 @@
 """The simulator, against LIBERO's own environment as the definition. Needs a working renderer; takes half a minute."""
+
 from types import SimpleNamespace
 
 import numpy as np

@@ -3,6 +3,7 @@
 The comparison with mamba-ssm needs its Python files, which install without CUDA:
 MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install mamba-ssm==2.3.2.post1 --no-build-isolation --no-deps
 """
+
 import importlib
 import importlib.util
 import sys

@@ -161,7 +161,11 @@ def test_target_is_an_exact_ema_of_tokenizer_and_encoder():
 
 
 def phase1_batch(batch: int = 4) -> dict:
-    return {"obs": random_observation(batch), "next_obs": random_observation(batch), "actions": torch.randn(batch, 2, 7)}
+    return {
+        "obs": random_observation(batch),
+        "next_obs": random_observation(batch),
+        "actions": torch.randn(batch, 2, 7),
+    }
 
 
 def test_phase1_trains_the_encoder_and_never_the_target_or_the_policy():

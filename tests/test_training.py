@@ -188,7 +188,12 @@ def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
 
 def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
     changes = {"wandb__mode": "offline", "training__phase1__num_epochs": 1}
-    run("train.py", "--phase", 1, *settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes))
+    run(
+        "train.py",
+        "--phase",
+        1,
+        *settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes),
+    )
     assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -207,7 +212,8 @@ def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> No
         "next_obs": {name: value[own] for name, value in batch["next_obs"].items()},
         "actions": batch["actions"][own].double(),
     }
-    DistributedDataParallel(trainer)(share)["loss"].backward()
+    ddp_trainer = DistributedDataParallel(trainer)
+    ddp_trainer(share)["loss"].backward()
     gradients = {name: p.grad for name, p in trainer.named_parameters() if p.requires_grad}
     rows = gather_rows(torch.arange(rank + 1)[:, None])  # rank 0 has one row, rank 1 two
     torch.save({"gradients": gradients, "rows": rows}, f"{results}_{ranks}_{rank}")
@@ -231,7 +237,8 @@ def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, d
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py"]
     run(*torchrun, "--config", "conf/config.yaml", "--phase", 1, *half)
     alone, together = (
-        read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"] for root in (runs, tmp_path)
+        read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"]
+        for root in (runs, tmp_path)
     )
     for name, value in alone.items():  # 30-odd AdamW steps amplify rounding, unsynchronised ranks would be far off
         torch.testing.assert_close(together[name], value, rtol=0, atol=2e-3, equal_nan=True, msg=name)
@@ -241,7 +248,8 @@ def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, d
     encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
     run(*torchrun, "--phase", 2, "--phase1_checkpoint", encoder, *half)
     state = [
-        read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"] for root in (runs, tmp_path)
+        read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
+        for root in (runs, tmp_path)
     ]
     for name in ("model.state_normalizer.mean", "model.state_normalizer.std", "model.policy.normalizer.mean"):
         torch.testing.assert_close(state[0][name], state[1][name], rtol=1e-5, atol=1e-6)
