@@ -4,6 +4,7 @@
 #   make test    the tests
 #
 # make lint checks the style, make clean-demo forgets what the demo made, make table prints the component table.
+# PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -62,8 +63,8 @@ $(ROLLOUTS)/.done: | $(PHASE2)/.done
 clean-demo:
 	rm -rf $(DATA) $(RUNS)
 
-test: install
-	@$(RUN) -m pytest
+test: install $(VENV)/reference/.installed
+	@PYTHONPATH=$(VENV)/reference $(RUN) -m pytest
 
 lint: install
 	@$(VENV)/bin/ruff check .
@@ -74,12 +75,19 @@ table: install
 
 install: $(VENV)/.installed
 
-# --no-deps: mamba-ssm's Python files alone, so that the tests can hold jepa/mamba.py against its own module on any CPU.
 $(VENV)/.installed: requirements.txt requirements-dev.txt | system-packages
 	@echo "== installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH)
 	@time $(VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+# mamba-ssm's Python files, without kernels and beside the environment, where only the tests find them: they hold
+# jepa/mamba.py against mamba-ssm's own module on any CPU.
+$(VENV)/reference/.installed: | install
+	@$(VENV)/bin/pip install --quiet setuptools wheel packaging
+	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/pip install --quiet --no-build-isolation --no-deps \
+	  --target $(VENV)/reference mamba-ssm==2.3.2.post1
 	@touch $@
 
 # What no Python package brings: the software renderer's libraries, and venv itself on Debian.
