@@ -26,13 +26,14 @@ PHASE2 := $(RUNS)/phase2_flow_matching
 ROLLOUTS := $(RUNS)/rollouts
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,6p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,7p'
 
-demo: $(ROLLOUTS)/.done
-	@$(RUN) eval.py --checkpoint $(PHASE2)/checkpoint_best.pt 2>/dev/null
-	@$(RUN) plot_curves.py $(PHASE1) $(PHASE2)
-	@tail -n 1 $(ROLLOUTS)/summary.txt
+demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
+	@echo
+	@tail -n 9 $(PHASE2)/offline.txt
+	@echo "learning curves: $(PHASE1)/curves.png $(PHASE2)/curves.png"
 	@echo "video of the rollouts: $(ROLLOUTS)/task6.mp4"
+	@grep '^overall' $(ROLLOUTS)/summary.txt
 
 $(DATA)/.done: | install
 	@echo "== demonstrations from the simulator"
@@ -43,15 +44,24 @@ $(DATA)/.done: | install
 # A training that was interrupted goes on from its last epoch.
 $(PHASE1)/.done: | $(DATA)/.done
 	@echo "== phase 1: temporal JEPA"
-	@resume=$$(ls $(PHASE1)/checkpoint_latest.pt 2>/dev/null | sed 's/^/--checkpoint /'); \
+	@resume=; if [ -f $(PHASE1)/checkpoint_latest.pt ]; then resume="--checkpoint $(PHASE1)/checkpoint_latest.pt"; fi; \
 	  time $(RUN) train.py $(QUICK) --phase 1 $$resume
 	@touch $@
 
 $(PHASE2)/.done: | $(PHASE1)/.done
 	@echo "== phase 2: flow matching on the frozen encoder"
-	@resume=$$(ls $(PHASE2)/checkpoint_latest.pt 2>/dev/null | sed 's/^/--checkpoint /'); \
-	  time $(RUN) train.py $(QUICK) --phase 2 $${resume:---phase1_checkpoint $(PHASE1)/checkpoint_best.pt}
+	@start="--phase1_checkpoint $(PHASE1)/checkpoint_best.pt"; \
+	  if [ -f $(PHASE2)/checkpoint_latest.pt ]; then start="--checkpoint $(PHASE2)/checkpoint_latest.pt"; fi; \
+	  time $(RUN) train.py $(QUICK) --phase 2 $$start
 	@touch $@
+
+$(PHASE2)/curves.png: | $(PHASE2)/.done
+	@$(RUN) plot_curves.py $(PHASE1) $(PHASE2)
+
+$(PHASE2)/offline.txt: | $(PHASE2)/.done
+	@echo "== offline MSE on the held-out demos"
+	@time $(RUN) eval.py --checkpoint $(PHASE2)/checkpoint_best.pt > $@.part
+	@mv $@.part $@
 
 $(ROLLOUTS)/.done: | $(PHASE2)/.done
 	@echo "== rollouts from the suite's init states"
@@ -64,7 +74,7 @@ clean-demo:
 	rm -rf $(DATA) $(RUNS)
 
 test: install $(VENV)/reference/.installed
-	@PYTHONPATH=$(VENV)/reference $(RUN) -m pytest
+	@PYTHONPATH=$(abspath $(VENV)/reference) $(RUN) -m pytest
 
 lint: install
 	@$(VENV)/bin/ruff check .

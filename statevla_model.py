@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,6 +70,23 @@ class StateVLA(nn.Module):
         z_t = self.state_normalizer.normalize(z_t)
         pose_deltas = self.policy.sample(z_t, sample_steps, x_1.to(z_t))  # (B, H, 6)
         return torch.cat([pose_deltas, self.gripper.sample(z_t).unsqueeze(-1)], dim=-1)
+
+
+class GatherRanks(torch.autograd.Function):
+    """Rows of all ranks, the same number on each: (B, D) -> (ranks * B, D). Every rank computes a loss from all rows;
+    the gradient of its own rows is the sum of what all these losses say about them."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        shares = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, rows.contiguous())
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class StateVLATrainer(nn.Module):
@@ -138,9 +154,9 @@ class StateVLATrainer(nn.Module):
     def phase1_losses(self, outputs: dict[str, Tensor], gather: bool = True) -> dict[str, Tensor]:
         """The losses over the global batch: with several processes the rows of all ranks are gathered first, so that
         variance and covariance are those of the joint batch. DDP averages gradients over ranks while the backward of
-        all_gather sums them: together the gradient is that of one process with the joint batch."""
+        the gathering sums them: together the gradient is that of one process with the joint batch."""
         if gather and dist.is_initialized() and dist.get_world_size() > 1:
-            outputs = {name: torch.cat(torch.distributed.nn.all_gather(rows)) for name, rows in outputs.items()}
+            outputs = {name: GatherRanks.apply(rows) for name, rows in outputs.items()}
         losses = temporal_jepa_losses(outputs["z_t"], outputs["z_next_pred"], outputs["z_next_target"])
         if "actions_pred" in outputs:
             losses["inverse_dynamics"] = F.mse_loss(outputs["actions_pred"], outputs["actions"])

@@ -234,7 +234,7 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
 
 def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, data, tmp_path):
     half = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__batch_size=8)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     run(*torchrun, "--config", "conf/config.yaml", "--phase", 1, *half)
     alone, together = (
         read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"]
