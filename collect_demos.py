@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from config import load_config
 from errors import BadInput, exits_on_bad_input
-from libero_sim import SIM_KEYS, LiberoEnv, import_libero, make_env, make_suite, parse_task_ids
+from libero_sim import SIM_KEYS, SIMULATOR_ERRORS, LiberoEnv, import_libero, make_env, make_suite, parse_task_ids
 from scripted_expert import SETTLE_STEPS, ScriptedExpert
 
 TASK_SUITE = "libero_object"
@@ -129,7 +129,12 @@ class Worker:
                 cls.env.close()
             cls.env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
             cls.task_id = task_id
-        episode = play_episode(cls.env, task_id, attempt, settings)
+        try:
+            episode = play_episode(cls.env, task_id, attempt, settings)
+        except SIMULATOR_ERRORS:  # a failed attempt like any other, but the environment is not to be trusted any more
+            cls.env.close()
+            cls.env = cls.task_id = None
+            return 0
         if episode is None:
             return 0
         with replaced_when_complete(demo_file, demo_file.parent) as file:

@@ -3,7 +3,9 @@
 The values live in conf/config.yaml, each with its comment; this file only says which keys there are and of which type.
 """
 
+import copy
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -26,7 +28,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides a parameter's shape, so that a checkpoint rebuilds its model from this alone."""
+    """What decides the shapes of StateVLA's parameters (with the temporal predictor's width, which is phase 1's)."""
 
     image_size: int
     patch_size: int
@@ -121,14 +123,15 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if not path.is_file():
         raise BadInput(f"{path}: no such config file; conf/config.yaml is the one to start from")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as problem:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
         raise BadInput(f"{path}: not readable as YAML ({' '.join(str(problem).split())})") from None
     return parse_config(tree, str(path), overrides)
 
 
 def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) -> Config:
     """Builds a Config from a nested dictionary. `source` is the file that errors name."""
+    tree = copy.deepcopy(tree)
     config = _build(Config, tree, "", source)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -139,7 +142,10 @@ def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) 
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or rest[-1] not in node or isinstance(node[rest[-1]], dict):
             raise BadInput(f"--set {override}: no such key{_suggestion(key, _leaves(tree))}")
-        node[rest[-1]] = yaml.safe_load(text) if text else text
+        try:
+            node[rest[-1]] = yaml.safe_load(text) if text else text
+        except yaml.YAMLError:
+            raise BadInput(f"--set {override}: the value is not readable as YAML") from None
         config = _build(Config, tree, "", f"--set {override}")
     _check_consistency(config, source)
     return config
@@ -176,7 +182,8 @@ def _value(value, expected, key: str, source: str):
         raise BadInput(f"{source}: key {key} is {value!r}, expected {names}")
     if key in CHOICES and value not in CHOICES[key]:
         raise BadInput(f"{source}: key {key} is {value!r}, expected one of {', '.join(CHOICES[key])}")
-    if type(value) in (int, float) and not (value > 0 or (value == 0 and key in NON_NEGATIVE)):
+    in_range = type(value) not in (int, float) or value > 0 or (value == 0 and key in NON_NEGATIVE)
+    if not in_range or (type(value) is float and not math.isfinite(value)):
         raise BadInput(
             f"{source}: key {key} is {value!r}, expected a {'number >= 0' if key in NON_NEGATIVE else 'number > 0'}"
         )

@@ -12,9 +12,10 @@ Letters: T steps of a demo, K prediction gap, H actions per chunk, D state_dim.
 
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -82,7 +83,7 @@ def from_hdf5(demo: h5py.Group, t: int) -> dict[str, np.ndarray]:
     return obs | {key: demo["obs"][key][t].astype(np.float32) for key in STATE_KEYS}
 
 
-@lru_cache(maxsize=64)
+@cache
 def _open_file(path: Path, process: int) -> h5py.File:
     """h5py handles must not cross a fork, hence the process in the key. Frames are read once each, in random order, so
     a chunk cache would only cost memory."""
@@ -205,22 +206,22 @@ def to_device(batch, device: torch.device):
     """A batch, a dict of tensors and dicts, on another device."""
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True)
+    return batch.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read before it has arrived
 
 
 # --------------------------------------------------------------------------------------------- reading and checking
 
 
-def load_demos(config: DataConfig, min_length: int) -> tuple[list[Demo], dict]:
+def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
     """Reads and checks every demo of a folder.
 
     Returns the demos and the description of their observations, which a checkpoint keeps so that an evaluation can
-    reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_length` is the
-    shortest demo in steps that gives a sample (chunk or prediction gap, plus one).
+    reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_actions` is how
+    many actions must follow a demo's first observation for one sample: the chunk, or the prediction gap.
     """
     demos, descriptions = [], {}
     for path in find_task_files(config.data_directory):
-        found, descriptions[path] = _read_task_file(path, config, min_length)
+        found, descriptions[path] = _read_task_file(path, config, min_actions)
         demos += found
     first = next(iter(descriptions))
     for path, description in descriptions.items():
@@ -264,23 +265,23 @@ def task_instruction(path: Path, data: h5py.Group) -> str:
     return canonical_instruction(match.group(1))
 
 
-def _read_task_file(path: Path, config: DataConfig, min_length: int) -> tuple[list[Demo], dict]:
+def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
     try:
         with h5py.File(path, "r") as file:
-            if "data" not in file or not any(key.startswith("demo_") for key in file["data"]):
+            keys = [key for key in file.get("data", ()) if re.fullmatch(r"demo_\d+", key)]
+            if not keys:
                 raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
             data = file["data"]
             task = task_instruction(path, data)
-            keys = sorted((key for key in data if key.startswith("demo_")), key=lambda key: int(key[5:]))
-            keys = keys[: config.demos_per_task]
+            keys = sorted(keys, key=lambda key: int(key[5:]))[: config.demos_per_task]
             for key in keys:
-                _check_demo(f"{path}: {key}", data[key], bool(len(data.attrs)), config.max_len_data, min_length)
+                _check_demo(f"{path}: {key}", data[key], bool(len(data.attrs)), config.max_len_data)
             if config.obs_alignment == "auto":
                 alignment = _detect_alignment(path, [data[key] for key in keys])
             else:
                 alignment = config.obs_alignment
             lag = {"before": 0, "after": 1}[alignment]
-            demos = [_read_demo(path, key, task, data[key], lag, min_length) for key in keys]
+            demos = [_read_demo(path, key, task, data[key], lag, min_actions) for key in keys]
             orientation = str(data.attrs.get("macros_image_convention", "opengl"))
             mesh_ratio = float(data.attrs.get("visual_mesh_ratio", 1.0))
     except OSError as problem:
@@ -301,17 +302,17 @@ def _read_task_file(path: Path, config: DataConfig, min_length: int) -> tuple[li
     return demos, description
 
 
-def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_length: int) -> Demo:
+def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int) -> Demo:
     actions = torch.from_numpy(demo["actions"][()].astype(np.float32))
-    if len(actions) < min_length + lag:
+    if len(actions) < min_actions + lag:
         raise BadInput(
-            f"{path}: {key}: has {len(actions)} steps, expected at least {min_length + lag} "
+            f"{path}: {key}: has {len(actions)} steps, expected at least {min_actions + lag} "
             "(model.action_seq_len or model.prediction_gap, and what the alignment takes)"
         )
     return Demo(path, key, task, actions, lag, image_size=demo["obs"][CAMERAS[0]].shape[1])
 
 
-def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len: int, min_length: int) -> None:
+def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len: int) -> None:
     """Every way in which files were seen broken, one sentence each."""
     for key in ("actions", *(f"obs/{key}" for key in OBS_KEYS)):
         if key not in demo:
@@ -320,8 +321,8 @@ def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len
     if actions.ndim != 2 or actions.shape[1] != 7:
         raise BadInput(f"{where}: key actions has shape {actions.shape}, expected (T, 7)")
     steps = len(actions)
-    if steps < min_length:
-        raise BadInput(f"{where}: has {steps} steps, expected at least {min_length} (model.action_seq_len)")
+    if steps < 2:
+        raise BadInput(f"{where}: has {steps} steps, expected at least 2")
     if steps > max_len:
         raise BadInput(f"{where}: has {steps} steps, data.max_len_data allows {max_len}; raise it if the demo is right")
     # OpenVLA's regenerated files carry no attributes at all; a file that has LIBERO's must have this one too.
@@ -371,6 +372,11 @@ def _detect_alignment(path: Path, demos: list[h5py.Group]) -> str:
                 "after actions[t] cannot be found out; set data.obs_alignment to before or after"
             )
         simulated, observed = demo["states"][:, 1:8], demo["obs"]["joint_states"][()]
+        if simulated.shape != observed.shape or not np.isfinite(simulated).all():
+            raise BadInput(
+                f"{path}: {demo.name.split('/')[-1]}: key states is {demo['states'].shape} or holds NaN, expected "
+                f"finite values of {len(observed)} steps"
+            )
         errors["before"].append(np.abs(observed - simulated).mean())
         errors["after"].append(np.abs(observed[:-1] - simulated[1:]).mean())
     mean = {alignment: float(np.mean(values)) for alignment, values in errors.items()}
@@ -409,12 +415,10 @@ def load_language(data_directory: str | Path, tasks: Sequence[str], lang_emb_dim
     try:
         with np.load(path) as archive:
             texts, vectors, encoder = archive["texts"], archive["embeddings"], archive["encoder"]
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as problem:
         raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
     if vectors.shape != (len(texts), lang_emb_dim) or not np.isfinite(vectors).all():
-        raise BadInput(
-            f"{path}: embeddings are {vectors.shape}, expected finite ({len(texts)}, {lang_emb_dim})"
-        )
+        raise BadInput(f"{path}: embeddings are {vectors.shape}, expected finite ({len(texts)}, {lang_emb_dim})")
     vectors = torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1)  # public files often aren't
     table = LanguageTable(str(encoder), {canonical_instruction(str(t)): v for t, v in zip(texts, vectors, strict=True)})
     for task in tasks:

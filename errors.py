@@ -9,7 +9,7 @@ class BadInput(Exception):
 
 
 def exits_on_bad_input(main):
-    """Wraps a script's main(): BadInput and torch's out-of-memory become one sentence and exit code 2."""
+    """Wraps a script's main(): BadInput and running out of memory become one sentence and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -17,6 +17,11 @@ def exits_on_bad_input(main):
             return main(*args, **kwargs)
         except BadInput as mistake:
             print(f"error: {mistake}", file=sys.stderr)
+            sys.exit(2)
+        except RuntimeError as problem:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on the CPU
+            if "out of memory" not in str(problem) and "can't allocate memory" not in str(problem):
+                raise
+            print("error: out of memory; try a smaller batch, for example --batch_size 32", file=sys.stderr)
             sys.exit(2)
 
     return wrapped

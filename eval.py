@@ -39,13 +39,15 @@ def main() -> None:
     if arguments.batch_size is not None:
         overrides.append(f"training.batch_size={arguments.batch_size}")
     config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
+    if arguments.output and not Path(arguments.output).parent.is_dir():
+        raise BadInput(f"--output {arguments.output}: no such directory {Path(arguments.output).parent}")
     if arguments.sample_steps < 1:
         raise BadInput(f"--sample_steps {arguments.sample_steps}: expected at least 1")
     device = choose_device(config.training.device)
     choose_mamba_backend(config.training.mamba_backend, device)
     model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
 
-    demos, observation = load_demos(config.data, config.model.action_seq_len + 1)
+    demos, observation = load_demos(config.data, config.model.action_seq_len)
     for key, value in checkpoint["observation"].items():
         if observation[key] != value:
             raise BadInput(f"{config.data.data_directory}: {key} is {observation[key]}, the checkpoint expects {value}")
@@ -81,7 +83,9 @@ def parse_arguments() -> argparse.Namespace:
         "--flow_start", choices=("noise", "zero"), default="noise",
         help="integrate from Gaussian noise or from its mean (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the flow's noise (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the flow's noise, drawn batch by batch (default: %(default)s)"
+    )
     parser.add_argument("--output", help="also write the figures to this JSON file (default: print only)")
     parser.add_argument(
         "--set",

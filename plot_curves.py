@@ -33,10 +33,15 @@ def read_metrics(directory: Path) -> dict[str, dict[str, dict[int, float]]]:
         raise BadInput(f"{path}: no such file; train.py writes it into its checkpoint folder")
     curves: dict[str, dict[str, dict[int, float]]] = {}
     for line in path.read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a run that was killed left half a line
+            continue
         for name, value in record.items():
             if isinstance(value, int | float):
                 curves.setdefault(name, {}).setdefault(record["split"], {})[record["step"]] = value
+    if not curves:
+        raise BadInput(f"{path}: holds no figures yet; train.py writes a line every training.log_interval steps")
     return curves
 
 

@@ -92,7 +92,8 @@ def main() -> None:
                     env.close()
                 env = None  # the next episode gets a simulator of its own
             episodes.append(episode | outcome | {"seconds": time.perf_counter() - start})
-            if recorder and recorder.frames and (arguments.save_video == "all" or not outcome["success"]):
+            wanted = arguments.save_video == "all" or not outcome["success"]
+            if recorder and recorder.frames and wanted and not outcome["crashed"]:
                 videos.append(recorder.save(output_dir, task_id, trial, outcome["success"]))
             write_results(output_dir, title, arguments, checkpoint, instructions, episodes)
             progress.set_postfix(successes=sum(one["success"] for one in episodes))
@@ -153,6 +154,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_numbers(arguments: argparse.Namespace, chunk_length: int, num_init_states: int) -> None:
     """Fills in the defaults that depend on checkpoint and suite; raises BadInput for numbers that make no sense."""
+    if arguments.seed < 0:
+        raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
     if arguments.execute_steps is None:
         arguments.execute_steps = chunk_length
     if arguments.max_steps is None:

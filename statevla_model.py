@@ -23,6 +23,7 @@ from jepa.temporal_predictor import InverseDynamics, temporal_jepa_losses
 from state_encoder import JEPAStateEncoder
 
 CHECKPOINT_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")  # the guide's six
+FURTHER_KEYS = ("best_loss", "observation", "language", "held_out_demos")  # so that no other file is needed
 
 
 class StateVLA(nn.Module):
@@ -222,7 +223,9 @@ def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as problem:
         raise BadInput(f"{path}: not readable as a checkpoint of train.py ({str(problem).splitlines()[0]})") from None
-    missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    missing = [
+        key for key in CHECKPOINT_KEYS + FURTHER_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint
+    ]
     if missing:
         raise BadInput(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}")
     if phase is not None and checkpoint["phase"] != phase:
@@ -230,9 +233,9 @@ def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
     return checkpoint
 
 
-def load_weights(trainer: StateVLATrainer, checkpoint: dict, source: str | Path) -> None:
-    """Loads model_state_dict strictly; a missing, surplus or differently shaped weight is named."""
-    expected, found = trainer.state_dict(), checkpoint["model_state_dict"]
+def load_weights(module: nn.Module, found: dict[str, Tensor], source: str | Path) -> None:
+    """Loads a state dict strictly; a missing, surplus or differently shaped weight is named."""
+    expected = module.state_dict()
     for name in sorted(expected.keys() ^ found.keys()):
         there = "lacks" if name in expected else "has the unknown"
         raise BadInput(f"{source}: model_state_dict {there} weight {name}; was it made with other settings?")
@@ -241,7 +244,15 @@ def load_weights(trainer: StateVLATrainer, checkpoint: dict, source: str | Path)
             raise BadInput(
                 f"{source}: weight {name} has shape {tuple(found[name].shape)}, the config expects {tuple(value.shape)}"
             )
-    trainer.load_state_dict(found, strict=True)
+    module.load_state_dict(found, strict=True)
+
+
+def load_encoder(model: StateVLA, checkpoint: dict, source: str | Path) -> None:
+    """Loads from a phase-1 checkpoint what phase 2 takes over, tokenizer, encoder, target and predictor, strictly."""
+    prefix = "model.state_encoder."
+    weights = checkpoint["model_state_dict"]
+    found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    load_weights(model.state_encoder, found, source)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> StateVLA:
@@ -252,7 +263,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Sta
 def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
     """As `load_checkpoint`, from a dictionary that `read_checkpoint` has read from the file `source`."""
     trainer = build_trainer(parse_config(checkpoint["config"], str(source)), checkpoint["phase"])
-    load_weights(trainer, checkpoint, source)
+    load_weights(trainer, checkpoint["model_state_dict"], source)
     return trainer.model.eval()
 
 

@@ -52,6 +52,7 @@ from statevla_model import (
     build_trainer,
     choose_device,
     count_parameters,
+    load_encoder,
     load_weights,
     read_checkpoint,
     save_checkpoint,
@@ -74,8 +75,8 @@ def main() -> None:
     choose_mamba_backend(config.training.mamba_backend, device)
 
     # Data: whole demos of each task train or are held out.
-    shortest = (config.model.prediction_gap if phase == 1 else config.model.action_seq_len) + 1
-    demos, observation = load_demos(config.data, shortest)
+    min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
+    demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed)
     tasks = sorted({demo.task for demo in demos})
     language = load_language(config.data.data_directory, tasks, config.model.lang_emb_dim)
@@ -87,8 +88,11 @@ def main() -> None:
     torch.manual_seed(config.training.seed)
     trainer = build_trainer(config, phase)
     if source:
-        check_same_run(source, source_path, config, observation, language, held_out_demos, same_split=bool(resumed))
-        load_weights(trainer, source, source_path)
+        check_same_run(source, source_path, config, observation, language, held_out_demos, resumes=bool(resumed))
+    if resumed:
+        load_weights(trainer, resumed["model_state_dict"], source_path)
+    elif source:
+        load_encoder(trainer.model, source, source_path)
     trainer.to(device)
     trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
     frozen = count_parameters(trainer) - sum(parameter.numel() for parameter in trainable)
@@ -131,11 +135,7 @@ def main() -> None:
     if resumed:
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
     try:
-        train(trainer, optimizer, batches, held_out_batches, config, facts, resumed, device)
-    except torch.OutOfMemoryError:
-        raise BadInput(
-            f"out of memory with batch_size {batch_size}; try --batch_size {max(batch_size // 2, 1)}"
-        ) from None
+        train(trainer, optimizer, batches, held_out_batches, config, facts, resumed, arguments.checkpoint, device)
     finally:
         dist.destroy_process_group()
 
@@ -148,6 +148,7 @@ def train(
     config: Config,
     facts: dict,
     resumed: dict | None,
+    resumed_from: str | None,
     device: torch.device,
 ) -> None:
     """The loop of both phases: epochs of steps, each epoch ending with validation and checkpoints."""
@@ -159,8 +160,10 @@ def train(
     step = first_epoch * len(batches)
     base_learning_rate = optimizer.defaults["lr"]
     trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
-    log = RunLog(config, phase, starts_anew=not resumed)
-    ddp_trainer = DistributedDataParallel(trainer, device_ids=[device.index] if device.type == "cuda" else None)
+    log = RunLog(config, phase, resumed_from)
+    ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
+    if device.type != "mps":
+        ddp_trainer = DistributedDataParallel(trainer, device_ids=[device.index] if device.type == "cuda" else None)
 
     for epoch in range(first_epoch, num_epochs):
         batches.sampler.set_epoch(epoch)
@@ -179,10 +182,11 @@ def train(
                 trainer.update_target(ema_momentum(step, total_steps, config))
             step += 1
             log.add(losses | {"gradient_norm": gradient_norm})
-            if step % settings.log_interval == 0:
+            if step % settings.log_interval == 0 or step == total_steps:
                 means = log.write_training(epoch + 1, step, learning_rate)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
 
+        training_ended = time.perf_counter()
         seed_epoch(settings.seed, 0)  # the noise of validation is the same in every epoch
         metrics = validate(trainer, held_out_batches, device)
         log.write_validation(epoch + 1, step, metrics)
@@ -204,6 +208,7 @@ def train(
             if (epoch + 1) % settings.save_interval == 0:
                 save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch + 1}.pt")
         dist.barrier()
+        log.leave_out(time.perf_counter() - training_ended)
     report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
     log.close()
 
@@ -251,24 +256,33 @@ def check_same_run(
     observation: dict,
     language: LanguageTable,
     held_out_demos: list[Demo],
-    same_split: bool,
+    resumes: bool,
 ) -> None:
-    """Raises BadInput where the weights of a checkpoint don't fit this run's model, pictures, language or split."""
-    for section, name in ((config.to_dict()["model"], "model"), (observation, "observation")):
-        before = checkpoint["config"]["model"] if name == "model" else checkpoint["observation"]
-        for key, value in section.items():
-            if before.get(key) != value:
-                raise BadInput(f"{path}: {name}.{key} is {before.get(key)}, but this run has {value}")
+    """Raises BadInput where the weights of a checkpoint don't fit this run's model, pictures, language or split.
+
+    Phase 2 takes the encoder alone from phase 1, so there the policy's settings may differ."""
+    now = {"model": config.to_dict()["model"], "observation": observation}
+    before = {"model": checkpoint["config"]["model"], "observation": checkpoint["observation"]}
+    of_policy = () if resumes else ("action_seq_len", "policy_layers", "policy_embed_dim")
+    for section in now:
+        for key, value in now[section].items():
+            if before[section].get(key) != value and key not in of_policy:
+                raise BadInput(f"{path}: {section}.{key} is {before[section].get(key)}, but this run has {value}")
+    if resumes:
+        settings, earlier = config.to_dict()["training"], checkpoint["config"]["training"]
+        for key in ("batch_size", "seed", "weight_decay", f"phase{checkpoint['phase']}"):
+            if settings[key] != earlier.get(key):
+                report(f"note: training.{key} was {earlier.get(key)} and is now {settings[key]}")
     trained_with = LanguageTable(**checkpoint["language"])
     same_language(language, trained_with, config.data.data_directory)
-    unseen, now = set(checkpoint["held_out_demos"]), {demo.name for demo in held_out_demos}
-    if same_split and unseen != now:
+    unseen, held_out = set(checkpoint["held_out_demos"]), {demo.name for demo in held_out_demos}
+    if resumes and unseen != held_out:
         raise BadInput(
             f"{path}: it held out {len(unseen)} other demos than this run would; "
             "resume needs the same data and data.split_seed"
         )
-    if not now <= unseen:
-        report(f"note: {len(now - unseen)} demos held out here have trained the encoder in {path}")
+    if not held_out <= unseen:
+        report(f"note: {len(held_out - unseen)} demos held out here have trained the encoder in {path}")
 
 
 # ------------------------------------------------------------------------------------------------------ processes
@@ -277,8 +291,13 @@ def check_same_run(
 def join_processes(device_name: str) -> torch.device:
     """This process's device. A single process is a group of one, so that one code path trains on any number."""
     device = choose_device(device_name)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(
+                f"process {local_rank} has no GPU: --nproc_per_node exceeds {torch.cuda.device_count()} GPU(s)"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:  # set by torchrun
@@ -393,7 +412,7 @@ def warn_of_collapse(metrics: dict[str, float], state_dim: int) -> None:
 class RunLog:
     """A run's folder, its metrics.jsonl and, where wandb.mode says so, its wandb run. Writes on the first rank only."""
 
-    def __init__(self, config: Config, phase: int, starts_anew: bool):
+    def __init__(self, config: Config, phase: int, resumed_from: str | None):
         self.directory = Path(config.training.checkpoint_directory) / PHASE_DIRECTORIES[phase]
         self.sums: dict[str, Tensor] = {}
         self.count, self.since = 0, time.perf_counter()
@@ -401,9 +420,10 @@ class RunLog:
         self.file = self.wandb_run = None
         if not is_first_rank():
             return
-        if starts_anew:
-            set_aside(self.directory)
+        continues = resumed_from is not None and Path(resumed_from).resolve().parent == self.directory.resolve()
         try:
+            if not continues:
+                set_aside(self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
             self.file = (self.directory / "metrics.jsonl").open("a")
         except OSError as problem:
@@ -428,6 +448,7 @@ class RunLog:
         """One line with the means over the steps since the last and over all ranks (one all-reduce)."""
         names = list(self.sums)
         totals = torch.stack([self.sums[name].float() for name in names])
+        totals = totals.cpu() if totals.device.type == "mps" else totals  # gloo reduces CPU and CUDA tensors
         dist.all_reduce(totals)
         means = dict(zip(names, (totals / self.count / dist.get_world_size()).tolist(), strict=True))
         now = time.perf_counter()
@@ -443,12 +464,17 @@ class RunLog:
             }
         )
         self.sums, self.count, self.since = {}, 0, now
+        if not math.isfinite(means["loss"]):
+            raise BadInput(f"training diverged: the loss is {means['loss']} at step {step}; lower the learning rate")
         return means
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training steps."""
+        self.since += seconds
 
     def write_validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         self._write({"split": "validation", "epoch": epoch, "step": step, **metrics})
         report("validation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        self.since = time.perf_counter()
 
     def _write(self, line: dict) -> None:
         if self.file:

@@ -74,7 +74,7 @@ def temporal_jepa_losses(z_t: Tensor, z_next_pred: Tensor, z_next_target: Tensor
 def representation_health(z: Tensor) -> dict[str, Tensor]:
     """Signs of collapse. z (B, D) -> z_std, the mean std of a dimension (0 is collapse), and effective_rank, the
     exponential of the entropy of the covariance spectrum (Roy & Vetterli 2007), at most min(B - 1, D)."""
-    singular_values = torch.linalg.svdvals((z - z.mean(dim=0)).double().cpu())
+    singular_values = torch.linalg.svdvals((z - z.mean(dim=0)).cpu().double())
     spectrum = singular_values.square() / singular_values.square().sum().clamp_min(1e-30)
     entropy = -(spectrum * spectrum.clamp_min(1e-30).log()).sum()
     return {"z_std": z.std(dim=0).mean(), "effective_rank": entropy.exp()}

@@ -30,8 +30,8 @@ def data_config(directory, *overrides):
     return load_config("conf/config.yaml", [f"data.data_directory={directory}", *overrides]).data
 
 
-def load(directory, *overrides, min_length=11):
-    return load_demos(data_config(directory, *overrides), min_length)
+def load(directory, *overrides, min_actions=10):
+    return load_demos(data_config(directory, *overrides), min_actions)
 
 
 # ------------------------------------------------------------------------------------------------------- alignment
