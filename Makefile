@@ -15,6 +15,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH := torch==2.13.0
+# Without an NVIDIA GPU PyTorch's own CPU build is enough: 0.2 GB instead of 3. It sorts before PyPI's build.
+CPU_BUILD := $(shell command -v nvidia-smi >/dev/null || \
+  echo --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu)
 export TIMEFORMAT = [%0R s]
 
 # The demo: one task (6 of libero_object, the butter), trained and evaluated with conf/quickstart.yaml.
@@ -88,7 +91,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-dev.txt | system-packages
 	@echo "== installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH)
+	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH) $(CPU_BUILD)
 	@time $(VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	@touch $@
 

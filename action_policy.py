@@ -31,8 +31,8 @@ class Normalizer(nn.Module):
         """values (n, dim): those of the training demos alone."""
         values = values.double()
         std = values.std(dim=0, correction=0)
-        self.mean.copy_(values.mean(dim=0))
-        self.std.copy_(torch.where(std < CONSTANT_STD, 1.0, std))
+        self.mean.copy_(values.mean(dim=0).float())
+        self.std.copy_(torch.where(std < CONSTANT_STD, 1.0, std).float())
 
     def normalize(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std

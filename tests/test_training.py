@@ -182,8 +182,15 @@ def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
     run("train.py", "--phase", 1, *both)
     first = (tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt").read_bytes()
     said = run("train.py", "--phase", 1, *both).stdout
-    assert (tmp_path / "phase1_temporal_jepa_earlier_1/checkpoint_latest.pt").read_bytes() == first
+    earlier = tmp_path / "phase1_temporal_jepa_earlier_1/checkpoint_latest.pt"
+    assert earlier.read_bytes() == first
     assert "is kept as" in said
+
+    second = (tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt").read_bytes()  # resuming the first keeps it, too
+    run("train.py", "--phase", 1, "--checkpoint", earlier, *both, "--set", "training.phase1.num_epochs=2")
+    assert (tmp_path / "phase1_temporal_jepa_earlier_2/checkpoint_latest.pt").read_bytes() == second
+    assert read_checkpoint(tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt")["epoch"] == 2
+    assert earlier.read_bytes() == first
 
 
 def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
@@ -246,7 +253,8 @@ def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, d
     assert validation[0] == pytest.approx(validation[1], rel=1e-3)
 
     encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
-    run(*torchrun, "--phase", 2, "--phase1_checkpoint", encoder, *half)
+    other_policy = ("--set", "model.policy_layers=2")  # phase 2 takes the encoder alone
+    run(*torchrun, "--phase", 2, "--phase1_checkpoint", encoder, *half, *other_policy)
     state = [
         read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
         for root in (runs, tmp_path)
@@ -322,6 +330,12 @@ def test_a_batch_larger_than_the_data_is_named(data, tmp_path):
     said = one_sentence(run("train.py", "--phase", 1, "--batch_size", 5000, *both, expect=2))
     assert "training.batch_size is 5000" in said and "174 training samples" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_run_stops_with_one_sentence(data, tmp_path):
+    changes = {"training__learning_rate": 1e30, "training__checkpoint_directory": tmp_path}
+    said = one_sentence(run("train.py", "--phase", 1, *settings(data__data_directory=data, **changes), expect=2))
+    assert "training diverged: the loss is" in said and "lower the learning rate" in said
 
 
 def test_cuda_where_there_is_none_is_named(data):
