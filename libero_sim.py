@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import functools
+import importlib
 import importlib.util
 import io
 import logging
@@ -103,7 +104,10 @@ def task_init_states(suite, task_id: int) -> np.ndarray:
     import torch
 
     # Upstream LIBERO stores this array with torch.save, and torch >= 2.6 loads only what it is told to trust.
-    array_parts = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+    # upstream's files were written with numpy 1 and name its module; numpy 2 has renamed it
+    multiarray = importlib.import_module("numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray")
+    reconstruct = (multiarray._reconstruct, "numpy.core.multiarray._reconstruct")
+    array_parts = [reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
     with torch.serialization.safe_globals(array_parts):
         return np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
 
