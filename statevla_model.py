@@ -270,11 +270,14 @@ def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
     """Writes the file whole or not at all: an interrupted save leaves the previous one as it was."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
-        torch.save(checkpoint, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be written ({problem.strerror}); the previous one is untouched") from None
 
 
 def count_parameters(*modules: nn.Module) -> int:
