@@ -24,6 +24,8 @@ class DataConfig:
     train_split: float
     obs_alignment: str
     split_seed: int
+    cache: str
+    cache_directory: str | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Phase1Config:
 class Phase2Config:
     num_epochs: int
     learning_rate: float | None
+    store_states: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class TrainingConfig:
     seed: int
     device: str
     mamba_backend: str
-    num_workers: int
+    precision: str
+    activation_checkpointing: bool
+    image_shift: int
     checkpoint_directory: str
     phase1: Phase1Config
     phase2: Phase2Config
@@ -104,15 +109,17 @@ class Config:
 
 CHOICES = {
     "data.obs_alignment": ("auto", "before", "after"),
+    "data.cache": ("disk", "ram", "gpu", "none"),
     "training.ema_momentum_schedule": ("cosine", "constant"),
     "training.learning_rate_schedule": ("constant", "cosine"),
     "training.device": ("auto", "cuda", "mps", "cpu"),
-    "training.mamba_backend": ("auto", "cuda", "torch"),
+    "training.mamba_backend": ("auto", "cuda", "cpp", "torch"),
+    "training.precision": ("auto", "bf16", "fp32"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
     "data.split_seed", "training.weight_decay", "training.ema_momentum", "training.warmup_steps", "training.seed",
-    "training.num_workers", "training.phase1.variance_weight", "training.phase1.covariance_weight",
+    "training.image_shift", "training.phase1.variance_weight", "training.phase1.covariance_weight",
     "training.phase1.inverse_dynamics_weight", "training.phase1.num_epochs", "training.phase2.num_epochs",
 }  # fmt: skip
 

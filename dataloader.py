@@ -1,21 +1,25 @@
 """LIBERO demonstrations on disk -> samples of phase 1 and phase 2.
 
 A folder holds one `<task>_demo.hdf5` a task (LIBERO's official files or OpenVLA's regenerated ones) and
-`language_embeddings.npz`. Low-dimensional data is read once and checked; frames stay on disk until they are asked for,
-and stay uint8 until they reach the device (jepa/tokenizer.py resizes them, for demonstrations and simulator alike).
+`language_embeddings.npz`. Low-dimensional data is read once and checked; frames stay on disk (frame_cache.py) and are
+read by a background thread while the model works. They stay uint8 until they reach the device, where jepa/tokenizer.py
+resizes them, for demonstrations and simulator alike.
+
+A row is one frame: `Demos` numbers the frames of all demos of a directory from 0 to N - 1.
 
 LIBERO stores obs[t] as recorded AFTER actions[t]; OpenVLA's files store it BEFORE. With `lag` 1 or 0, the action that
 leads from obs[t] to obs[t+1] is actions[t + lag], and so the chunk to predict at obs[t] starts at actions[t + lag].
 
-Letters: T steps of a demo, K prediction gap, H actions per chunk, D state_dim.
+Letters: T steps of a demo, N rows, B batch, K prediction gap, H actions per chunk, D state_dim.
 """
 
-import os
+import queue
 import re
+import threading
+import time
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -23,10 +27,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from config import DataConfig
 from errors import BadInput
+from frame_cache import DeviceFrames, Frames
 from jepa.tokenizer import CAMERAS
 
 STATE_KEYS = {"joint_states": 7, "gripper_states": 2}  # HDF5 name -> width; together the 9-D robot state
@@ -42,8 +46,11 @@ class Demo:
     key: str  # demo_0, demo_1, ...
     task: str  # instruction as `canonical_instruction` writes it
     actions: Tensor  # (T, 7) float32 in robot units, as stored
+    joint_states: Tensor  # (T, 7) float32
+    gripper_states: Tensor  # (T, 2) float32
     lag: int  # actions[t + lag] leads from obs[t] to obs[t + 1]
     image_size: int
+    first_row: int  # obs[t] is row first_row + t
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -51,10 +58,6 @@ class Demo:
     @property
     def name(self) -> str:
         return f"{self.path.name}/{self.key}"
-
-    def actions_from(self, t: int, count: int) -> Tensor:
-        """The `count` actions that follow obs[t]: (count, 7)."""
-        return self.actions[t + self.lag : t + self.lag + count]
 
 
 @dataclass(frozen=True)
@@ -73,119 +76,176 @@ class LanguageTable:
         return self.embeddings[task]
 
 
-# ----------------------------------------------------------------------------------------------- one observation
+# ------------------------------------------------------------------------------------------------ rows and batches
 
 
-def from_hdf5(demo: h5py.Group, t: int) -> dict[str, np.ndarray]:
-    """The observation at step t of a demo group: cameras (h, w, 3) uint8 as stored, joint_states (7,) and
-    gripper_states (2,) float32. libero_sim.from_simulator gives the identical dictionary."""
-    obs = {key: demo["obs"][key][t] for key in CAMERAS}
-    return obs | {key: demo["obs"][key][t].astype(np.float32) for key in STATE_KEYS}
+def transition_rows(demos: Sequence[Demo], prediction_gap: int) -> Tensor:
+    """Phase 1's samples: every row whose demo still has the row `prediction_gap` (K) later."""
+    return torch.cat([torch.arange(len(demo) - prediction_gap) + demo.first_row for demo in demos])
 
 
-@cache
-def _open_file(path: Path, process: int) -> h5py.File:
-    """h5py handles must not cross a fork, hence the process in the key. Frames are read once each, in random order, so
-    a chunk cache would only cost memory."""
-    return h5py.File(path, "r", rdcc_nbytes=0)
+def chunk_rows(demos: Sequence[Demo], chunk_length: int) -> Tensor:
+    """Phase 2's samples: every row that `chunk_length` (H) actions of its demo follow."""
+    return torch.cat([torch.arange(len(demo) - demo.lag - chunk_length + 1) + demo.first_row for demo in demos])
 
 
-def _load_frame(demo: Demo, t: int, language: LanguageTable) -> dict[str, Tensor]:
-    group = _open_file(demo.path, os.getpid())["data"][demo.key]
-    obs = {key: torch.from_numpy(value) for key, value in from_hdf5(group, t).items()}
-    return obs | {"language": language[demo.task]}
+def frame_rows(demos: Sequence[Demo]) -> Tensor:
+    """Every row of the demos."""
+    return torch.cat([torch.arange(len(demo)) + demo.first_row for demo in demos])
 
 
-# ------------------------------------------------------------------------------------------------------- samples
+def numbered_alone(demos: Sequence[Demo]) -> list[Demo]:
+    """Some of a directory's demos as if they were all of it: rows count from 0."""
+    first_rows = np.cumsum([0] + [len(demo) for demo in demos]).tolist()
+    return [replace(demo, first_row=first_row) for demo, first_row in zip(demos, first_rows, strict=False)]
 
 
-class TransitionDataset(Dataset):
-    """Phase 1: obs at t, the K actions between, obs at t + K (K = model.prediction_gap, 1 in the guide)."""
+class LowDimensional:
+    """What fits in memory of all demos, by row and on the device: actions, robot state, language."""
 
-    def __init__(self, demos: Sequence[Demo], language: LanguageTable, prediction_gap: int):
-        self.demos, self.language, self.gap = demos, language, prediction_gap
-        self.samples = [(demo, t) for demo in demos for t in range(len(demo) - prediction_gap)]
+    def __init__(self, demos: Sequence[Demo], language: LanguageTable, device: torch.device):
+        tasks = list(dict.fromkeys(demo.task for demo in demos))
+        task = torch.cat([torch.full((len(demo),), tasks.index(demo.task)) for demo in demos])
+        self.device, self.lag = device, demos[0].lag  # load_demos has made sure that all agree
+        self.actions = torch.cat([demo.actions for demo in demos]).to(device)  # (N, 7)
+        self.robot_state = {key: torch.cat([getattr(demo, key) for demo in demos]).to(device) for key in STATE_KEYS}
+        self.task = task.to(device)  # (N,)
+        self.language = torch.stack([language[task] for task in tasks]).to(device)  # (tasks, lang_emb_dim)
+
+    def obs(self, rows: Tensor) -> dict[str, Tensor]:
+        """The observations but for their pictures."""
+        return {key: v[rows] for key, v in self.robot_state.items()} | {"language": self.language[self.task[rows]]}
+
+    def actions_from(self, rows: Tensor, count: int) -> Tensor:
+        """The `count` actions that follow each row: (B, count, 7)."""
+        return self.actions[rows[:, None] + self.lag + torch.arange(count, device=self.device)]
+
+
+class Batches:
+    """The batches of one rank, epoch after epoch, on the device: `for batch in batches`.
+
+    Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
+    with `frames`: `obs`, equal to libero_sim.from_simulator's, and with a `gap` also `next_obs`, `gap` rows later;
+    with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
+
+    With a `seed` every epoch is a permutation, and batch i of all W ranks together is rows [i * W * B, (i + 1) * W * B)
+    of it, so that W ranks train on what one process with the joint batch would; what fills no batch is left out.
+    Without one, this rank's contiguous share comes in order and whole, and `gather_rows` joins the results.
+
+    Frames are read ahead by a thread, into (pinned) buffers that are made once: the pictures of a batch are valid until
+    the next one is asked for. `waited` counts the seconds that the model waited for them.
+
+    Raises BadInput if not one batch fits.
+    """
+
+    BUFFERS = 3  # one with the model, one ready, one being filled
+
+    def __init__(
+        self,
+        rows: Tensor,
+        low_dimensional: LowDimensional,
+        num_actions: int,
+        batch_size: int,
+        *,
+        frames: Frames | None = None,
+        gap: int = 0,
+        states: Tensor | None = None,
+        seed: int | None = None,
+    ):
+        self.rows, self.low_dimensional, self.num_actions = rows, low_dimensional, num_actions
+        self.batch_size, self.seed, self.device = batch_size, seed, low_dimensional.device
+        self.frames, self.offsets = frames, (0, gap) if gap else (0,)
+        self.states = None if states is None else states.to(self.device)
+        self.epoch, self.waited = 0, 0.0
+        self.buffers: list[Tensor] = []
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if seed is not None and not len(self):
+            raise BadInput(
+                f"training.batch_size is {batch_size} on {self.ranks} process(es), but there are only {len(rows)} "
+                f"training samples; use --batch_size {max(len(rows) // self.ranks, 1)} or less, or more demos"
+            )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        if self.seed is not None:
+            return len(self.rows) // (self.ranks * self.batch_size)
+        return -(-len(self._share()) // self.batch_size)
 
-    def __getitem__(self, index: int) -> dict:
-        demo, t = self.samples[index]
-        return {
-            "obs": _load_frame(demo, t, self.language),
-            "actions": demo.actions_from(t, self.gap),  # (K, 7)
-            "next_obs": _load_frame(demo, t + self.gap, self.language),
-        }
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation of the next pass."""
+        self.epoch = epoch
 
-
-class FrameDataset(Dataset):
-    """Every frame of every demo, in order: what a frozen encoder has to see once."""
-
-    def __init__(self, demos: Sequence[Demo], language: LanguageTable):
-        self.language = language
-        self.samples = [(demo, t) for demo in demos for t in range(len(demo))]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _load_frame(*self.samples[index], self.language)
-
-
-class ChunkDataset(Dataset):
-    """Phase 2: the state at t and the H actions that follow. With `states`, the frozen encoder's z of every frame in
-    FrameDataset's order, a sample holds z_t; without, it holds the observation."""
-
-    def __init__(self, demos: Sequence[Demo], language: LanguageTable, chunk_length: int, states: Tensor | None = None):
-        self.language, self.chunk_length, self.states = language, chunk_length, states
-        self.samples, start = [], 0
-        for demo in demos:
-            self.samples += [(demo, t, start + t) for t in range(len(demo) - demo.lag - chunk_length + 1)]
-            start += len(demo)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict:
-        demo, t, row = self.samples[index]
-        actions = demo.actions_from(t, self.chunk_length)  # (H, 7)
+    def __iter__(self) -> Iterator[dict]:
         if self.states is not None:
-            return {"z_t": self.states[row], "actions": actions}
-        return {"obs": _load_frame(demo, t, self.language), "actions": actions}
+            return (self._batch(rows) | {"z_t": self.states[rows.to(self.device)]} for rows in self._rows_of_batches())
+        if isinstance(self.frames, DeviceFrames):
+            return (self._batch(rows, *self._frames_on_device(rows)) for rows in self._rows_of_batches())
+        return self._read_ahead()
 
+    def _share(self) -> Tensor:
+        first, end = (len(self.rows) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        return self.rows[first:end]
 
-# --------------------------------------------------------------------------------------------------------- batches
+    def _rows_of_batches(self) -> Sequence[Tensor]:
+        if self.seed is None:
+            return self._share().split(self.batch_size) if len(self) else ()
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        order = order[: len(self) * self.batch_size * self.ranks].view(len(self), self.batch_size, self.ranks)
+        return self.rows[order[:, :, self.rank]].unbind()
 
+    def _batch(self, rows: Tensor, *pictures: Tensor) -> dict:
+        """pictures: none, or (B, 2, S, S, 3) on the device for each offset."""
+        rows = rows.to(self.device)
+        batch = {"actions": self.low_dimensional.actions_from(rows, self.num_actions)}
+        for name, offset, of_offset in zip(("obs", "next_obs"), self.offsets, pictures, strict=False):
+            cameras = dict(zip(CAMERAS, of_offset.unbind(1), strict=True))
+            batch[name] = cameras | self.low_dimensional.obs(rows + offset)
+        return batch
 
-def training_loader(dataset: Dataset, batch_size: int, num_workers: int, seed: int, pin_memory: bool) -> DataLoader:
-    """Shuffled batches of this rank: batch i of all W ranks together is rows [i * W * batch_size, (i + 1) * W *
-    batch_size) of one permutation, so W ranks train on what one process with the joint batch would.
-    `loader.sampler.set_epoch(epoch)` draws the permutation of an epoch. Raises BadInput if not one batch fits."""
-    sampler = DistributedSampler(dataset, shuffle=True, seed=seed, drop_last=True)
-    if sampler.num_samples < batch_size:
-        raise BadInput(
-            f"training.batch_size is {batch_size} on {dist.get_world_size()} process(es), but there are only "
-            f"{len(dataset)} training samples; use --batch_size {max(sampler.num_samples, 1)} or less, or more demos"
-        )
-    return _loader(dataset, batch_size, num_workers, pin_memory, sampler=sampler, drop_last=True)
+    def _frames_on_device(self, rows: Tensor) -> list[Tensor]:
+        return [self.frames.tensor[(rows + offset).to(self.device)] for offset in self.offsets]
 
+    def _read_ahead(self) -> Iterator[dict]:
+        on_gpu = self.device.type == "cuda"
+        if not self.buffers:
+            shape = (len(self.offsets), self.batch_size, *self.frames.frame_shape)
+            self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(self.BUFFERS)]
+        free, ready = queue.SimpleQueue(), queue.SimpleQueue()
+        for buffer in self.buffers:
+            free.put((buffer, None))  # and the event after which it may be filled
+        reader = threading.Thread(target=self._read, args=(self._rows_of_batches(), free, ready), daemon=True)
+        reader.start()
+        try:
+            for _ in range(len(self)):
+                asked = time.perf_counter()
+                rows, buffer = ready.get()
+                self.waited += time.perf_counter() - asked
+                if isinstance(rows, Exception):
+                    raise rows
+                pictures = buffer[:, : len(rows)].to(self.device, non_blocking=on_gpu)
+                if on_gpu:
+                    copied = torch.cuda.Event()
+                    copied.record()
+                    free.put((buffer, copied))
+                yield self._batch(rows, *pictures)
+                if not on_gpu:  # the pictures may be the buffer itself
+                    free.put((buffer, None))
+        finally:
+            free.put(None)  # an epoch that is left early ends its thread
+            reader.join()
 
-def ordered_loader(dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """This rank's contiguous share of a dataset, in order, nothing dropped; `gather_rows` joins the results."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = range(len(dataset) * rank // ranks, len(dataset) * (rank + 1) // ranks)
-    return _loader(Subset(dataset, share), batch_size, num_workers, pin_memory)
-
-
-def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool, **options) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        **options,
-    )
+    def _read(self, rows_of_batches: Sequence[Tensor], free: queue.SimpleQueue, ready: queue.SimpleQueue) -> None:
+        try:
+            for rows in rows_of_batches:
+                if (slot := free.get()) is None:
+                    return
+                buffer, copied = slot
+                if copied is not None:
+                    copied.synchronize()
+                for pictures, offset in zip(buffer.numpy(), self.offsets, strict=True):
+                    self.frames.read((rows + offset).numpy(), pictures[: len(rows)])
+                ready.put((rows, buffer))
+        except Exception as problem:  # raised where the batch is awaited
+            ready.put((problem, None))
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -209,6 +269,24 @@ def to_device(batch, device: torch.device):
     return batch.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read before it has arrived
 
 
+def shift_pictures(batch: dict, pixels: int) -> dict:
+    """Moves the pictures of every sample by up to `pixels` in both directions, edges repeated (Kostrikov et al. 2021).
+
+    Both cameras move alike, and so do a sample's observation and its next one: what happens between them is untouched.
+    """
+    size, count = batch["obs"][CAMERAS[0]].shape[1], len(batch["actions"])
+    device = batch["actions"].device
+    shift = torch.randint(-pixels, pixels + 1, (2, count, 1), device=device)
+    rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (B, S) each
+    sample = torch.arange(count, device=device)[:, None, None]
+    shifted = dict(batch)
+    for name in ("obs", "next_obs"):
+        if name in batch:
+            pictures = {key: batch[name][key][sample, rows[:, :, None], columns[:, None, :]] for key in CAMERAS}
+            shifted[name] = batch[name] | pictures
+    return shifted
+
+
 # --------------------------------------------------------------------------------------------- reading and checking
 
 
@@ -219,10 +297,11 @@ def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
     reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_actions` is how
     many actions must follow a demo's first observation for one sample: the chunk, or the prediction gap.
     """
-    demos, descriptions = [], {}
+    demos, descriptions, rows = [], {}, 0
     for path in find_task_files(config.data_directory):
-        found, descriptions[path] = _read_task_file(path, config, min_actions)
+        found, descriptions[path] = _read_task_file(path, config, min_actions, rows)
         demos += found
+        rows += sum(len(demo) for demo in found)
     first = next(iter(descriptions))
     for path, description in descriptions.items():
         for key, value in description.items():
@@ -265,7 +344,7 @@ def task_instruction(path: Path, data: h5py.Group) -> str:
     return canonical_instruction(match.group(1))
 
 
-def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
+def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row: int) -> tuple[list[Demo], dict]:
     try:
         with h5py.File(path, "r") as file:
             keys = [key for key in file.get("data", ()) if re.fullmatch(r"demo_\d+", key)]
@@ -281,7 +360,10 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[l
             else:
                 alignment = config.obs_alignment
             lag = {"before": 0, "after": 1}[alignment]
-            demos = [_read_demo(path, key, task, data[key], lag, min_actions) for key in keys]
+            demos = []
+            for key in keys:
+                demos.append(_read_demo(path, key, task, data[key], lag, min_actions, first_row))
+                first_row += len(demos[-1])
             orientation = str(data.attrs.get("macros_image_convention", "opengl"))
             mesh_ratio = float(data.attrs.get("visual_mesh_ratio", 1.0))
     except OSError as problem:
@@ -302,14 +384,16 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[l
     return demos, description
 
 
-def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int) -> Demo:
+def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int, first_row: int) -> Demo:
     actions = torch.from_numpy(demo["actions"][()].astype(np.float32))
     if len(actions) < min_actions + lag:
         raise BadInput(
             f"{path}: {key}: has {len(actions)} steps, expected at least {min_actions + lag} "
             "(model.action_seq_len or model.prediction_gap, and what the alignment takes)"
         )
-    return Demo(path, key, task, actions, lag, image_size=demo["obs"][CAMERAS[0]].shape[1])
+    robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in STATE_KEYS}
+    image_size = demo["obs"][CAMERAS[0]].shape[1]
+    return Demo(path, key, task, actions, **robot_state, lag=lag, image_size=image_size, first_row=first_row)
 
 
 def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len: int) -> None:

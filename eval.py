@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import parse_config
-from dataloader import ChunkDataset, Demo, LanguageTable, load_demos, ordered_loader, to_device
+from dataloader import Batches, Demo, LanguageTable, LowDimensional, chunk_rows, load_demos, numbered_alone
 from errors import BadInput, exits_on_bad_input
+from frame_cache import HDF5Frames
 from jepa.mamba import choose_mamba_backend
 from statevla_model import StateVLA, choose_device, model_from_checkpoint, read_checkpoint
 
@@ -51,18 +52,22 @@ def main() -> None:
     for key, value in checkpoint["observation"].items():
         if observation[key] != value:
             raise BadInput(f"{config.data.data_directory}: {key} is {observation[key]}, the checkpoint expects {value}")
-    held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
-    samples = ChunkDataset(held_out, LanguageTable(**checkpoint["language"]), config.model.action_seq_len)
-    batches = ordered_loader(
-        samples, config.training.batch_size, config.training.num_workers, pin_memory=device.type == "cuda"
+    held_out = numbered_alone(held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory))
+    rows = chunk_rows(held_out, config.model.action_seq_len)
+    batches = Batches(
+        rows,
+        LowDimensional(held_out, LanguageTable(**checkpoint["language"]), device),
+        config.model.action_seq_len,
+        config.training.batch_size,
+        frames=HDF5Frames(held_out),  # each is read once
     )
     start = time.perf_counter()
-    predicted, demonstrated = predict_all(model, batches, arguments, device)
+    predicted, demonstrated = predict_all(model, batches, arguments)
     result = compare(predicted, demonstrated, model) | {
         "checkpoint": arguments.checkpoint,
         "epoch": checkpoint["epoch"],
         "held_out_demos": len(held_out),
-        "chunks": len(samples),
+        "chunks": len(rows),
         "sample_steps": arguments.sample_steps,
         "flow_start": arguments.flow_start,
         "seconds": time.perf_counter() - start,
@@ -109,14 +114,13 @@ def held_out_demos(demos: list[Demo], names: list[str], data_directory: str) -> 
 
 
 @torch.no_grad()
-def predict_all(model: StateVLA, batches, arguments: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+def predict_all(model: StateVLA, batches: Batches, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Predicted and demonstrated chunks, both (n, H, 7) in robot units."""
     generator = torch.Generator().manual_seed(arguments.seed)
     predicted, demonstrated = [], []
     for batch in tqdm(batches, desc="predicting"):
-        obs = to_device(batch["obs"], device)
-        predicted.append(model.predict(obs, arguments.sample_steps, arguments.flow_start, generator).cpu())
-        demonstrated.append(batch["actions"])
+        predicted.append(model.predict(batch["obs"], arguments.sample_steps, arguments.flow_start, generator).cpu())
+        demonstrated.append(batch["actions"].cpu())
     return torch.cat(predicted), torch.cat(demonstrated)
 
 

@@ -156,11 +156,13 @@ class StateVLATrainer(nn.Module):
         """The losses over the global batch: with several processes the rows of all ranks are gathered first, so that
         variance and covariance are those of the joint batch. DDP averages gradients over ranks while the backward of
         the gathering sums them: together the gradient is that of one process with the joint batch."""
-        if gather and dist.is_initialized() and dist.get_world_size() > 1:
-            outputs = {name: GatherRanks.apply(rows) for name, rows in outputs.items()}
-        losses = temporal_jepa_losses(outputs["z_t"], outputs["z_next_pred"], outputs["z_next_target"])
-        if "actions_pred" in outputs:
-            losses["inverse_dynamics"] = F.mse_loss(outputs["actions_pred"], outputs["actions"])
+        with torch.autocast(outputs["z_t"].device.type, enabled=False):  # covariances in bfloat16 would be noise
+            outputs = {name: rows.float() if rows.dtype == torch.bfloat16 else rows for name, rows in outputs.items()}
+            if gather and dist.is_initialized() and dist.get_world_size() > 1:
+                outputs = {name: GatherRanks.apply(rows) for name, rows in outputs.items()}
+            losses = temporal_jepa_losses(outputs["z_t"], outputs["z_next_pred"], outputs["z_next_target"])
+            if "actions_pred" in outputs:
+                losses["inverse_dynamics"] = F.mse_loss(outputs["actions_pred"], outputs["actions"])
         losses["loss"] = sum(self.weights[name] * value for name, value in losses.items())
         return losses
 
@@ -197,6 +199,8 @@ def choose_device(name: str) -> torch.device:
         raise BadInput(f"device is '{name}', expected auto, cuda, mps or cpu")
     if not available[name]:
         raise BadInput(f"device {name} was asked for, but this PyTorch finds none; use auto or cpu")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: float32 products at eight times the speed
     return torch.device(name)
 
 

@@ -14,6 +14,7 @@ resumed run continues exactly where the interrupted one was.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -25,26 +26,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, load_config
 from dataloader import (
-    ChunkDataset,
+    Batches,
     Demo,
-    FrameDataset,
     LanguageTable,
-    TransitionDataset,
+    LowDimensional,
+    chunk_rows,
+    frame_rows,
     gather_rows,
     load_demos,
     load_language,
-    ordered_loader,
     same_language,
+    shift_pictures,
     split_demos,
-    to_device,
-    training_loader,
+    transition_rows,
 )
 from errors import BadInput, exits_on_bad_input
+from frame_cache import open_frames
+from frozen_states import frozen_states
 from jepa.mamba import choose_mamba_backend
 from jepa.temporal_predictor import representation_health
 from statevla_model import (
@@ -98,24 +100,29 @@ def main() -> None:
     frozen = count_parameters(trainer) - sum(parameter.numel() for parameter in trainable)
     report(f"phase {phase}: {count_parameters(trainer) - frozen:,} parameters train, {frozen:,} are frozen")
 
-    # Batches. The frozen encoder of phase 2 sees every frame once; its epochs run on the states z_t.
+    # Batches. The frozen encoder of phase 2 sees every frame once; from then on epochs run on its states z_t.
+    low_dimensional, batch_size = LowDimensional(demos, language, device), config.training.batch_size
+    frames = functools.cache(lambda: open_frames(demos, config.data, config.model.image_size, device))
     if phase == 1:
-        train_set = TransitionDataset(train_demos, language, config.model.prediction_gap)
-        held_out_set = TransitionDataset(held_out_demos, language, config.model.prediction_gap)
+        gap = config.model.prediction_gap
+        train_rows, held_out_rows = transition_rows(train_demos, gap), transition_rows(held_out_demos, gap)
+        options = {"low_dimensional": low_dimensional, "num_actions": gap, "gap": gap, "frames": frames()}
     else:
-        train_states = encode_frames(trainer, train_demos, language, config, device)
-        held_out_states = encode_frames(trainer, held_out_demos, language, config, device)
+        chunk_length = config.model.action_seq_len
+        train_rows, held_out_rows = chunk_rows(train_demos, chunk_length), chunk_rows(held_out_demos, chunk_length)
+        options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
+        states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
+        states = frozen_states(trainer.model, demos, low_dimensional, frames, batch_size, states_directory)
         if not resumed:
-            trainer.model.state_normalizer.fit(train_states)
+            trainer.model.state_normalizer.fit(states[frame_rows(train_demos)])
             trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in train_demos]))
-        train_set = ChunkDataset(train_demos, language, config.model.action_seq_len, train_states)
-        held_out_set = ChunkDataset(held_out_demos, language, config.model.action_seq_len, held_out_states)
-    loading = {"num_workers": config.training.num_workers if phase == 1 else 0, "pin_memory": device.type == "cuda"}
-    batch_size = config.training.batch_size
-    batches = training_loader(train_set, batch_size, seed=config.training.seed, **loading)
-    held_out_batches = ordered_loader(held_out_set, batch_size, **loading)
+        # Pictures that change from epoch to epoch have no state to keep.
+        keeps_states = config.training.phase2.store_states and not config.training.image_shift
+        options |= {"states": states} if keeps_states else {"frames": frames()}
+    batches = Batches(train_rows, batch_size=batch_size, seed=config.training.seed, **options)
+    held_out_batches = Batches(held_out_rows, batch_size=batch_size, **options)
     report(
-        f"phase {phase}: {len(train_set):,} training samples, {len(batches):,} steps an epoch "
+        f"phase {phase}: {len(train_rows):,} training samples, {len(batches):,} steps an epoch "
         f"on {dist.get_world_size()} process(es)"
     )
 
@@ -143,8 +150,8 @@ def main() -> None:
 def train(
     trainer: StateVLATrainer,
     optimizer: torch.optim.Optimizer,
-    batches: DataLoader,
-    held_out_batches: DataLoader,
+    batches: Batches,
+    held_out_batches: Batches,
     config: Config,
     facts: dict,
     resumed: dict | None,
@@ -160,20 +167,29 @@ def train(
     step = first_epoch * len(batches)
     base_learning_rate = optimizer.defaults["lr"]
     trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(settings.precision, device))
     log = RunLog(config, phase, resumed_from)
     ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
     if device.type != "mps":
-        ddp_trainer = DistributedDataParallel(trainer, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp_trainer = DistributedDataParallel(
+            trainer,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # statistics of the data, fitted alike by every rank
+            gradient_as_bucket_view=True,
+        )
 
     for epoch in range(first_epoch, num_epochs):
-        batches.sampler.set_epoch(epoch)
+        batches.set_epoch(epoch)
         seed_epoch(settings.seed, epoch)
         progress = tqdm(batches, desc=f"phase {phase} epoch {epoch + 1}/{num_epochs}", disable=not is_first_rank())
         for batch in progress:
             learning_rate = base_learning_rate * learning_rate_factor(step, total_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            losses = ddp_trainer(to_device(batch, device))  # always through DDP: .module(...) skips the gradient sync
+            if settings.image_shift:
+                batch = shift_pictures(batch, settings.image_shift)
+            with autocast:
+                losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
             losses["loss"].backward()
             gradient_norm = clip_grad_norm_(trainable, settings.gradient_clip)
             optimizer.step()
@@ -183,12 +199,13 @@ def train(
             step += 1
             log.add(losses | {"gradient_norm": gradient_norm})
             if step % settings.log_interval == 0 or step == total_steps:
-                means = log.write_training(epoch + 1, step, learning_rate)
+                means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
 
         training_ended = time.perf_counter()
         seed_epoch(settings.seed, 0)  # the noise of validation is the same in every epoch
-        metrics = validate(trainer, held_out_batches, device)
+        with autocast:
+            metrics = validate(trainer, held_out_batches, device)
         log.write_validation(epoch + 1, step, metrics)
         warn_of_collapse(metrics, config.model.state_dim)
         is_best = metrics["loss"] < best_loss
@@ -331,7 +348,7 @@ def make_optimizer(trainer: StateVLATrainer, learning_rate: float, weight_decay:
     kept_ids = {id(p) for p in kept}
     decayed = [p for p in trainable if id(p) not in kept_ids]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=trainable[0].device.type in ("cuda", "cpu"))
 
 
 def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
@@ -344,6 +361,11 @@ def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
 
 
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Under autocast matrix products are bfloat16; the scan's state, the losses and the weights stay float32."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def ema_momentum(step: int, total_steps: int, config: Config) -> float:
     """training.ema_momentum at the first step, rising along a cosine to 1.0 at the last."""
     start = config.training.ema_momentum
@@ -352,24 +374,11 @@ def ema_momentum(step: int, total_steps: int, config: Config) -> float:
     return 1 - (1 - start) * (1 + math.cos(math.pi * step / max(total_steps - 1, 1))) / 2
 
 
-# ---------------------------------------------------------------------------------------- frozen states, validation
+# ------------------------------------------------------------------------------------------------------ validation
 
 
 @torch.no_grad()
-def encode_frames(
-    trainer: StateVLATrainer, demos: list[Demo], language: LanguageTable, config: Config, device: torch.device
-) -> Tensor:
-    """z of every frame of the demos, in FrameDataset's order, on the CPU; the ranks share the work: (n, state_dim)."""
-    frames = FrameDataset(demos, language)
-    loader = ordered_loader(frames, config.training.batch_size, config.training.num_workers, device.type == "cuda")
-    progress = tqdm(loader, desc=f"encoding {len(frames):,} frames", disable=not is_first_rank())
-    states = [trainer.model.encode(to_device(obs, device)) for obs in progress]
-    own = torch.cat(states) if states else torch.empty(0, config.model.state_dim, device=device)
-    return gather_rows(own).cpu()
-
-
-@torch.no_grad()
-def validate(trainer: StateVLATrainer, batches: DataLoader, device: torch.device) -> dict[str, float]:
+def validate(trainer: StateVLATrainer, batches: Batches, device: torch.device) -> dict[str, float]:
     """The losses over all held-out demos, whatever the batch size and the number of processes.
 
     Phase 1 adds what tells whether it works: `jepa_copy_mse`, the error of predicting that nothing changes (jepa_mse
@@ -378,7 +387,6 @@ def validate(trainer: StateVLATrainer, batches: DataLoader, device: torch.device
     trainer.eval()
     rows: dict[str, list[Tensor]] = {}
     for batch in batches:
-        batch = to_device(batch, device)
         outputs = trainer.phase1_outputs(batch) if trainer.phase == 1 else trainer.phase2_losses(batch, per_sample=True)
         for name, values in outputs.items():
             rows.setdefault(name, []).append(values)
@@ -415,7 +423,7 @@ class RunLog:
     def __init__(self, config: Config, phase: int, resumed_from: str | None):
         self.directory = Path(config.training.checkpoint_directory) / PHASE_DIRECTORIES[phase]
         self.sums: dict[str, Tensor] = {}
-        self.count, self.since = 0, time.perf_counter()
+        self.count, self.since, self.waited = 0, time.perf_counter(), 0.0
         self.samples_per_step = config.training.batch_size * dist.get_world_size()
         self.file = self.wandb_run = None
         if not is_first_rank():
@@ -444,26 +452,21 @@ class RunLog:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
 
-    def write_training(self, epoch: int, step: int, learning_rate: float) -> dict[str, float]:
-        """One line with the means over the steps since the last and over all ranks (one all-reduce)."""
+    def write_training(self, epoch: int, step: int, learning_rate: float, waited: float) -> dict[str, float]:
+        """One line with the means over the steps since the last and over all ranks (one all-reduce). `waited` are the
+        seconds that all steps so far waited for data; the line has their share of the time since the last."""
         names = list(self.sums)
         totals = torch.stack([self.sums[name].float() for name in names])
         totals = totals.cpu() if totals.device.type == "mps" else totals  # gloo reduces CPU and CUDA tensors
         dist.all_reduce(totals)
         means = dict(zip(names, (totals / self.count / dist.get_world_size()).tolist(), strict=True))
         now = time.perf_counter()
-        speed = self.samples_per_step * self.count / (now - self.since)
-        self._write(
-            {
-                "split": "train",
-                "epoch": epoch,
-                "step": step,
-                "learning_rate": learning_rate,
-                **means,
-                "samples_per_s": speed,
-            }
-        )
-        self.sums, self.count, self.since = {}, 0, now
+        seconds = now - self.since
+        line = {"split": "train", "epoch": epoch, "step": step, "learning_rate": learning_rate, **means}
+        line["samples_per_s"] = self.samples_per_step * self.count / seconds
+        line["waiting_for_data"] = (waited - self.waited) / seconds
+        self._write(line)
+        self.sums, self.count, self.since, self.waited = {}, 0, now, waited
         if not math.isfinite(means["loss"]):
             raise BadInput(f"training diverged: the loss is {means['loss']} at step {step}; lower the learning rate")
         return means

@@ -14,11 +14,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
+from test_dataloader import batches_of, load, samples_of
 
 import collect_demos
 from collect_demos import Settings, TaskDemos, Worker, collector_text, play_episode, write_demo
-from dataloader import from_hdf5
+from config import load_config
+from dataloader import LanguageTable, frame_rows
 from errors import BadInput
+from frame_cache import open_frames
 from libero_sim import from_simulator, make_env, make_suite
 from scripted_expert import SETTLE_STEPS
 
@@ -112,8 +116,13 @@ def test_obs_are_recorded_after_their_action(demo):
     np.testing.assert_array_equal(demo["obs/joint_states"][:-1], demo["states"][1:, 1:8])
 
 
-def test_simulator_and_dataset_give_the_same_observation(demo, env):
-    """A demo is lived through again: its frames, read as training reads them, equal what a policy would see."""
+def test_simulator_and_dataset_give_the_same_observation(collected_demos, demo, env, tmp_path):
+    """A demo is lived through again: its batches, made as in training, equal what a policy would see."""
+    demos, _ = load(collected_demos)
+    data = load_config("conf/config.yaml", [f"data.cache_directory={tmp_path}"]).data
+    frames = open_frames(demos, data, 64, torch.device("cpu"))
+    language = LanguageTable("none", {demos[1].task: torch.zeros(1)})
+    dataset = samples_of(batches_of(demos, frame_rows(demos[1:]), 0, language=language, frames=frames))
     rng = np.random.default_rng([SETTINGS.seed, TASK, demo.attrs["attempt"]])
     env.reset(seed=int(rng.integers(2**31)))
     env.add_start_noise(rng, SETTINGS.start_noise)
@@ -123,10 +132,10 @@ def test_simulator_and_dataset_give_the_same_observation(demo, env):
         np.testing.assert_array_equal(env.state(), demo["states"][t])
         solved = env.step(action)
         if t % 20 == 0 or t == len(demo["actions"]) - 1:
-            live, recorded = from_simulator(env.observe()), from_hdf5(demo, t)
-            assert live.keys() == recorded.keys()
+            live, recorded = from_simulator(env.observe()), dataset[t]["obs"]
+            assert live.keys() | {"language"} == recorded.keys()
             for name, value in live.items():
-                assert value.dtype == recorded[name].dtype, name
+                assert value.dtype == recorded[name].numpy().dtype, name
                 np.testing.assert_array_equal(recorded[name], value, err_msg=f"{name} {t}")
     assert solved
 

@@ -1,5 +1,8 @@
 """Demonstrations on disk: alignment, samples, split, language, and every way in which files were seen broken."""
 
+import threading
+import time
+
 import h5py
 import numpy as np
 import pytest
@@ -9,21 +12,28 @@ from libero_files import TASK, write_task_file
 from config import load_config
 from dataloader import (
     EMBEDDINGS_FILE,
-    ChunkDataset,
-    FrameDataset,
+    Batches,
     LanguageTable,
-    TransitionDataset,
+    LowDimensional,
     canonical_instruction,
+    chunk_rows,
+    frame_rows,
     load_demos,
     load_language,
-    ordered_loader,
+    numbered_alone,
+    shift_pictures,
     split_demos,
     task_instruction,
+    transition_rows,
 )
 from errors import BadInput
+from frame_cache import HDF5Frames
 
 INSTRUCTION = "pick up the milk and place it in the basket"
 LANGUAGE = LanguageTable("test encoder", {INSTRUCTION: torch.nn.functional.normalize(torch.ones(512), dim=0)})
+
+
+CPU = torch.device("cpu")
 
 
 def data_config(directory, *overrides):
@@ -70,19 +80,33 @@ def test_undecidable_alignment_asks_for_the_setting(tmp_path):
 # --------------------------------------------------------------------------------------------------------- samples
 
 
+def batches_of(demos, rows, num_actions, batch_size=16, language=LANGUAGE, **options) -> Batches:
+    if "states" not in options:
+        options.setdefault("frames", HDF5Frames(demos))
+    return Batches(rows, LowDimensional(demos, language, CPU), num_actions, batch_size, **options)
+
+
+def samples_of(batches: Batches) -> list[dict]:
+    """The batches' rows one by one, copied: a batch's pictures live in a buffer that is filled again."""
+
+    def row(batch, i):
+        return {key: row(value, i) if isinstance(value, dict) else value[i].clone() for key, value in batch.items()}
+
+    return [row(batch, i) for batch in batches for i in range(len(batch["actions"]))]
+
+
 @pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
 def test_a_chunk_starts_with_the_action_that_follows_its_observation(tmp_path, recorded, lag):
     path = write_task_file(tmp_path, alignment=recorded, steps=30, demos=2)
     demos, _ = load(tmp_path)
-    samples = ChunkDataset(demos, LANGUAGE, chunk_length=10)
+    samples = samples_of(batches_of(demos, chunk_rows(demos, 10), 10))
     assert len(samples) == 2 * (30 - lag - 10 + 1)
     with h5py.File(path) as file:
         demo = file["data/demo_1"]
         sample = samples[len(samples) // 2 + 3]  # step 3 of the second demo
         np.testing.assert_array_equal(sample["obs"]["agentview_rgb"], demo["obs/agentview_rgb"][3])
         np.testing.assert_array_equal(sample["actions"], demo["actions"][3 + lag : 13 + lag].astype(np.float32))
-        last = samples[len(samples) - 1]
-        np.testing.assert_array_equal(last["actions"], demo["actions"][-10:].astype(np.float32))
+        np.testing.assert_array_equal(samples[-1]["actions"], demo["actions"][-10:].astype(np.float32))
 
 
 @pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
@@ -90,19 +114,22 @@ def test_a_chunk_starts_with_the_action_that_follows_its_observation(tmp_path, r
 def test_a_transition_holds_the_actions_between_its_two_observations(tmp_path, recorded, lag, gap):
     path = write_task_file(tmp_path, alignment=recorded, demos=2)
     demos, _ = load(tmp_path)
-    samples = TransitionDataset(demos, LANGUAGE, gap)
+    samples = samples_of(batches_of(demos, transition_rows(demos, gap), gap, gap=gap))
     assert len(samples) == 2 * (30 - gap)
     with h5py.File(path) as file:
-        demo = file["data/demo_0"]
-        sample = samples[7]
-        np.testing.assert_array_equal(sample["obs"]["eye_in_hand_rgb"], demo["obs/eye_in_hand_rgb"][7])
-        np.testing.assert_array_equal(sample["next_obs"]["eye_in_hand_rgb"], demo["obs/eye_in_hand_rgb"][7 + gap])
+        demo = file["data/demo_1"]
+        sample = samples[30 - gap + 7]
+        for name, t in (("obs", 7), ("next_obs", 7 + gap)):
+            for key in ("eye_in_hand_rgb", "joint_states", "gripper_states"):
+                expected = demo[f"obs/{key}"][t]
+                np.testing.assert_array_equal(sample[name][key], expected.astype(sample[name][key].numpy().dtype))
         np.testing.assert_array_equal(sample["actions"], demo["actions"][7 + lag : 7 + gap + lag].astype(np.float32))
 
 
 def test_an_observation_is_uint8_pictures_float32_state_and_language(tmp_path):
     write_task_file(tmp_path, image_size=48)
-    obs = FrameDataset(load(tmp_path)[0], LANGUAGE)[5]
+    demos, _ = load(tmp_path)
+    obs = samples_of(batches_of(demos, frame_rows(demos), 0))[5]["obs"]
     assert {name: (value.dtype, tuple(value.shape)) for name, value in obs.items()} == {
         "agentview_rgb": (torch.uint8, (48, 48, 3)),
         "eye_in_hand_rgb": (torch.uint8, (48, 48, 3)),
@@ -116,21 +143,97 @@ def test_an_observation_is_uint8_pictures_float32_state_and_language(tmp_path):
 def test_stored_states_meet_the_chunks_of_their_own_frames(tmp_path, recorded):
     write_task_file(tmp_path, alignment=recorded)
     demos, _ = load(tmp_path)
-    frames = FrameDataset(demos, LANGUAGE)
-    states = torch.stack([obs["joint_states"] for obs in frames])  # the joints stand for z
-    with_obs, with_states = ChunkDataset(demos, LANGUAGE, 10), ChunkDataset(demos, LANGUAGE, 10, states)
-    for index in range(len(with_obs)):
-        assert torch.equal(with_obs[index]["obs"]["joint_states"], with_states[index]["z_t"])
-        assert torch.equal(with_obs[index]["actions"], with_states[index]["actions"])
+    states = torch.cat([demo.joint_states for demo in demos])  # the joints stand for z
+    rows = chunk_rows(demos[1:], 10)
+    with_obs, with_states = (samples_of(batches_of(demos, rows, 10, **kind)) for kind in ({}, {"states": states}))
+    assert len(with_obs) == len(with_states) > 0
+    for seen, stored in zip(with_obs, with_states, strict=True):
+        assert torch.equal(seen["obs"]["joint_states"], stored["z_t"])
+        assert torch.equal(seen["actions"], stored["actions"])
 
 
-def test_loader_processes_give_the_same_batches_as_none(tmp_path):
+def test_some_demos_can_be_numbered_alone(tmp_path):
+    write_task_file(tmp_path, demos=4)
+    demos, _ = load(tmp_path)
+    alone = numbered_alone([demos[3], demos[1]])
+    samples = samples_of(batches_of(alone, frame_rows(alone), 0))
+    assert len(samples) == 60
+    assert torch.equal(samples[35]["obs"]["joint_states"], demos[1].joint_states[5])
+
+
+def test_an_epoch_is_a_seeded_permutation_and_drops_only_the_incomplete_batch(tmp_path):
     write_task_file(tmp_path)
-    samples = TransitionDataset(load(tmp_path)[0], LANGUAGE, 1)
-    alone, helped = (list(ordered_loader(samples, 16, workers, False)) for workers in (0, 2))
-    assert sum(len(batch["actions"]) for batch in alone) == len(samples)
-    for first, second in zip(alone, helped, strict=True):
-        assert torch.equal(first["next_obs"]["agentview_rgb"], second["next_obs"]["agentview_rgb"])
+    demos, _ = load(tmp_path)
+    states = torch.arange(90.0)[:, None]  # a row's z is its number
+    batches = batches_of(demos, frame_rows(demos)[:70], 0, seed=3, states=states)
+    epochs = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        epochs.append(torch.cat([batch["z_t"].flatten() for batch in batches]))
+    assert len(epochs[0]) == 64 == len(epochs[0].unique())
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_batch_is_what_its_ranks_get_together(tmp_path):
+    write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    states = torch.arange(90.0)[:, None]
+    alone = batches_of(demos, frame_rows(demos), 0, seed=0, states=states, batch_size=16)
+    shares = [batches_of(demos, frame_rows(demos), 0, seed=0, states=states, batch_size=8) for _ in range(2)]
+    for rank, share in enumerate(shares):
+        share.rank, share.ranks = rank, 2
+    for joint, first, second in zip(alone, *shares, strict=True):
+        assert set(joint["z_t"].flatten().tolist()) == set(torch.cat([first["z_t"], second["z_t"]]).flatten().tolist())
+
+
+def test_reading_ahead_never_overwrites_the_batch_in_use(tmp_path):
+    write_task_file(tmp_path, demos=6)
+    demos, _ = load(tmp_path)
+    batches = batches_of(demos, transition_rows(demos, 1), 1, gap=1, seed=0, batch_size=4)
+    with h5py.File(demos[0].path) as file:
+        frames = np.concatenate([file["data"][demo.key]["obs/agentview_rgb"] for demo in demos])
+    joints = torch.cat([demo.joint_states for demo in demos])
+    for _ in range(2):  # the second epoch finds the buffers of the first
+        for batch in batches:
+            time.sleep(0.002)  # the reader fills whatever it may
+            for i, joint_states in enumerate(batch["obs"]["joint_states"]):
+                (row,) = (joints == joint_states).all(dim=1).nonzero()
+                np.testing.assert_array_equal(batch["obs"]["agentview_rgb"][i], frames[row])
+                np.testing.assert_array_equal(batch["next_obs"]["agentview_rgb"][i], frames[row + 1])
+
+
+def test_an_epoch_that_is_left_early_leaves_no_thread_behind(tmp_path):
+    write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    before = threading.active_count()
+    for _ in batches_of(demos, frame_rows(demos), 0, batch_size=2):
+        break
+    assert threading.active_count() == before
+
+
+def test_a_failing_read_is_raised_where_the_batch_is_awaited(tmp_path):
+    path = write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_2/obs/agentview_rgb"]
+    with pytest.raises(KeyError, match="agentview_rgb"):
+        list(batches_of(demos, frame_rows(demos), 0))
+
+
+def test_a_shift_moves_both_cameras_of_both_observations_alike():
+    torch.manual_seed(0)
+    ramp = torch.arange(10, 42, dtype=torch.uint8).expand(64, 3, 32, 32).permute(0, 2, 3, 1)  # grows with the column
+    pictures = {"agentview_rgb": ramp, "eye_in_hand_rgb": ramp.transpose(1, 2)}
+    batch = {"obs": pictures, "next_obs": pictures, "actions": torch.zeros(64, 1, 7)}
+    shifted = shift_pictures(batch, 4)
+    columns = shifted["obs"]["agentview_rgb"][:, 0, 16, 0].int() - 26  # shift of each sample along one side
+    rows = shifted["obs"]["eye_in_hand_rgb"][:, 16, 0, 0].int() - 26
+    assert set(columns.tolist()) == set(rows.tolist()) == set(range(-4, 5))
+    for i, column in enumerate(columns.tolist()):
+        expected = (torch.arange(32) + column).clamp(0, 31) + 10
+        for name in ("obs", "next_obs"):
+            assert torch.equal(shifted[name]["agentview_rgb"][i, 5, :, 1].long(), expected)
+    assert torch.equal(shifted["obs"]["eye_in_hand_rgb"], shifted["next_obs"]["eye_in_hand_rgb"])
 
 
 def test_openvlas_regenerated_files_are_read(tmp_path):

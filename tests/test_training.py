@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataloader import gather_rows
 from errors import BadInput
 from statevla_model import StateVLATrainer, build_trainer, load_checkpoint, read_checkpoint, save_checkpoint
+from train import PHASE_DIRECTORIES
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -31,7 +32,6 @@ SMALL = {
     "training.phase1.num_epochs": 3,
     "training.phase2.num_epochs": 3,
     "training.batch_size": 16,
-    "training.num_workers": 0,
     "training.log_interval": 1,
     "training.save_interval": 1,
     "training.learning_rate": 1e-3,
@@ -112,7 +112,7 @@ def test_best_checkpoint_is_that_of_the_lowest_validation_loss(runs, folder):
 def test_logs_have_the_guides_names(runs):
     phase1 = metrics(runs / "phase1_temporal_jepa", "train")[0]
     phase2 = metrics(runs / "phase2_flow_matching", "train")[0]
-    assert {"jepa_mse", "jepa_variance", "jepa_covariance", "learning_rate"} <= phase1.keys()
+    assert {"jepa_mse", "jepa_variance", "jepa_covariance", "learning_rate", "waiting_for_data"} <= phase1.keys()
     assert {"pos_rot_loss", "gripper_loss", "action_loss"} <= phase2.keys()
     assert phase2["action_loss"] == pytest.approx(phase2["pos_rot_loss"] + phase2["gripper_loss"], rel=1e-5)
 
@@ -157,6 +157,48 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path):
     with pytest.raises(AttributeError):
         save_checkpoint({"epoch": 2, "cannot be saved": lambda: None}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("setting, precision", [("data.cache=none", 0), ("training.phase2.store_states=false", 1e-4)])
+def test_losses_do_not_depend_on_what_is_stored(runs, data, tmp_path, setting, precision):
+    """Neither on where frames are read from (exactly), nor on whether phase 2 encodes them once or in every epoch."""
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    phase = 1 if setting.startswith("data") else 2
+    encoder = ["--phase1_checkpoint", runs / "phase1_temporal_jepa/checkpoint_best.pt"]
+    run("train.py", "--phase", phase, *(encoder if phase == 2 else ()), *both, "--set", setting)
+    folder = PHASE_DIRECTORIES[phase]
+    for split in ("train", "validation"):
+        expected, found = ([line["loss"] for line in metrics(root / folder, split)] for root in (runs, tmp_path))
+        assert len(expected) >= 3
+        assert found == pytest.approx(expected, rel=precision, abs=0)
+
+
+def test_phase2_reads_no_picture_once_the_states_are_stored(runs, data, tmp_path):
+    for path in data.glob("*"):
+        if path.is_file():
+            (tmp_path / path.name).symlink_to(path)
+    states = next((runs / "frozen_states").glob("*.npy"))
+    (tmp_path / "runs/frozen_states").mkdir(parents=True)
+    (tmp_path / "runs/frozen_states" / states.name).write_bytes(states.read_bytes())
+    both = settings(data__data_directory=tmp_path, training__checkpoint_directory=tmp_path / "runs")
+    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    said = run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both).stdout
+    assert "read from" in said
+    assert not (tmp_path / "frame_cache").exists()
+    run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both, "--set", "training.image_shift=2")
+    assert (tmp_path / "frame_cache").exists()  # shifted pictures are encoded anew: the stored states do not fit them
+
+
+def test_bfloat16_and_recomputed_activations_train_to_nearly_the_same_losses(runs, data, tmp_path):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    changes = ("--set", "training.precision=bf16", "--set", "training.activation_checkpointing=true")
+    run("train.py", "--phase", 1, *both, *changes)
+    folder = "phase1_temporal_jepa"
+    expected, found = (metrics(root / folder, "train") for root in (runs, tmp_path))
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.05)
+    assert [line["loss"] for line in found] != [line["loss"] for line in expected]
+    weights = read_checkpoint(tmp_path / folder / "checkpoint_latest.pt")["model_state_dict"]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
 # ---------------------------------------------------------------------------------------------------------- resume

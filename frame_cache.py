@@ -1,0 +1,213 @@
+"""Frames laid out for training: the pictures of an HDF5 file once more, as one flat file of bytes.
+
+HDF5 decompresses a frame every time it is asked for, which is slower than a GPU trains. So each file is converted once,
+at the smaller of its own picture size and the model's, and mapped into memory from then on: reading a frame is a copy.
+
+    data.cache: disk   the operating system keeps in memory what fits, and all processes of a machine share it
+                ram    disk, then read into the memory of this process at the start
+                gpu    disk, then put on the GPU at the start, where batches are gathered
+                none   nothing is converted: frames are decompressed from HDF5 as they are asked for
+
+A frame is both cameras at one step: (2, S, S, 3) uint8 in the order of CAMERAS, raw orientation. Row r of `Frames` is
+obs[t] of a demo, r = demo.first_row + t.
+
+Letters: B batch, N frames, S pixels.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import DataConfig
+from errors import BadInput
+from jepa.tokenizer import CAMERAS, resize_images
+
+if TYPE_CHECKING:
+    from dataloader import Demo
+
+LAYOUT = 1  # goes up when the same HDF5 file would be converted to other bytes
+
+
+class Frames:
+    """Frames of several files by row. `read(rows, out)` may be called from any one thread at a time."""
+
+    def __init__(self, demos: Sequence["Demo"], frame_shape: tuple[int, ...]):
+        self.demos, self.frame_shape = demos, frame_shape
+        self.first_rows = np.array([demo.first_row for demo in demos])
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copies the frames `rows` (B,) into `out` (B, 2, S, S, 3)."""
+        for slot, row, index in zip(out, rows, np.searchsorted(self.first_rows, rows, side="right") - 1, strict=True):
+            self._read_one(self.demos[index], row - self.first_rows[index], slot)
+
+    def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class HDF5Frames(Frames):
+    """data.cache none: frames as the files hold them, at the files' own picture size."""
+
+    def __init__(self, demos: Sequence["Demo"]):
+        size = demos[0].image_size
+        super().__init__(demos, (len(CAMERAS), size, size, 3))
+
+    @cached_property
+    def _files(self) -> dict[Path, h5py.File]:
+        # Frames are read once each, in random order: a chunk cache would only cost memory.
+        return {path: h5py.File(path, "r", rdcc_nbytes=0) for path in {demo.path for demo in self.demos}}
+
+    def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
+        obs = self._files[demo.path]["data"][demo.key]["obs"]
+        for picture, camera in zip(out, CAMERAS, strict=True):
+            picture[:] = obs[camera][t]
+
+
+class FlatFrames(Frames):
+    """data.cache disk and ram: one array (N, 2, S, S, 3) a demo, mapped from the flat files or copied into memory."""
+
+    def __init__(self, demos: Sequence["Demo"], arrays: list[np.ndarray]):
+        super().__init__(demos, arrays[0].shape[1:])
+        self.arrays = dict(zip((demo.first_row for demo in demos), arrays, strict=True))
+
+    def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
+        out[:] = self.arrays[demo.first_row][t]
+
+
+class DeviceFrames(Frames):
+    """data.cache gpu: all frames as one tensor (N, 2, S, S, 3) on the device."""
+
+    def __init__(self, frames: FlatFrames, device: torch.device):
+        super().__init__(frames.demos, frames.frame_shape)
+        rows = sum(len(demo) for demo in frames.demos)
+        self.tensor = torch.empty(rows, *frames.frame_shape, dtype=torch.uint8, device=device)
+        for demo in frames.demos:
+            self.tensor[demo.first_row : demo.first_row + len(demo)] = torch.from_numpy(
+                frames.arrays[demo.first_row].copy()
+            )
+
+
+def open_frames(demos: Sequence["Demo"], config: DataConfig, image_size: int, device: torch.device) -> Frames:
+    """The frames of all demos, converting files where `config.cache` wants it and it has not been done.
+
+    Raises BadInput where the cache cannot be written, its disk is too small or one of its files is damaged.
+    """
+    if config.cache == "none":
+        return HDF5Frames(demos)
+    if config.cache == "gpu" and device.type != "cuda":
+        raise BadInput(f"data.cache is gpu, but the device is {device.type}; use disk or ram")
+    size = min(demos[0].image_size, image_size)
+    directory = Path(config.cache_directory or Path(config.data_directory) / "frame_cache")
+    arrays = []
+    for path, group in groupby(demos, key=lambda demo: demo.path):
+        of_file = list(group)
+        flat = _map(_converted(path, of_file, size, directory), of_file, size)
+        ends = np.cumsum([len(demo) for demo in of_file])
+        arrays += [flat[end - len(demo) : end] for demo, end in zip(of_file, ends, strict=True)]
+    if config.cache == "ram":
+        arrays = [np.array(array) for array in arrays]
+    frames = FlatFrames(demos, arrays)
+    return DeviceFrames(frames, device) if config.cache == "gpu" else frames
+
+
+# ------------------------------------------------------------------------------------------------------ conversion
+
+
+def _converted(path: Path, demos: list["Demo"], size: int, directory: Path) -> Path:
+    """The flat file of an HDF5 file's demos; written first if it is not there or the HDF5 file has changed since."""
+    stat = path.stat()
+    source = {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    index = source | {"layout": LAYOUT, "pixels": size, "demos": {demo.key: len(demo) for demo in demos}}
+    key = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
+    target = directory / f"{path.stem}_{size}px_{key}.frames"
+    if target.exists():
+        return target
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _only_one_process(target.with_suffix(".lock")):
+            if not target.exists():  # another process may have written it while this one waited
+                _forget_earlier_versions(source, directory)
+                _write_whole(target.with_suffix(".json"), json.dumps(index, indent=2).encode())
+                _convert(path, demos, size, target)
+    except OSError as problem:
+        raise BadInput(
+            f"{directory}: the frames of {path.name} cannot be converted ({problem.strerror or problem}); set "
+            "data.cache_directory to another folder, or data.cache to none"
+        ) from None
+    return target
+
+
+def _convert(path: Path, demos: list["Demo"], size: int, target: Path) -> None:
+    needed = sum(len(demo) for demo in demos) * len(CAMERAS) * size * size * 3
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise BadInput(
+            f"{target.parent}: the frames of {path.name} take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; "
+            "set data.cache_directory to another folder, or data.cache to none"
+        )
+    part = target.with_suffix(".part")
+    try:
+        with h5py.File(path, "r") as file, part.open("wb") as stream:
+            for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
+                obs = file["data"][demo.key]["obs"]
+                cameras = [_resized(torch.from_numpy(obs[camera][()]), size) for camera in CAMERAS]  # (T, S, S, 3) each
+                stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _resized(pictures: Tensor, size: int) -> Tensor:
+    """(T, h, w, 3) uint8 -> (T, S, S, 3) with the project's one resize."""
+    return resize_images(pictures, size).permute(0, 2, 3, 1)
+
+
+def _map(target: Path, demos: list["Demo"], size: int) -> np.ndarray:
+    shape = (sum(len(demo) for demo in demos), len(CAMERAS), size, size, 3)
+    found = target.stat().st_size
+    if found != np.prod(shape):
+        raise BadInput(f"{target}: has {found:,} bytes, expected {np.prod(shape):,}; delete it, it will be made again")
+    return np.asarray(np.memmap(target, np.uint8, "r", shape=shape))  # a plain view: memmap's own indexing is slow
+
+
+def _forget_earlier_versions(source: dict, directory: Path) -> None:
+    """Deletes what was made of this HDF5 file before it changed: it can never be used again."""
+    for path in directory.glob("*.json"):
+        index = json.loads(path.read_text())
+        same_file = index["path"] == source["path"]
+        if same_file and ((index["bytes"], index["mtime_ns"]) != (source["bytes"], source["mtime_ns"])):
+            for suffix in (".frames", ".lock", ".json"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+@contextmanager
+def _only_one_process(path: Path) -> Iterator[None]:
+    """Holds the lock file; others wait. The operating system frees it should this process die."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that converts {path.stem}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -1,0 +1,254 @@
+"""The flat files of frames, and the states z that phase 2 keeps: never stale, never half, written once."""
+
+import json
+import multiprocessing
+import os
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from libero_files import write_task_file
+from test_dataloader import CPU, LANGUAGE, batches_of, data_config, load, samples_of
+from test_model import fitted, small_config
+
+from dataloader import LowDimensional, frame_rows, transition_rows
+from errors import BadInput
+from frame_cache import FlatFrames, HDF5Frames, open_frames
+from frozen_states import encode_all, frozen_states, states_key
+from jepa.tokenizer import resize_images
+from statevla_model import build_trainer
+
+
+def frames_of(directory, *overrides, image_size=32):
+    demos, _ = load(directory, *overrides)
+    return demos, open_frames(demos, data_config(directory, *overrides), image_size, CPU)
+
+
+def all_frames(demos, frames) -> np.ndarray:
+    out = np.empty((sum(len(demo) for demo in demos), *frames.frame_shape), np.uint8)
+    frames.read(frame_rows(demos).numpy(), out)
+    return out
+
+
+def cached(directory, suffix=".frames"):
+    return sorted((directory / "frame_cache").glob(f"*{suffix}"))
+
+
+@pytest.mark.parametrize("cache", ["disk", "ram"])
+def test_cached_frames_are_those_of_the_hdf5_files(tmp_path, cache):
+    write_task_file(tmp_path)
+    write_task_file(tmp_path, task="pick_up_the_butter_and_place_it_in_the_basket", steps=21, seed=1)
+    demos, frames = frames_of(tmp_path, f"data.cache={cache}")
+    assert isinstance(frames, FlatFrames)
+    np.testing.assert_array_equal(all_frames(demos, frames), all_frames(demos, HDF5Frames(demos)))
+
+
+def test_larger_pictures_are_stored_at_the_models_size_by_the_one_resize(tmp_path):
+    write_task_file(tmp_path, image_size=48)
+    demos, frames = frames_of(tmp_path)
+    assert frames.frame_shape == (2, 32, 32, 3)
+    source = torch.from_numpy(all_frames(demos, HDF5Frames(demos))[:, 1])
+    expected = resize_images(source, 32).permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(all_frames(demos, frames)[:, 1], expected)
+
+
+def test_smaller_pictures_are_stored_as_they_are(tmp_path):
+    write_task_file(tmp_path, image_size=16)
+    assert frames_of(tmp_path)[1].frame_shape == (2, 16, 16, 3)
+    assert cached(tmp_path)[0].stat().st_size == 90 * 2 * 16 * 16 * 3
+
+
+def test_a_file_is_converted_once(tmp_path):
+    write_task_file(tmp_path)
+    frames_of(tmp_path)
+    (flat,) = cached(tmp_path)
+    written = flat.stat().st_mtime_ns
+    frames_of(tmp_path)
+    assert [path.stat().st_mtime_ns for path in cached(tmp_path)] == [written]
+
+
+def test_a_changed_file_is_converted_anew_and_its_old_frames_are_deleted(tmp_path):
+    path = write_task_file(tmp_path)
+    frames_of(tmp_path)
+    (before,) = cached(tmp_path)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/agentview_rgb"][3] = 7
+    os.utime(path, ns=(1, 1))  # even a time that lies further back is another time
+    demos, frames = frames_of(tmp_path)
+    (after,) = cached(tmp_path)
+    assert after != before
+    assert (all_frames(demos, frames)[3, 0] == 7).all()
+
+
+def test_fewer_demos_and_another_size_have_files_of_their_own(tmp_path):
+    write_task_file(tmp_path)
+    frames_of(tmp_path)
+    frames_of(tmp_path, "data.demos_per_task=2")
+    frames_of(tmp_path, image_size=16)
+    assert len(cached(tmp_path)) == 3
+    index = json.loads(cached(tmp_path, ".json")[0].read_text())
+    assert {"path", "bytes", "mtime_ns", "layout", "pixels", "demos"} <= index.keys()
+
+
+def test_a_conversion_that_is_interrupted_leaves_nothing_that_could_be_taken_for_whole(tmp_path):
+    path = write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_2/obs/eye_in_hand_rgb"]
+    with pytest.raises(KeyError):
+        open_frames(demos, data_config(tmp_path), 32, CPU)
+    assert not cached(tmp_path) and not cached(tmp_path, ".part")
+
+
+def test_a_truncated_flat_file_is_named(tmp_path):
+    write_task_file(tmp_path)
+    frames_of(tmp_path)
+    (flat,) = cached(tmp_path)
+    flat.write_bytes(flat.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=f"{flat}: has 552,860 bytes, expected 552,960; delete it"):
+        frames_of(tmp_path)
+
+
+def test_a_cache_directory_that_cannot_be_made_is_named(tmp_path):
+    write_task_file(tmp_path)
+    (tmp_path / "taken").write_text("a file, no folder")
+    with pytest.raises(BadInput, match=r"taken: the frames of .* cannot be converted .*set data\.cache_directory"):
+        frames_of(tmp_path, f"data.cache_directory={tmp_path / 'taken'}")
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    write_task_file(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(BadInput, match=r"take 0\.0 GB, but 0\.0 GB are free; set data\.cache_directory"):
+        frames_of(tmp_path)
+    assert not cached(tmp_path)
+
+
+def test_the_gpu_cache_needs_a_gpu(tmp_path):
+    write_task_file(tmp_path)
+    with pytest.raises(BadInput, match=r"data\.cache is gpu, but the device is cpu"):
+        frames_of(tmp_path, "data.cache=gpu")
+
+
+def convert_and_report(directory, start, results):
+    start.wait()
+    demos, frames = frames_of(directory)
+    results.put(int(all_frames(demos, frames).sum(dtype=np.int64)))
+
+
+def test_processes_that_convert_at_once_agree_and_write_one_file(tmp_path):
+    write_task_file(tmp_path, demos=6)
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Event(), context.Queue()
+    processes = [context.Process(target=convert_and_report, args=(tmp_path, start, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    start.set()
+    sums = {results.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    demos, _ = load(tmp_path)
+    assert sums == {int(all_frames(demos, HDF5Frames(demos)).sum(dtype=np.int64))}
+    assert len(cached(tmp_path)) == 1
+
+
+def test_batches_from_cached_frames_equal_those_from_hdf5(tmp_path):
+    write_task_file(tmp_path)
+    demos, frames = frames_of(tmp_path)
+    rows = transition_rows(demos, 5)
+    for flat, direct in zip(
+        samples_of(batches_of(demos, rows, 5, gap=5, seed=1, frames=frames)),
+        samples_of(batches_of(demos, rows, 5, gap=5, seed=1)),
+        strict=True,
+    ):
+        assert torch.equal(flat["next_obs"]["agentview_rgb"], direct["next_obs"]["agentview_rgb"])
+
+
+# ---------------------------------------------------------------------------------------------------- states z
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def a_model(seed=0):
+    torch.manual_seed(seed)
+    return fitted(build_trainer(small_config(), 2).model).eval()
+
+
+def states_of(model, directory, batch_size=16):
+    """The states and whether the pictures were opened for them."""
+    demos, _ = load(directory)
+    opened = []
+
+    def frames():
+        opened.append(True)
+        return HDF5Frames(demos)
+
+    table = LowDimensional(demos, LANGUAGE, CPU)
+    return frozen_states(model, demos, table, frames, batch_size, directory / "frozen_states"), bool(opened)
+
+
+def test_states_are_the_encoders_answers_and_are_computed_once(tmp_path, one_process):
+    write_task_file(tmp_path)
+    model = a_model()
+    first, encoded = states_of(model, tmp_path)
+    again, encoded_again = states_of(model, tmp_path)
+    assert (encoded, encoded_again) == (True, False)
+    assert torch.equal(first, again)
+    demos, _ = load(tmp_path)
+    for batch, stored in zip(batches_of(demos, frame_rows(demos), 0), first.split(16), strict=True):
+        torch.testing.assert_close(model.encode(batch["obs"]), stored)
+
+
+def test_states_of_another_encoder_or_other_data_are_never_used(tmp_path, one_process):
+    path = write_task_file(tmp_path)
+    states_of(a_model(), tmp_path)
+    changed = a_model()
+    with torch.no_grad():
+        changed.state_encoder.tokenizer.cls[0, 0, 0] += 1e-3
+    assert states_of(changed, tmp_path)[1]
+    policy_alone = a_model()
+    with torch.no_grad():
+        policy_alone.policy.positions += 1
+    assert not states_of(policy_alone, tmp_path)[1]
+    os.utime(path, ns=(1, 1))
+    assert states_of(a_model(), tmp_path)[1]
+
+
+def test_a_damaged_file_of_states_is_computed_anew(tmp_path, one_process):
+    write_task_file(tmp_path)
+    states, _ = states_of(a_model(), tmp_path)
+    (path,) = (tmp_path / "frozen_states").iterdir()
+    path.write_bytes(path.read_bytes()[:-50])
+    again, encoded = states_of(a_model(), tmp_path)
+    assert encoded and torch.equal(states, again)
+
+
+def test_the_key_of_states_depends_on_the_language(tmp_path):
+    write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    model, table = a_model(), LowDimensional(demos, LANGUAGE, CPU)
+    before = states_key(model, demos, table)
+    table.language[0, 0] += 0.01
+    assert states_key(model, demos, table) != before
+
+
+def test_losses_on_stored_states_are_those_of_encoding_anew(tmp_path):
+    write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    trainer = build_trainer(small_config(), 2)
+    fitted(trainer.model)
+    states = encode_all(trainer.model, demos, LowDimensional(demos, LANGUAGE, CPU), HDF5Frames(demos), 32)
+    rows = transition_rows(demos, 10)
+    losses = []
+    for options in ({}, {"states": states}):
+        torch.manual_seed(0)
+        batches = batches_of(demos, rows, 10, seed=0, **options)
+        losses.append(torch.stack([trainer(batch)["loss"].detach() for batch in batches]))
+    torch.testing.assert_close(losses[0], losses[1])
