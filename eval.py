@@ -1,10 +1,13 @@
-"""Offline evaluation: how far are the predicted actions from the demonstrated ones, on the demos held out in training?
+"""Offline evaluation, on the demos held out in training.
 
     python eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt
+    python eval.py --checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt
 
-Prints the mean squared error per dimension (x, y, z, rx, ry, rz, gripper) in robot units, with the error of always
-predicting the mean training action beside it, and the gripper's accuracy. The checkpoint alone says which demos were
-held out, how observations are aligned and which language embeddings the policy knows.
+Phase 2: how far are the predicted actions from the demonstrated ones? Prints the mean squared error per dimension (x,
+y, z, rx, ry, rz, gripper) in robot units, with the error of always predicting the mean training action beside it, and
+the gripper's accuracy. Phase 1: what does z know? Prints the report of representation.py and draws it beside the
+checkpoint. The checkpoint alone says which demos were held out, how observations are aligned and which language
+embeddings it knows.
 """
 
 import argparse
@@ -16,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import parse_config
+from config import Config, parse_config
 from dataloader import Batches, Demo, LanguageTable, LowDimensional, chunk_rows, load_demos, numbered_alone
 from errors import BadInput, exits_on_bad_input
 from frame_cache import HDF5Frames
 from jepa.mamba import choose_mamba_backend
+from representation import draw_report, print_report, representation_report
 from statevla_model import StateVLA, choose_device, model_from_checkpoint, read_checkpoint
 
 DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
@@ -29,7 +33,7 @@ DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 @exits_on_bad_input
 def main() -> None:
     arguments = parse_arguments()
-    checkpoint = read_checkpoint(arguments.checkpoint, phase=2)
+    checkpoint = read_checkpoint(arguments.checkpoint)
     overrides = [
         "training.device=auto",
         "training.mamba_backend=auto",
@@ -52,7 +56,20 @@ def main() -> None:
     for key, value in checkpoint["observation"].items():
         if observation[key] != value:
             raise BadInput(f"{config.data.data_directory}: {key} is {observation[key]}, the checkpoint expects {value}")
-    held_out = numbered_alone(held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory))
+    held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
+    evaluate = {1: evaluate_representation, 2: evaluate_actions}[checkpoint["phase"]]
+    result = evaluate(model, checkpoint, config, demos, held_out, arguments, device)
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {arguments.output}")
+
+
+def evaluate_actions(
+    model: StateVLA, checkpoint: dict, config: Config, demos: list[Demo], held_out: list[Demo],
+    arguments: argparse.Namespace, device: torch.device,
+) -> dict:  # fmt: skip
+    """Phase 2: the error of the predicted actions."""
+    held_out = numbered_alone(held_out)
     rows = chunk_rows(held_out, config.model.action_seq_len)
     batches = Batches(
         rows,
@@ -73,14 +90,33 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
     }
     print_table(result)
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
-        print(f"written to {arguments.output}")
+    return result
+
+
+def evaluate_representation(
+    model: StateVLA, checkpoint: dict, config: Config, demos: list[Demo], held_out: list[Demo],
+    arguments: argparse.Namespace, device: torch.device,
+) -> dict:  # fmt: skip
+    """Phase 1: what z knows."""
+    language, unseen = LanguageTable(**checkpoint["language"]), {demo.name for demo in held_out}
+    train = [demo for demo in demos if demo.name not in unseen and demo.task in language.embeddings]
+    numbered = numbered_alone([*train, *held_out])
+    frames = HDF5Frames(numbered)
+    figures, drawn = representation_report(
+        model, numbered[: len(train)], numbered[len(train) :], language, frames, config.training.batch_size, device
+    )
+    picture = Path(arguments.checkpoint).with_name("representation.png")
+    draw_report(figures, drawn, frames, picture)
+    print_report(figures)
+    print(f"drawn in {picture}")
+    return figures | {"checkpoint": arguments.checkpoint, "epoch": checkpoint["epoch"]}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Offline MSE of a phase-2 checkpoint on its held-out demos.")
-    parser.add_argument("--checkpoint", required=True, help="phase-2 checkpoint to evaluate")
+    parser = argparse.ArgumentParser(
+        description="Phase 2: offline MSE on the held-out demos. Phase 1: what the representation z knows of them."
+    )
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of either phase")
     parser.add_argument("--data_directory", help="folder of *_demo.hdf5 files (default: the checkpoint's)")
     parser.add_argument("--batch_size", type=int, help="samples a forward pass (default: the checkpoint's)")
     parser.add_argument("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")

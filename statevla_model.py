@@ -58,19 +58,63 @@ class StateVLA(nn.Module):
         The flow is integrated in `sample_steps` Euler steps from Gaussian noise or, with flow_start "zero", from the
         noise's mean, which makes the answer deterministic.
         """
-        return self.act(self.encode(obs), sample_steps, flow_start, generator)
+        x_1 = self.start_of_flow(len(obs["language"]), flow_start, generator)
+        return self.act(self.encode(obs), x_1, sample_steps)
+
+    def start_of_flow(self, batch: int, flow_start: str, generator: torch.Generator | None = None) -> Tensor:
+        """-> x_1 (B, H, 6) where the generator lives, so that one on the CPU gives every device the same noise."""
+        shape = (batch, self.config.action_seq_len, POSE_DIM)
+        device = generator.device if generator else self.policy.positions.device
+        if flow_start == "noise":
+            return torch.randn(shape, generator=generator, device=device)
+        return torch.zeros(shape, device=device)
 
     @torch.no_grad()
-    def act(self, z_t: Tensor, sample_steps: int, flow_start: str, generator: torch.Generator | None = None) -> Tensor:
-        """z_t (B, D) -> actions (B, H, 7), as `predict`."""
-        shape = (len(z_t), self.config.action_seq_len, POSE_DIM)
-        if flow_start == "noise":  # drawn where the generator lives, so that a CPU generator gives any device the same
-            x_1 = torch.randn(shape, generator=generator, device=generator.device if generator else z_t.device)
-        else:
-            x_1 = torch.zeros(shape)
+    def act(self, z_t: Tensor, x_1: Tensor, sample_steps: int) -> Tensor:
+        """z_t (B, D), the flow's start x_1 (B, H, 6) -> actions (B, H, 7), as `predict`."""
         z_t = self.state_normalizer.normalize(z_t)
         pose_deltas = self.policy.sample(z_t, sample_steps, x_1.to(z_t))  # (B, H, 6)
         return torch.cat([pose_deltas, self.gripper.sample(z_t).unsqueeze(-1)], dim=-1)
+
+
+class RecordedDecision:
+    """obs, x_1 -> actions, as StateVLA.encode and act, for one batch size: on CUDA recorded once and replayed.
+
+    A decision is some thousand small kernels. Launching them one by one takes the CPU longer than the GPU needs to run
+    them; a CUDA graph launches all of them at once. Elsewhere the model is simply called.
+    """
+
+    def __init__(self, model: StateVLA, obs: dict[str, Tensor], sample_steps: int):
+        """`obs` is any observation of the batch size to come, on the model's device."""
+        self.model, self.sample_steps = model, sample_steps
+        self.graph = None
+        if not obs["language"].is_cuda:
+            return
+        self.obs = {name: value.clone() for name, value in obs.items()}
+        self.x_1 = model.start_of_flow(len(obs["language"]), "zero").to(obs["language"].device)
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # what is chosen or allocated on first use must not be recorded
+            for _ in range(3):
+                self._decide()
+        torch.cuda.current_stream().wait_stream(side_stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.actions = self._decide()
+
+    def __call__(self, obs: dict[str, Tensor], x_1: Tensor) -> Tensor:
+        if self.graph is None:
+            with torch.no_grad():
+                return self.model.act(self.model.encode(obs), x_1, self.sample_steps)
+        for name, value in obs.items():
+            self.obs[name].copy_(value, non_blocking=True)
+        self.x_1.copy_(x_1, non_blocking=True)
+        self.graph.replay()
+        return self.actions.clone()
+
+    @torch.no_grad()
+    def _decide(self) -> Tensor:
+        return self.model.act(self.model.encode(self.obs), self.x_1, self.sample_steps)
 
 
 class GatherRanks(torch.autograd.Function):

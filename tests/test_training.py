@@ -413,9 +413,9 @@ def test_embeddings_of_another_encoder_are_refused(runs, data, tmp_path):
     assert "language encoder is 'another encoder', but the checkpoint was trained with" in said
 
 
-def test_offline_evaluation_refuses_a_phase1_checkpoint(runs):
+def test_the_report_on_phase_1_names_what_a_file_without_simulator_states_lacks(runs):
     checkpoint = runs / "phase1_temporal_jepa/checkpoint_best.pt"
-    assert "expected a checkpoint of phase 2" in one_sentence(run("eval.py", "--checkpoint", checkpoint, expect=2))
+    assert "key obs/ee_pos is missing" in one_sentence(run("eval.py", "--checkpoint", checkpoint, expect=2))
 
 
 def test_damaged_missing_and_foreign_checkpoints_are_named(runs, tmp_path):

@@ -1,0 +1,286 @@
+"""What does z know? The report that `eval.py --checkpoint <phase 1>` prints, on the demos held out in training.
+
+Collapse: effective rank and spread of z, in all, within a task and within an episode.
+Probes: what a linear map and a small MLP read out of a frozen z, fitted on the training demos: where the target object,
+the basket and the end effector are, and how far the gripper is open. The truth comes from the simulator states in the
+HDF5 file. The same with the robot's own joints masked: they are an input, so that finding the end effector in z proves
+little. The target before the grasp is apart, because afterwards it moves with the hand.
+Prediction: the error of the predicted z, up to 20 frames ahead, as a share of the error of predicting no change.
+
+Letters: N frames, D state_dim, K prediction gap.
+"""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataloader import STATE_KEYS, Demo, LanguageTable, LowDimensional, numbered_alone
+from errors import BadInput
+from frame_cache import Frames
+from frozen_states import encode_all
+from jepa.temporal_predictor import representation_health
+from statevla_model import StateVLA
+
+POSITION_SIZE = {"free": 7, "ball": 4, "slide": 1, "hinge": 1}  # numbers that a MuJoCo joint has in qpos
+MOVED = 0.005  # metres after which the target no longer counts as standing where it stood
+HORIZONS = (1, 2, 3, 5, 10, 15, 20)  # frames ahead
+RIDGE = 1e-3  # of the linear probe, relative to z's variance
+MLP_STEPS, MLP_BATCH, MLP_WIDTH = 500, 256, 128
+
+
+# ------------------------------------------------------------------------------------------------------ the truth
+
+
+def simulator_truth(demo: Demo) -> dict[str, Tensor]:
+    """What the simulator knows at each obs[t], in metres: target, basket, end_effector (T, 3) and gripper (T, 1).
+
+    An observation recorded after actions[t] shows states[t + 1], so the last frame of such a demo has no truth (NaN).
+    Raises BadInput where the file lacks what this takes: states, model_file, obs/ee_pos and the objects of interest.
+    """
+    with h5py.File(demo.path, "r") as file:
+        group = file["data"][demo.key]
+        for key in ("states", "obs/ee_pos"):
+            if key not in group:
+                raise BadInput(f"{demo.path}: {demo.key}: key {key} is missing, the probes need it")
+        addresses = _free_joint_addresses(demo, group.attrs.get("model_file"))
+        target, basket = _objects_of_interest(demo, str(file["data"].attrs.get("bddl_file_content", "")))
+        states = torch.from_numpy(group["states"][()]).float()
+        truth = {"end_effector": torch.from_numpy(group["obs/ee_pos"][()]).float()}
+    later = torch.full_like(states, torch.nan)
+    later[: len(states) - demo.lag] = states[demo.lag :]
+    for name, thing in (("target", target), ("basket", basket)):
+        if thing not in addresses:
+            raise BadInput(f"{demo.path}: {demo.key}: model_file has no free joint of the object {thing}")
+        first = 1 + addresses[thing]  # states[:, 0] is the time
+        truth[name] = later[:, first : first + 3]
+    truth["gripper"] = demo.gripper_states.abs().sum(dim=1, keepdim=True)
+    return truth
+
+
+def _free_joint_addresses(demo: Demo, model_file: str | None) -> dict[str, int]:
+    """Object -> where its position starts in qpos. MuJoCo numbers joints depth first, as they stand in the file."""
+    if not model_file:
+        raise BadInput(f"{demo.path}: {demo.key}: attribute model_file is missing, the probes need it")
+    addresses, address = {}, 0
+    for joint in ElementTree.fromstring(model_file).find("worldbody").iter():
+        if joint.tag not in ("joint", "freejoint"):
+            continue
+        kind = "free" if joint.tag == "freejoint" else joint.get("type", "hinge")
+        if kind == "free":
+            addresses[re.sub(r"_joint\d+$", "", joint.get("name", ""))] = address
+        address += POSITION_SIZE[kind]
+    return addresses
+
+
+def _objects_of_interest(demo: Demo, bddl: str) -> list[str]:
+    """The two things that a pick-and-place task is about, as its BDDL file names them: what is moved, and where to."""
+    match = re.search(r"\(:obj_of_interest\s+(\S+)\s+(\S+)\s*\)", bddl)
+    if not match:
+        raise BadInput(f"{demo.path}: attribute bddl_file_content names no two obj_of_interest, the probes need them")
+    return list(match.groups())
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def representation_report(
+    model: StateVLA,
+    train_demos: Sequence[Demo],
+    held_out_demos: Sequence[Demo],
+    language: LanguageTable,
+    frames: Frames,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[dict, dict]:
+    """-> figures (JSON), and what `draw_report` needs. `frames` are those of all the demos, numbered as they are."""
+    demos = [*train_demos, *held_out_demos]
+    if [demo.first_row for demo in demos] != [demo.first_row for demo in numbered_alone(demos)]:
+        raise ValueError("the demos must be numbered alone, training demos first")
+    low_dimensional = LowDimensional(demos, language, device)
+    z = encode_all(model, demos, low_dimensional, frames, batch_size)  # (N, D)
+    masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
+    split = sum(len(demo) for demo in train_demos)
+    truths = [simulator_truth(demo) for demo in demos]
+    truth = {name: torch.cat([one[name] for one in truths]) for name in truths[0]}
+    before_grasp = torch.cat([(one["target"] - one["target"][0]).norm(dim=1) < MOVED for one in truths])
+
+    figures = {"frames": {"train": split, "held_out": len(z) - split}, "state_dim": z.shape[1]}
+    figures |= {name: float(value) for name, value in representation_health(z[split:]).items()}
+    figures |= spread_within(z[split:], held_out_demos)
+    figures["probes"] = {}
+    for inputs, name in ((z, "z"), (masked, "proprioception masked")):
+        figures["probes"][name] = {
+            quantity: probe(inputs, values, split) for quantity, values in truth.items() if quantity != "target"
+        }
+        figures["probes"][name]["target"] = probe(inputs, truth["target"], split)
+        figures["probes"][name]["target before the grasp"] = probe(inputs, truth["target"][:, :2], split, before_grasp)
+    figures["prediction"] = prediction_errors(model, z[split:], held_out_demos)
+    spectrum = torch.linalg.svdvals((z[split:] - z[split:].mean(0)).double()).square()
+    return figures, {"z": z, "split": split, "spectrum": (spectrum / spectrum.sum()).tolist()}
+
+
+def _without_proprioception(low_dimensional: LowDimensional) -> LowDimensional:
+    """The same frames with every robot state replaced by the mean one."""
+    masked = object.__new__(LowDimensional)
+    masked.__dict__.update(low_dimensional.__dict__)
+    masked.robot_state = {key: low_dimensional.robot_state[key].mean(0).expand_as(low_dimensional.robot_state[key])
+                          for key in STATE_KEYS}  # fmt: skip
+    return masked
+
+
+def spread_within(z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
+    """Shares of z's variance (N, D) that lie within a task and within an episode. Near 0 within an episode means that
+    z tells episodes apart and nothing that happens in them."""
+    total = z.var(dim=0, correction=0).sum()
+    lengths = [len(demo) for demo in demos]
+    shares = {}
+    for name, groups in (("task", [demo.task for demo in demos]), ("episode", [demo.name for demo in demos])):
+        labels = np.repeat(groups, lengths)
+        within = sum(
+            float((z[labels == group] - z[labels == group].mean(0)).square().sum()) for group in dict.fromkeys(groups)
+        )
+        shares[f"variance_within_{name}"] = within / len(z) / float(total)
+    return shares
+
+
+def probe(z: Tensor, truth: Tensor, split: int, among: Tensor | None = None) -> dict[str, dict]:
+    """How well `truth` (N, Q), in metres, can be read from z (N, D): fitted on the first `split` rows, tried on the
+    rest; `among` (N,) restricts both to some rows.
+
+    -> for linear and mlp: r2 of each coordinate (None where it does not vary), and mm, the mean distance to the truth;
+    beside them mm_of_mean, that of always answering with the mean of the training rows.
+    """
+    known = torch.isfinite(truth).all(dim=1)
+    known = known if among is None else known & among
+    train, test = known.clone(), known.clone()
+    train[split:], test[:split] = False, False
+    scale = z[train].std(0).clamp_min(1e-6)
+    x_train, x_test = ((z[rows] - z[train].mean(0)) / scale for rows in (train, test))
+    centre = truth[train].mean(0)
+    y_train, y_test = truth[train] - centre, truth[test] - centre
+    answers = {"linear": _linear_probe(x_train, y_train, x_test), "mlp": _mlp_probe(x_train, y_train, x_test)}
+    result = {name: _accuracy(answer, y_test) for name, answer in answers.items()}
+    return result | {"mm_of_mean": 1000 * float(y_test.norm(dim=1).mean())}
+
+
+def _linear_probe(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
+    x, y, x_test = x.double(), y.double(), x_test.double()
+    gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    return (x_test @ torch.linalg.solve(gram, x.T @ y)).float()
+
+
+def _mlp_probe(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
+    scale = y.std(0).clamp_min(1e-6)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mlp = nn.Sequential(
+            nn.Linear(x.shape[1], MLP_WIDTH), nn.GELU(), nn.Linear(MLP_WIDTH, MLP_WIDTH), nn.GELU(),
+            nn.Linear(MLP_WIDTH, y.shape[1]),
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MLP_STEPS)
+        for _ in range(MLP_STEPS):
+            rows = torch.randint(len(x), (MLP_BATCH,))
+            nn.functional.mse_loss(mlp(x[rows]), y[rows] / scale).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        return mlp(x_test) * scale
+
+
+def _accuracy(predicted: Tensor, truth: Tensor) -> dict:
+    errors, spreads = (predicted - truth).square().mean(0), truth.var(0, correction=0)
+    r2 = [float(1 - error / spread) if spread > 1e-6 else None for error, spread in zip(errors, spreads, strict=True)]
+    return {"r2": r2, "mm": 1000 * float((predicted - truth).norm(dim=1).mean())}
+
+
+@torch.no_grad()
+def prediction_errors(model: StateVLA, z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
+    """Frames ahead -> mean squared error of the predicted z over that of predicting no change; multiples of K alone,
+    since the predictor is applied to its own prediction."""
+    gap, predictor = model.config.prediction_gap, model.state_encoder.predictor
+    device = next(predictor.parameters()).device
+    squared = {horizon: [0.0, 0.0] for horizon in HORIZONS if horizon % gap == 0}
+    for demo, states in zip(demos, z.split([len(demo) for demo in demos]), strict=True):
+        starts = len(demo) - demo.lag
+        predicted = states.to(device)
+        for step in range(1, max(squared, default=0) // gap + 1):
+            first = (step - 1) * gap
+            count = min(starts - first - gap + 1, len(demo) - step * gap)  # starts whose actions and target exist
+            if count < 1:
+                break
+            rows = torch.arange(count)[:, None] + demo.lag + first + torch.arange(gap)
+            predicted = predictor(predicted[:count], demo.actions[rows].to(device))
+            if (horizon := step * gap) in squared:
+                truth = states[horizon : horizon + count]
+                squared[horizon][0] += float((predicted.cpu() - truth).square().sum())
+                squared[horizon][1] += float((states[:count] - truth).square().sum())
+    return {str(horizon): error / copy for horizon, (error, copy) in squared.items() if copy > 0}
+
+
+# ------------------------------------------------------------------------------------------------ print and draw
+
+
+def print_report(figures: dict) -> None:
+    print(f"z on {figures['frames']['held_out']:,} frames of held-out demos, {figures['state_dim']} dimensions")
+    print(
+        f"effective rank {figures['effective_rank']:.1f}, mean std {figures['z_std']:.2f}; of z's variance "
+        f"{figures['variance_within_task']:.0%} lie within a task and {figures['variance_within_episode']:.0%} within "
+        "an episode"
+    )
+    print(f"\n{'what a probe reads from z: mean error and R2':<48}{'linear':>27}{'MLP':>27}{'always mean':>14}")
+    for inputs, probes in figures["probes"].items():
+        for quantity, result in probes.items():
+            cells = []
+            for kind in ("linear", "mlp"):
+                r2 = " ".join("-" if value is None else f"{value:.2f}" for value in result[kind]["r2"])
+                cells.append(f"{result[kind]['mm']:.1f} mm  {r2:>15}")
+            label = quantity.replace("_", " ") + ("" if inputs == "z" else f", {inputs}")
+            print(f"{label:<48}{cells[0]:>27}{cells[1]:>27}{result['mm_of_mean']:>11.1f} mm")
+    errors = ", ".join(f"{horizon}: {error:.2f}" for horizon, error in figures["prediction"].items())
+    print(f"\nprediction error as a share of copying z, by frames ahead: {errors or 'no multiple of the gap up to 20'}")
+
+
+def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> None:
+    """One PNG: the spectrum of z, the prediction error, and for some held-out frames the nearest training frames."""
+    queries, neighbours, columns = 6, 4, 5
+    z, split = drawn["z"], drawn["split"]
+    figure = plt.figure(figsize=(13, 3 + 1.7 * queries), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 1.7 * queries))
+    left, right = above.subplots(1, 2)
+    left.semilogy(range(1, len(drawn["spectrum"]) + 1), np.maximum(drawn["spectrum"], 1e-12))
+    left.set(title=f"variance of z by direction (effective rank {figures['effective_rank']:.0f})", xlabel="direction")
+    left.set_ylim(bottom=1e-8)
+    horizons = [int(horizon) for horizon in figures["prediction"]]
+    right.plot(horizons, list(figures["prediction"].values()), marker="o")
+    right.axhline(1, color="grey", linestyle="--", linewidth=1)
+    right.text(0.98, 1.02, "copying z", ha="right", color="grey", transform=right.get_yaxis_transform())
+    right.set(
+        title="prediction error / error of copying z",
+        xlabel="frames ahead",
+        ylim=(0, 1.15 * max(1, *figures["prediction"].values(), 1)),
+    )
+    axes = below.subplots(queries, columns)
+    chosen = np.linspace(split, len(z) - 1, queries + 2).astype(int)[1:-1]
+    for row, query in zip(axes, chosen, strict=True):
+        nearest = (z[:split] - z[query]).norm(dim=1).topk(neighbours, largest=False).indices.tolist()
+        for axis, index in zip(row, [query, *nearest], strict=True):
+            picture = np.empty((1, *frames.frame_shape), np.uint8)
+            frames.read(np.array([index]), picture)
+            axis.imshow(picture[0, 0, ::-1])  # upright for people
+            axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("held-out frame")
+    axes[0, 1].set_title("nearest training frames by z", loc="left")
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
