@@ -42,7 +42,7 @@ class Normalizer(nn.Module):
 
 
 class SigmaEmbedding(nn.Module):
-    """sigma (B,) in [0, 1] -> (B, 1, D): sines and cosines of many frequencies, then an MLP."""
+    """sigma (B,) in [0, 1] -> tokens (B, 1, D): sines and cosines of many frequencies, then an MLP."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -74,17 +74,11 @@ class FlowMatchingPolicy(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.to_velocity = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, POSE_DIM))
 
-    def velocity(self, x_sigma: Tensor, sigma: Tensor, z_t: Tensor) -> Tensor:
-        """x_sigma (B, H, 6) normalised; sigma (B,); z_t (B, state_dim) -> d x / d sigma (B, H, 6)."""
-        tokens = torch.cat(
-            [
-                self.embed_sigma(sigma),  # (B, 1, D)
-                self.embed_state(z_t).unsqueeze(1),  # (B, 1, D)
-                self.embed_action(x_sigma),  # (B, H, D)
-            ],
-            dim=1,
-        )
-        hidden = self.mamba(tokens + self.positions)[:, 2:]  # (B, H, D)
+    def velocity(self, x_sigma: Tensor, sigma_token: Tensor, state_token: Tensor) -> Tensor:
+        """x_sigma (B, H, 6) normalised; sigma_token (B or 1, 1, D); state_token (B, 1, D) -> dx / dsigma (B, H, 6)."""
+        B, H, _ = x_sigma.shape
+        tokens = torch.cat([sigma_token.expand(B, -1, -1), state_token, self.embed_action(x_sigma)], dim=1)
+        hidden = self.mamba(tokens + self.positions, last=H)  # (B, H, D)
         return self.to_velocity(self.norm(hidden))
 
     def loss(self, z_t: Tensor, pose_deltas: Tensor) -> Tensor:
@@ -95,16 +89,18 @@ class FlowMatchingPolicy(nn.Module):
         mix = sigma[:, None, None]
         x_sigma = (1 - mix) * x_0 + mix * noise
         target = noise - x_0  # d x_sigma / d sigma
-        return F.mse_loss(self.velocity(x_sigma, sigma, z_t), target, reduction="none").mean(dim=(1, 2))
+        velocity = self.velocity(x_sigma, self.embed_sigma(sigma), self.embed_state(z_t).unsqueeze(1))
+        return F.mse_loss(velocity, target, reduction="none").mean(dim=(1, 2))
 
     @torch.no_grad()
     def sample(self, z_t: Tensor, sample_steps: int, x_1: Tensor) -> Tensor:
         """Euler from sigma = 1 to 0. z_t (B, state_dim); x_1 (B, H, 6) the start -> (B, H, 6) in robot units."""
-        x = x_1
-        for step in range(sample_steps, 0, -1):
-            sigma = x.new_full((len(x),), step / sample_steps)
-            x = x - self.velocity(x, sigma, z_t) / sample_steps
-        return self.normalizer.unnormalize(x).clamp(-1, 1)
+        state_token = self.embed_state(z_t).unsqueeze(1)  # (B, 1, D)
+        sigmas = torch.arange(sample_steps, 0, -1, device=z_t.device, dtype=z_t.dtype) / sample_steps
+        x = x_1.clone()
+        for sigma_token in self.embed_sigma(sigmas).split(1):  # (1, 1, D), every step's embedded at once
+            x.sub_(self.velocity(x, sigma_token, state_token), alpha=1 / sample_steps)
+        return self.normalizer.unnormalize(x).clamp_(-1, 1)
 
 
 class GripperClassifier(nn.Module):

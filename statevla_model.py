@@ -252,6 +252,7 @@ def build_trainer(config: Config, phase: int) -> StateVLATrainer:
     """Model and trainer of a run from its settings, freshly initialised."""
     recipe = config.training.phase1
     model = StateVLA(config.model, recipe.temporal_predictor_hidden_dim)
+    model.state_encoder.encoder.mamba.checkpoint_activations = config.training.activation_checkpointing
     return StateVLATrainer(
         model, phase, recipe.variance_weight, recipe.covariance_weight, recipe.inverse_dynamics_weight
     )

@@ -23,7 +23,7 @@ class ContextEncoder(nn.Module):
         self.to_state = nn.Identity() if state_dim == embed_dim else nn.Linear(embed_dim, state_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.to_state(self.mamba(tokens)[:, -1])
+        return self.to_state(self.mamba(tokens, last=1).squeeze(1))
 
 
 class TargetEncoder(nn.Module):

@@ -7,8 +7,9 @@
 Inside the scan, A, B, C and D are the paper's matrices and delta is its step size. Parameter names, shapes and
 initialisation are those of the mamba-ssm package, so a state dict moves between its kernels and this file, strict=True.
 
-The scan exists three times with the same numbers: `selective_scan_reference` is the definition, `selective_scan` the
-fast one in plain PyTorch, and mamba-ssm's kernels run on CUDA. `choose_mamba_backend` decides once, at start-up.
+The scan exists four times with the same numbers: `selective_scan_reference` is the definition, `selective_scan` the
+fast one in plain PyTorch, cpu_kernel.py has one in C++ and mamba-ssm one for CUDA. `choose_mamba_backend` decides once,
+at start-up. Who never calls it gets plain PyTorch: a forward pass should not start a compiler or write to a home.
 """
 
 import math
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from errors import BadInput
+from jepa import cpu_kernel
 
 CHUNK = 16  # tokens of which the scan holds all states at once
 CACHED_ELEMENTS = 2**20  # states that a CPU scans at once: few enough to stay in its cache, enough to share among cores
@@ -144,6 +147,49 @@ def fill_chunk(decay: Tensor, states: Tensor, x: Tensor, dt: Tensor, A_ne: Tenso
     return h
 
 
+# The mixer's two operations beside its projections, each on the backend that was chosen
+
+
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU of the depthwise convolution that looks back only. x (B, L, E), weight (E, 1, K), bias (E,) -> (B, L, E)."""
+    if _on_cuda_kernels(x):
+        return _mamba_ssm.causal_conv1d_fn(x.mT, weight.squeeze(1), bias, activation="silu").mT
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    taps = weight.squeeze(1).T.contiguous()  # (K, E), the last one meets the token itself
+    if _backend == "cpp" and cpu_kernel.fits(x):
+        return cpu_kernel.ConvSiLU.apply(x, taps, bias)
+    # One shifted product per tap keeps E last; F.conv1d would need (B, E, L) and takes longer on a CPU.
+    y = torch.addcmul(bias, x, taps[-1])
+    for lag in range(1, len(taps)):
+        y[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
+    return F.silu(y)
+
+
+def gated_scan(
+    u: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor
+) -> Tensor:
+    """`selective_scan` with delta = softplus(dt + dt_bias), times SiLU(gate), at the tokens that have a gate: the last.
+
+    u and dt (B, L, E), gate (B, l, E) -> (B, l, E); computed in float32 also under autocast.
+    """
+    last = gate.shape[1]
+    if _on_cuda_kernels(u):
+        # It wants time as the last axis, u, dt, B and C in one type, bfloat16 under autocast, and the rest in float32.
+        u, dt, B, C = (v.mT.to(u.dtype) for v in (u, dt, B, C))
+        y = _mamba_ssm.selective_scan_fn(u, dt, A, B, C, D, delta_bias=dt_bias, delta_softplus=True).mT
+        return y[:, -last:] * F.silu(gate)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, dt, dt_bias, A, B, C, D, gate = inputs = [v.to(dtype) for v in (u, dt, dt_bias, A, B, C, D, gate)]
+    if _backend == "cpp" and cpu_kernel.fits(u):
+        return cpu_kernel.gated_scan(*inputs)
+    y = selective_scan(u, F.softplus(dt + dt_bias), A, B, C, D)
+    return y[:, -last:] * F.silu(gate)
+
+
+def last_tokens(tokens: Tensor, last: int | None) -> Tensor:
+    return tokens if last is None else tokens[:, -last:]
+
+
 # The mixer, the block and the stack
 
 
@@ -170,30 +216,23 @@ class Mamba(nn.Module):
         self.A_log._no_weight_decay = True
         self.D._no_weight_decay = True
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        if _fused_kernel is not None and tokens.is_cuda:
-            return self.forward_fused(tokens, _fused_kernel)
+    def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """With `last`, only the outputs of the last tokens: (B, last, D)."""
+        if _on_cuda_kernels(tokens) and last is None:
+            return self.forward_fused(tokens, _mamba_ssm.mamba_inner_fn)
+        to_x, to_gate = self.in_proj.weight.chunk(2)
         N = self.A_log.shape[1]
-        x, gate = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
-        x = F.silu(self.causal_conv(x))
+        x = causal_conv_silu(F.linear(tokens, to_x), self.conv1d.weight, self.conv1d.bias)  # (B, L, E)
         dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, N, N], dim=-1)  # (B, L, R or N)
-        delta = F.softplus(self.dt_proj(dt).float())  # (B, L, E)
-        y = selective_scan(x, delta, -torch.exp(self.A_log), B, C, self.D)
-        return self.out_proj(y * F.silu(gate))
-
-    def causal_conv(self, x: Tensor) -> Tensor:
-        """conv1d without the outputs that look ahead: (B, L, E) -> (B, L, E).
-
-        One shifted product per tap keeps E last; F.conv1d would need (B, E, L) and takes longer on a CPU.
-        """
-        taps = self.conv1d.weight.squeeze(1).T.contiguous()  # (d_conv, E), the last one meets the token itself
-        y = torch.addcmul(self.conv1d.bias, x, taps[-1])
-        for lag in range(1, len(taps)):
-            y[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
-        return y
+        dt = F.linear(dt, self.dt_proj.weight)  # (B, L, E)
+        gate = F.linear(last_tokens(tokens, last), to_gate)
+        return self.out_proj(gated_scan(x, dt, self.dt_proj.bias, -torch.exp(self.A_log), B, C, self.D, gate))
 
     def forward_fused(self, tokens: Tensor, mamba_inner_fn) -> Tensor:
-        """The same in one kernel, which wants time as the last axis."""
+        """The same in one kernel, which wants time as the last axis.
+
+        Under autocast it projects and convolves in bfloat16; A, D and dt's bias have to be float32, as its state is.
+        """
         xz = self.in_proj.weight @ rearrange(tokens, "b l d -> d (b l)")
         return mamba_inner_fn(
             rearrange(xz, "e (b l) -> b e l", b=len(tokens)),
@@ -220,8 +259,8 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(y * F.silu(gate))
+        to_y, to_gate = self.fc1.weight.chunk(2)
+        return self.fc2(F.linear(x, to_y) * F.silu(F.linear(x, to_gate)))
 
 
 class Block(nn.Module):
@@ -236,13 +275,18 @@ class Block(nn.Module):
             self.norm2 = nn.RMSNorm(d_model, eps=1e-5)
             self.mlp = GatedMLP(d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norm(x))
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        x = last_tokens(x, last) + self.mixer(self.norm(x), last)
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
 
 class MambaStack(nn.Module):
-    """`depth` blocks without a norm after the last: (B, L, D) -> (B, L, D)."""
+    """`depth` blocks without a norm after the last: (B, L, D) -> (B, L, D).
+
+    With `checkpoint_activations`, training keeps only the input of every block and runs the block again in backward.
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, depth: int, d_model: int, d_state: int, d_conv: int, expand: int, with_mlp: bool):
         super().__init__()
@@ -255,52 +299,86 @@ class MambaStack(nn.Module):
                 nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
                 linear.weight /= math.sqrt(len(into_residual))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """With `last`, (B, last, D): the last block spares itself what only other tokens' outputs would need."""
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x)
+            wanted = last if layer is self.layers[-1] else None
+            if recompute:
+                x = checkpoint(layer, x, wanted, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+            else:
+                x = layer(x, wanted)
         return x
 
 
 # The backend
 
-_fused_kernel = None  # mamba-ssm's mamba_inner_fn where choose_mamba_backend settled on CUDA
+KERNELS = {"cuda": "mamba-ssm kernels", "cpp": "C++ kernel"}
+REMEDIES = {
+    "cuda": "pip install mamba-ssm causal-conv1d --no-build-isolation on a machine with a CUDA GPU",
+    "cpp": "install g++ or clang++ on a machine whose device is cpu",
+}
+
+_backend = "torch"
+_mamba_ssm = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
+
+
+def _on_cuda_kernels(x: Tensor) -> bool:
+    return _backend == "cuda" and x.is_cuda
 
 
 def choose_mamba_backend(name: str, device: torch.device) -> str:
-    """Called once at start-up with auto, cuda or torch: says which backend runs from then on and returns cuda or torch.
+    """Called once at start-up with auto, cuda, cpp or torch: says which backend runs from then on and returns its name.
 
-    auto takes mamba-ssm's kernels where they run and give this file's numbers; cuda raises BadInput where they do not.
+    auto takes the device's kernels, mamba-ssm's on CUDA and the C++ one on a CPU, where they run and give this file's
+    numbers, and plain PyTorch where they do not; cuda and cpp raise BadInput there.
     """
-    global _fused_kernel
-    _fused_kernel, reason = None, "as set"
-    if name != "torch":
+    global _backend
+    wanted, reason = name, "as set"
+    if name == "auto":
+        wanted = "cpp" if device.type == "cpu" else "cuda"
+    if wanted != "torch":
         try:
-            _fused_kernel, reason = _working_kernel(device), "mamba-ssm's kernels run and agree with the plain scan"
-        except (ImportError, OSError, RuntimeError) as failure:  # OSError: built for another torch
+            _try_kernels(wanted, device)
+            reason = "its kernels run and agree with plain PyTorch"
+        except (ImportError, OSError, RuntimeError) as failure:  # OSError: no compiler, or built for another torch
+            _backend = "torch"
             first_line, *_ = str(failure).split("\n")
-            reason = f"no mamba-ssm kernels: {first_line}"
-    if name == "cuda" and _fused_kernel is None:
-        raise BadInput(
-            f"training.mamba_backend=cuda, but {reason}; pip install mamba-ssm causal-conv1d --no-build-isolation "
-            "on a machine with a CUDA GPU, or --set training.mamba_backend=torch"
-        )
-    backend = "torch" if _fused_kernel is None else "cuda"
+            reason = f"no {KERNELS[wanted]}: {first_line}"
+            if wanted == name:
+                remedy = f"{REMEDIES[name]}, or --set training.mamba_backend=torch"
+                raise BadInput(f"training.mamba_backend={name}, but {reason}; {remedy}") from None
+            wanted = "torch"
+    _backend = wanted
     if os.environ.get("RANK", "0") == "0":
-        print(f"mamba backend: {backend} ({reason})")
-    return backend
+        print(f"mamba backend: {_backend} ({reason})")
+    return _backend
 
 
-def _working_kernel(device: torch.device):
-    """mamba_inner_fn after a trial against the plain scan: the packages may import where their kernels cannot run."""
-    if device.type != "cuda":
+@torch.enable_grad()
+def _try_kernels(backend: str, device: torch.device) -> None:
+    """Loads kernels and holds them against plain PyTorch: they may import or compile where they cannot run."""
+    global _backend, _mamba_ssm
+    if device.type != {"cuda": "cuda", "cpp": "cpu"}[backend]:
         raise RuntimeError(f"the device is {device.type}")
-    import causal_conv1d.cpp_functions  # noqa: F401  mamba-ssm goes on without it and then fails in the first forward
-    from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
+    if backend == "cpp":
+        cpu_kernel.kernel()
+    else:
+        import causal_conv1d.cpp_functions  # noqa: F401  mamba-ssm goes on without it and then fails in the first forward
+        from mamba_ssm.ops import selective_scan_interface as _mamba_ssm
 
     with torch.random.fork_rng():  # the trial leaves the run's random numbers as they were
-        mixer = Mamba(d_model=64).to(device)
-        tokens = torch.randn(2, 12, 64, device=device)
-    difference = mixer.forward_fused(tokens, mamba_inner_fn) - mixer(tokens)
-    if not difference.abs().max() < 1e-2:  # far above TF32's rounding, far below a wrong result
-        raise RuntimeError(f"they differ from the plain scan by {difference.abs().max():.1e}")
-    return mamba_inner_fn
+        stack = MambaStack(2, 64, d_state=16, d_conv=4, expand=2, with_mlp=False).to(device)
+        tokens = torch.randn(2, 21, 64, device=device)
+    # TF32 and bfloat16 round, and differently in every kernel; a wrong result is far beyond that.
+    for bfloat16, tolerance in {"cpp": [(False, 1e-4)], "cuda": [(False, 1e-2), (True, 0.1)]}[backend]:
+        results = []
+        for _backend in ("torch", backend):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                y = stack(tokens, last=3)  # the last block runs on separate kernels, the other one on the fused one
+            gradients = torch.autograd.grad(y.float().square().sum(), list(stack.parameters()))
+            results.append([y.detach(), *gradients])
+        differences = [(f - e).abs().max() / e.abs().max() for e, f in zip(*results, strict=True)]
+        difference = torch.stack(differences).max()  # NaN where one is
+        if not difference < tolerance:
+            raise RuntimeError(f"they differ from plain PyTorch by {difference:.1e} of the largest value")

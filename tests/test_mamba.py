@@ -6,21 +6,42 @@ MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install mamba-ssm==2.3.2.p
 
 import importlib
 import importlib.util
+import os
+import platform
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from errors import BadInput
-from jepa import mamba
-from jepa.mamba import Block, Mamba, MambaStack, choose_mamba_backend, selective_scan, selective_scan_reference
+from jepa import cpu_kernel, mamba
+from jepa.mamba import (
+    Block,
+    Mamba,
+    MambaStack,
+    causal_conv_silu,
+    choose_mamba_backend,
+    gated_scan,
+    selective_scan,
+    selective_scan_reference,
+)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_on_plain_pytorch(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(mamba, "_backend", "torch")
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(mamba, "_backend", request.param)
+    return request.param
 
 
 def scan_inputs(B=2, L=17, E=8, N=4, dtype=torch.float64, seed=0):
@@ -115,19 +136,176 @@ def test_training_keeps_far_less_than_all_states():
     assert max(saved) == B * L * E * N // mamba.CHUNK
 
 
+# The mixer's operations, in plain PyTorch and in C++
+
+
+def gated_inputs(B=2, L=17, E=80, N=16, last=None, dt=None):
+    """float64 inputs of gated_scan: u, dt, dt_bias, A, B, C, D, gate. 80 channels are a group and a part of one."""
+    g = torch.Generator().manual_seed(2)
+    u, delta, A, b, c, D = scan_inputs(B, L, E, N)
+    dt = torch.log(torch.expm1(delta)) if dt is None else torch.full_like(u, dt)
+    dt_bias, gate = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in [(E,), (B, last or L, E)])
+    inputs = [u, dt, 0.1 * dt_bias, A, b, c, D, gate]
+    return [v.detach().requires_grad_() for v in inputs]
+
+
+def gated_definition(u, dt, dt_bias, A, B, C, D, gate):
+    y = selective_scan(u, F.softplus(dt + dt_bias), A, B, C, D)  # float64: within 1e-10 of the recurrence
+    return y[:, -gate.shape[1] :] * F.silu(gate)
+
+
+def single(inputs):
+    return [v.detach().float().requires_grad_() for v in inputs]
+
+
+def assert_close_to_float64(function, definition, inputs):
+    y, *gradients = output_and_gradients(function, single(inputs))
+    y_expected, *expected = output_and_gradients(definition, inputs)
+    assert y.dtype == torch.float32
+    assert relative_error(y, y_expected) < 1e-6
+    assert max(relative_error(f, e) for f, e in zip(gradients, expected, strict=True) if e.any()) < 1e-5
+
+
+@pytest.mark.parametrize("last", [None, 1])
+@pytest.mark.parametrize("L", [1, 12, 17, 395, 1023])
+def test_the_gated_scan_is_close_to_float64(backend, L, last):
+    assert_close_to_float64(gated_scan, gated_definition, gated_inputs(L=L, last=last))
+
+
+@pytest.mark.parametrize("N", [1, 5])
+def test_the_gated_scan_takes_any_number_of_states(backend, N):
+    assert_close_to_float64(gated_scan, gated_definition, gated_inputs(N=N))
+
+
+@pytest.mark.parametrize("dt", [-13.8, 1000.0])  # softplus: step sizes 1e-6 and 1000
+def test_the_gated_scan_stands_extreme_step_sizes(backend, dt):
+    inputs = gated_inputs(L=40, dt=dt)
+    found, expected = output_and_gradients(gated_scan, single(inputs)), output_and_gradients(gated_definition, inputs)
+    for f, e in zip(found, expected, strict=True):
+        assert f.isfinite().all()
+        assert relative_error(f, e) < 1e-5 or e.abs().max() < 1e-30
+
+
+def test_a_nan_stays_visible(backend):
+    inputs = [v.detach().float() for v in gated_inputs(L=40)]
+    inputs[1][0, 20, 3] = torch.nan  # a step size
+    y = gated_scan(*inputs)
+    assert y[0, 20:, 3].isnan().all() and y.isnan().sum() == 20
+
+
+@pytest.mark.parametrize(("L", "K"), [(1, 4), (2, 4), (12, 4), (40, 2)])
+def test_the_convolution_is_conv1d_cut_to_the_past(backend, L, K):
+    def conv1d(x, weight, bias):
+        y = F.conv1d(x.transpose(1, 2), weight, bias, padding=K - 1, groups=len(bias))
+        return F.silu(y[:, :, :L].transpose(1, 2))
+
+    inputs = [torch.randn(shape).double().requires_grad_() for shape in [(3, L, 80), (80, 1, K), (80,)]]
+    assert_close_to_float64(causal_conv_silu, conv1d, inputs)
+
+
+def test_the_memory_layout_of_inputs_does_not_matter(backend):
+    inputs = single(gated_inputs(L=40))
+    scattered = [v.detach().mT.contiguous().mT.requires_grad_() if v.dim() > 1 else v for v in inputs]
+    assert not any(v.is_contiguous() for v in scattered if v.dim() > 1)
+    for f, e in zip(*(output_and_gradients(gated_scan, v) for v in (scattered, inputs)), strict=True):
+        assert relative_error(f, e) < 1e-6
+    x, weight, bias = torch.randn(2, 80, 9).mT, torch.randn(80, 1, 4), torch.randn(80)
+    torch.testing.assert_close(causal_conv_silu(x, weight, bias), causal_conv_silu(x.contiguous(), weight, bias))
+
+
+def test_the_kernel_gives_the_same_bits_with_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(mamba, "_backend", "cpp")
+    threads = torch.get_num_threads()
+    x = torch.randn(3, 395, 160)
+    taps, bias = torch.randn(160, 1, 4), torch.randn(160)
+    found = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        convolved = output_and_gradients(causal_conv_silu, [v.clone().requires_grad_() for v in (x, taps, bias)])
+        found.append(convolved + output_and_gradients(gated_scan, single(gated_inputs(B=3, L=395, E=160))))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_what_the_kernel_does_not_take_runs_on_pytorch(monkeypatch):
+    monkeypatch.setattr(mamba, "_backend", "cpp")
+    for inputs in (single(gated_inputs(E=7)), gated_inputs()):  # no whole vector of channels; float64
+        y = gated_scan(*inputs)
+        assert y.dtype == inputs[0].dtype
+        assert torch.equal(y, gated_definition(*inputs))
+
+
+def test_inference_gives_the_same_numbers_and_saves_nothing(backend):
+    inputs, saved = single(gated_inputs(L=40)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v.numel()) or v, lambda v: v):
+        with torch.no_grad():
+            y = gated_scan(*inputs)
+        with torch.inference_mode():
+            assert torch.equal(gated_scan(*inputs), y)
+        assert not saved and y.grad_fn is None
+        assert torch.equal(gated_scan(*inputs), y)
+    assert max(saved) == 2 * 3 * 80 * 16  # the states at the starts of three chunks of tokens
+
+
+def test_a_mixers_states_are_float32_under_autocast(backend):
+    mixer, tokens = Mamba(32), torch.randn(2, 20, 32)
+    saved = []
+    watch = torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append((v.shape, v.dtype)) or v, lambda v: v)
+    with watch, torch.autocast("cpu", torch.bfloat16):
+        y = mixer(tokens)
+    assert y.dtype == torch.bfloat16
+    states = [dtype for shape, dtype in saved if len(shape) == 4 and shape[-2:] == (16, 64)]
+    assert states == [torch.float32]
+    torch.testing.assert_close(y.float(), mixer(tokens), rtol=0.05, atol=0.05)
+
+
 # The mixer, the block and the stack
 
 
-@pytest.mark.parametrize("L", [1, 2, 12])
-def test_the_shifted_convolution_is_conv1d_cut_to_the_past(L):
-    mixer, x = Mamba(16), torch.randn(3, L, 32)
-    expected = mixer.conv1d(x.transpose(1, 2))[:, :, :L].transpose(1, 2)
-    torch.testing.assert_close(mixer.causal_conv(x), expected)
+@pytest.mark.parametrize("with_mlp", [True, False])
+@pytest.mark.parametrize("last", [1, 5])
+def test_asking_for_the_last_tokens_changes_no_number(backend, last, with_mlp):
+    stack, tokens = MambaStack(3, 32, 16, 4, 2, with_mlp), torch.randn(2, 37, 32, requires_grad=True)
+    inputs = [tokens, *stack.parameters()]
+    expected = output_and_gradients(lambda *_: stack(tokens)[:, -last:], inputs)
+    for f, e in zip(output_and_gradients(lambda *_: stack(tokens, last), inputs), expected, strict=True):
+        assert relative_error(f, e) < 1e-5
+
+
+def test_the_last_block_spares_what_only_other_tokens_need():
+    def matmul_flops(last):
+        with FlopCounterMode(display=False) as counter:
+            stack(tokens, last)
+        return counter.get_total_flops()
+
+    stack, tokens = MambaStack(1, 32, 16, 4, 2, with_mlp=True), torch.randn(1, 37, 32)
+    block = stack.layers[0]
+    spared = sum(w.numel() for w in (block.mixer.out_proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight))
+    spared += block.mixer.in_proj.weight.numel() // 2  # the gate
+    assert matmul_flops(None) - matmul_flops(1) == 2 * 36 * spared
+
+
+def test_recomputing_activations_leaves_gradients_bit_identical_and_saves_memory(backend):
+    stack, tokens = MambaStack(3, 32, 16, 4, 2, with_mlp=True), torch.randn(2, 37, 32)
+
+    def gradients_and_saved():
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v.numel()) or v, lambda v: v):
+            y = stack(tokens, last=1)
+        return torch.autograd.grad(y.square().sum(), list(stack.parameters())), sum(saved)
+
+    expected, kept = gradients_and_saved()
+    stack.checkpoint_activations = True
+    found, kept_now = gradients_and_saved()
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert kept_now < kept / 10
+    stack.eval()
+    assert gradients_and_saved()[1] == kept  # only in training
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("t", [0, 5, 16, 33])
-def test_a_token_leaves_everything_before_it_bit_identical(t):
+def test_a_token_leaves_everything_before_it_bit_identical(backend, t):
     stack = MambaStack(2, 32, 16, 4, 2, with_mlp=True)
     tokens = torch.randn(2, 34, 32)
     changed = tokens.clone()
@@ -238,18 +416,58 @@ def test_the_initialisation_is_mamba_ssms(mamba_ssm):
         assert ours[name].mean().item() == pytest.approx(theirs[name].mean().item(), rel=0.2, abs=0.03), name
 
 
-def test_the_fused_call_has_the_arguments_of_mamba_ssms_kernel(mamba_ssm, monkeypatch):
+@pytest.fixture
+def cuda_path(mamba_ssm, monkeypatch):
+    """The code for CUDA, on the CPU: mamba-ssm's Python definitions instead of its kernels, and the kernels' types."""
     _, kernels = mamba_ssm
+    calls = []
 
     def causal_conv1d_fn(x, weight, bias, activation):
+        calls.append(("causal_conv1d_fn", x.dtype))
         assert activation == "silu"
-        return F.silu(F.conv1d(x, weight[:, None], bias, padding=3, groups=len(bias))[..., : x.shape[-1]])
+        y = F.conv1d(x.float(), weight[:, None].float(), bias.float(), padding=3, groups=len(bias))
+        return F.silu(y[..., : x.shape[-1]]).to(x.dtype)
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        calls.append(("selective_scan_fn", u.dtype))
+        assert {v.dtype for v in (u, delta, B, C)} == {u.dtype}
+        assert {v.dtype for v in (A, D, delta_bias)} == {torch.float32}
+        return kernels.selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
     monkeypatch.setattr(kernels, "causal_conv1d_fn", causal_conv1d_fn)
-    mixer, tokens = Mamba(64), torch.randn(2, 37, 64)
-    torch.testing.assert_close(
-        mixer.forward_fused(tokens, kernels.mamba_inner_ref), mixer(tokens), rtol=1e-5, atol=2e-7
-    )
+    monkeypatch.setattr(kernels, "selective_scan_fn", selective_scan_fn)
+    monkeypatch.setattr(kernels, "mamba_inner_fn", kernels.mamba_inner_ref)
+    monkeypatch.setattr(mamba, "_mamba_ssm", kernels)
+
+    def switch(on: bool):
+        calls.clear()
+        monkeypatch.setattr(mamba, "_on_cuda_kernels", lambda x: on)
+        return calls
+
+    return switch
+
+
+@pytest.mark.parametrize("last", [None, 1])
+def test_the_code_for_cuda_calls_mamba_ssm_with_the_right_arguments(cuda_path, last):
+    stack, tokens = MambaStack(2, 64, 16, 4, 2, with_mlp=True), torch.randn(2, 37, 64)
+    results = []
+    for on in (False, True):
+        calls = cuda_path(on)
+        y = stack(tokens, last)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(stack.parameters()))])
+        assert len(calls) == (4 if on else 0)
+    assert all(relative_error(f, e) < 1e-5 for e, f in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("last", [None, 1])
+def test_the_code_for_cuda_gives_its_kernels_bfloat16_under_autocast(cuda_path, last):
+    stack, tokens = MambaStack(2, 64, 16, 4, 2, with_mlp=True), torch.randn(2, 37, 64)
+    calls = cuda_path(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = stack(tokens, last)
+    assert len(calls) == 4 and {dtype for _, dtype in calls} == {torch.bfloat16}
+    cuda_path(False)
+    torch.testing.assert_close(y.float(), stack(tokens, last), rtol=0.05, atol=0.05)
 
 
 # The backend
@@ -266,12 +484,111 @@ def test_asking_for_cuda_without_the_packages_names_the_missing_one(monkeypatch)
         choose_mamba_backend("cuda", torch.device("cuda"))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("auto", "the device is cpu"), ("torch", "as set")])
-def test_the_choice_is_printed_once_with_its_reason(name, reason, capsys):
-    assert choose_mamba_backend(name, torch.device("cpu")) == "torch"
+@pytest.mark.parametrize(
+    ("name", "device", "chosen", "reason"),
+    [
+        ("auto", "cpu", "cpp", "agree with plain PyTorch"),
+        ("cpp", "cpu", "cpp", "agree with plain PyTorch"),
+        ("auto", "mps", "torch", "the device is mps"),
+        ("torch", "cpu", "torch", "as set"),
+    ],
+)
+def test_the_choice_is_printed_once_with_its_reason(name, device, chosen, reason, capsys):
+    assert choose_mamba_backend(name, torch.device(device)) == chosen
     Mamba(16)(torch.randn(1, 3, 16))
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 1 and "torch" in printed[0] and reason in printed[0]
+    assert len(printed) == 1 and f"mamba backend: {chosen} (" in printed[0] and reason in printed[0]
+
+
+def test_the_choice_leaves_the_random_numbers_alone():
+    expected = torch.randn(3, generator=torch.Generator().manual_seed(0))
+    choose_mamba_backend("auto", torch.device("cpu"))
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_without_a_choice_no_compiler_runs(monkeypatch):
+    def refuse(*command):
+        raise AssertionError(command)
+
+    monkeypatch.setattr(cpu_kernel, "run", refuse)
+    monkeypatch.setattr(cpu_kernel, "kernel", refuse)
+    Mamba(16)(torch.randn(1, 3, 16))
+
+
+# Building the C++ kernel
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """As on a machine where the kernel was never built: the folder that will hold it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    cpu_kernel.kernel.cache_clear()
+    yield tmp_path / "statevla"
+    cpu_kernel.kernel.cache_clear()
+
+
+def test_without_a_compiler_pytorch_runs_and_the_reason_is_given(empty_cache, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert choose_mamba_backend("auto", torch.device("cpu")) == "torch"
+    assert "torch (no C++ kernel: no C++ compiler (c++, g++, clang++))" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"mamba_backend=cpp, but no C\+\+ kernel.*install g\+\+"):
+        choose_mamba_backend("cpp", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("correct", "broken", "reason"),
+    [("store(du + at", "store(no_such_name + at", "no_such_name"), ("y[t] = load(D + e) * u_t;", "", "differ from")],
+)
+def test_a_kernel_that_does_not_compile_or_is_wrong_is_not_used(
+    correct, broken, reason, empty_cache, monkeypatch, tmp_path, capsys
+):
+    source = cpu_kernel.SOURCE.read_text()
+    assert correct in source
+    changed = tmp_path / "changed.cpp"
+    changed.write_text(source.replace(correct, broken if broken else "y[t] = Vec{};"))
+    monkeypatch.setattr(cpu_kernel, "SOURCE", changed)
+    assert choose_mamba_backend("auto", torch.device("cpu")) == "torch"
+    assert mamba._backend == "torch"
+    assert reason in capsys.readouterr().out
+
+
+def test_the_kernel_is_built_once_for_each_kind_of_machine(empty_cache, monkeypatch):
+    cpu_kernel.kernel()
+    (first,) = empty_cache.iterdir()
+    built = first.stat().st_mtime_ns
+    cpu_kernel.kernel.cache_clear()
+    cpu_kernel.kernel()
+    assert [f.stat().st_mtime_ns for f in empty_cache.iterdir()] == [built]
+
+    run = cpu_kernel.run
+    monkeypatch.setattr(cpu_kernel, "run", lambda command: run(command) + "#define __OTHER_CPU__" * ("-dM" in command))
+    cpu_kernel.kernel.cache_clear()
+    cpu_kernel.kernel()
+    assert len(list(empty_cache.iterdir())) == 2
+
+
+def test_two_processes_may_build_at_once(empty_cache):
+    script = "import torch; from jepa.mamba import *; choose_mamba_backend('auto', torch.device('cpu'))"
+    command, folder = [sys.executable, "-c", script], Path(__file__).parent.parent
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) for _ in range(2)]
+    assert all("mamba backend: cpp" in process.communicate()[0] for process in processes)
+    (library,) = empty_cache.iterdir()  # one file, and no rest of the building
+    assert library.suffix == ".so"
+
+
+def test_a_cache_folder_that_cannot_be_written_is_done_without(empty_cache, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert choose_mamba_backend("auto", torch.device("cpu")) == "cpp"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are for x86")
+@pytest.mark.parametrize(("flag", "lanes"), [("-mno-avx", 4), ("-mno-avx512f", None)])
+def test_narrower_vectors_give_the_same_numbers(flag, lanes, empty_cache, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "FLAGS", [*cpu_kernel.FLAGS, flag])
+    assert cpu_kernel.kernel().lanes() == lanes or lanes is None
+    monkeypatch.setattr(mamba, "_backend", "cpp")
+    assert_close_to_float64(gated_scan, gated_definition, gated_inputs(L=395, E=84))
 
 
 def test_only_the_first_rank_prints(monkeypatch, capsys):

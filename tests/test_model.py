@@ -150,7 +150,7 @@ def test_target_is_an_exact_ema_of_tokenizer_and_encoder():
     assert online.keys() == target.keys()
     with torch.no_grad():
         for parameter in online.values():
-            parameter += torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn_like(parameter)
     expected = {name: 0.9 * target[name] + 0.1 * online[name] for name in online}
     trainer.update_target(0.9)
     for name, value in expected.items():
@@ -219,9 +219,10 @@ def test_flow_loss_is_zero_when_the_velocity_is_exact():
     chunk = (torch.rand(1, 10, 6) - 0.5).expand(64, -1, -1)
     x_0 = policy.normalizer.normalize(chunk)
 
-    def exact_velocity(x_sigma, sigma, z_t):  # x_sigma = (1 - sigma) x_0 + sigma noise, so noise - x_0 is:
-        return (x_sigma - x_0) / sigma[:, None, None]
+    def exact_velocity(x_sigma, sigma, state_token):  # x_sigma = (1 - sigma) x_0 + sigma noise, so noise - x_0 is:
+        return (x_sigma - x_0) / sigma
 
+    policy.embed_sigma = nn.Unflatten(0, (-1, 1, 1))  # sigma itself, (B, 1, 1)
     policy.velocity = exact_velocity
     assert policy.loss(torch.zeros(64, 32), chunk).max() < 1e-6
 
@@ -231,9 +232,27 @@ def test_sampling_recovers_actions_when_the_velocity_is_exact(steps):
     policy = fitted(build_trainer(small_config(), 2).model).policy
     chunk = torch.rand(8, 10, 6) - 0.5
     x_0 = policy.normalizer.normalize(chunk)
-    policy.velocity = lambda x, sigma, z_t: (x - x_0) / sigma[:, None, None]
+    policy.embed_sigma = nn.Unflatten(0, (-1, 1, 1))  # sigma itself, (B, 1, 1)
+    policy.velocity = lambda x, sigma, state_token: (x - x_0) / sigma
     recovered = policy.sample(torch.zeros(8, 32), steps, torch.randn(8, 10, 6))
     torch.testing.assert_close(recovered, chunk, atol=1e-5, rtol=0)
+
+
+def test_sampling_embeds_state_and_sigmas_once_and_takes_the_same_euler_steps():
+    policy = fitted(build_trainer(small_config(), 2).model).policy
+    z_t, x_1 = torch.randn(3, 32), torch.randn(3, 10, 6)
+    x = x_1
+    for sigma in (1.0, 0.75, 0.5, 0.25):
+        velocity = policy.velocity(x, policy.embed_sigma(torch.full((3,), sigma)), policy.embed_state(z_t)[:, None])
+        x = x - velocity / 4
+    expected = policy.normalizer.unnormalize(x).clamp(-1, 1)
+
+    calls, untouched = [], x_1.clone()
+    for module in (policy.embed_sigma, policy.embed_state):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    torch.testing.assert_close(policy.sample(z_t, 4, x_1), expected)
+    assert sorted(map(id, calls)) == sorted(map(id, (policy.embed_sigma, policy.embed_state)))
+    assert torch.equal(x_1, untouched)
 
 
 def test_gripper_labels_map_open_to_zero_and_close_to_one():
