@@ -3,13 +3,14 @@
 #   make demo    real LIBERO demonstrations -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
 #   make test    the tests
 #
-# make lint checks the style, make clean-demo forgets what the demo made, make table prints the component table.
+# make lint checks the style, make bench measures how fast all of it is, make table prints the component table,
+# make clean-demo forgets what the demo made.
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table clean-demo install system-packages
+.PHONY: help demo test lint bench table clean-demo install system-packages
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +30,7 @@ PHASE2 := $(RUNS)/phase2_flow_matching
 ROLLOUTS := $(RUNS)/rollouts
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,7p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
 
 demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
 	@echo
@@ -77,11 +78,15 @@ clean-demo:
 	rm -rf $(DATA) $(RUNS)
 
 test: install $(VENV)/reference/.installed
-	@PYTHONPATH=$(abspath $(VENV)/reference) $(RUN) -m pytest
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/reference) $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: install
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+
+# Figures: benchmarks/results/*.json and docs/speed.png. The machine should do nothing else meanwhile.
+bench: install $(VENV)/reference/.installed $(VENV)/peers/.installed
+	@PYTHONPATH=$(abspath $(VENV)/reference):$(abspath $(VENV)/peers) $(RUN) benchmarks/run_all.py
 
 table: install
 	@$(RUN) statevla_model.py --config conf/config.yaml
@@ -103,6 +108,11 @@ $(VENV)/reference/.installed: | install
 	  --target $(VENV)/reference mamba-ssm==2.3.2.post1
 	@touch $@
 
-# What no Python package brings: the software renderer's libraries, and venv itself on Debian.
+# Other implementations of Mamba, which benchmarks/encoder.py compares with.
+$(VENV)/peers/.installed: benchmarks/requirements.txt | install
+	@$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/peers -r benchmarks/requirements.txt
+	@touch $@
+
+# What no Python package brings: the software renderer's libraries, venv itself on Debian, and a C++ compiler.
 system-packages:
 	@.ci/system-packages $(PYTHON)

@@ -174,7 +174,6 @@ def train(
         ddp_trainer = DistributedDataParallel(
             trainer,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # statistics of the data, fitted alike by every rank
             gradient_as_bucket_view=True,
         )
 
