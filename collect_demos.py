@@ -47,6 +47,7 @@ class Settings:
     obs_alignment: str
     start_noise: float
     seed: int
+    shift_target: float = 0.0
 
 
 @dataclass
@@ -67,6 +68,8 @@ def play_episode(env: LiberoEnv, task_id: int, attempt: int, settings: Settings)
     rng = np.random.default_rng([settings.seed, task_id, attempt])
     env.reset(seed=int(rng.integers(2**31)))
     env.add_start_noise(rng, settings.start_noise)
+    if settings.shift_target:
+        env.shift_target(rng, settings.shift_target)
     actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
     solved_steps = 0
     for action in itertools.islice(ScriptedExpert(env, rng).actions(), LONGEST_EPISODE):
@@ -403,6 +406,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--obs_alignment", choices=("after", "before"), default="after",
         help="whether obs[t] is recorded after actions[t], as in LIBERO's own files, or before")
     add("--start_noise", type=float, default=0.02, help="standard deviation of the arm's start joints in rad")
+    add("--shift_target", type=float, default=0.0, metavar="METRES",
+        help="move the target object by up to this in x and y, so that it stands elsewhere in every demo")
     # fmt: on
     return parser.parse_args(arguments)
 
@@ -418,6 +423,8 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"--visual_mesh_ratio {args.visual_mesh_ratio}: expected above 0 and at most 1")
     if not 0 <= args.start_noise < 1:
         raise BadInput(f"--start_noise {args.start_noise}: expected 0 to 1 rad")
+    if not 0 <= args.shift_target <= 0.2:
+        raise BadInput(f"--shift_target {args.shift_target}: expected 0 to 0.2 metres")
     if args.seed < 0:
         raise BadInput(f"--seed {args.seed}: expected 0 or more")
     if str(folder).startswith("/path/to"):
@@ -439,7 +446,9 @@ def main() -> None:
     folder = Path(getattr(args, "data_directory", data.data_directory)).expanduser()
     wanted = getattr(args, "demos_per_task", data.demos_per_task)
     check_arguments(args, folder, wanted)
-    settings = Settings(args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed)
+    settings = Settings(
+        args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target
+    )
 
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)

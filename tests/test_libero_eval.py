@@ -1,17 +1,30 @@
 """run_libero_eval.py in the real simulator, with a policy trained for one epoch on real demonstrations."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
+import h5py
 import numpy as np
 import pytest
 import torch
-from test_training import SMALL, one_sentence, run
+from test_evaluation_folder import Page
+from test_training import ROOT, SMALL, one_sentence, run
 
+from dataloader import LanguageTable
+from errors import BadInput
+from evaluation_folder import read_episodes
 from libero_sim import make_env, make_suite, task_init_states
-from rollout_video import SUCCESS, framed, grid, upright, write_mp4
-from statevla_model import read_checkpoint, save_checkpoint
+from rollout_policies import CheckpointPolicy, ReplayPolicy, training_demo, with_embeddings_of
+from rollout_video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
+from run_libero_eval import main
+from statevla_model import load_checkpoint, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +61,38 @@ def test_checkpoint_describes_what_the_collector_recorded(checkpoint):
     }
 
 
-def test_rollouts_write_results_and_upright_videos(checkpoint, tmp_path):
-    flags = ("--tasks", 6, "--num_trials", 2, "--max_steps", 25, "--execute_steps", 5, "--output_dir", tmp_path)
-    said = evaluate(checkpoint, *flags, "--save_video").stdout
-    results = json.loads((tmp_path / "results.json").read_text())
+SHORT = ("--tasks", 6, "--max_steps", 25, "--execute_steps", 5)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """A policy on the CPU keeps to one thread; other tests need not."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint, tmp_path_factory) -> tuple[Path, str]:
+    """Two episodes side by side, each in a simulator of its own: the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    flags = ("--num_trials", 2, "--num_workers", 2, "--save_video", "--output_dir", folder)
+    return folder, evaluate(checkpoint, *SHORT, *flags).stdout
+
+
+def test_rollouts_write_results_and_upright_videos(evaluated):
+    folder, said = evaluated
+    results = json.loads((folder / "results.json").read_text())
     assert [(e["task_id"], e["trial"], e["success"], e["crashed"]) for e in results["episodes"]] == [
         (6, 0, False, False),
         (6, 1, False, False),
     ]
-    assert all(e["steps"] == 25 and e["seconds"] > 0 and isinstance(e["seed"], int) for e in results["episodes"])
+    assert all(e["steps"] == 25 and e["seconds"] > 0 and len(e["decision_ms"]) == 5 for e in results["episodes"])
     assert results["success_rate"] == 0 and results["tasks"][0]["success_rate"] == 0
-    assert "thinned" in results["title"] and "0/2 successes" in said
+    assert "thinned" in results["title"] and "1 of 10 tasks x 2 of 50 init states" in results["title"]
+    assert re.search(r"^overall: 0/2 successes = 0.0%, 95% interval 0.0 to 65.8%", said, re.MULTILINE)
 
-    with av.open(str(tmp_path / "task6_trial0_failure.mp4")) as video:
+    with av.open(str(folder / "episodes/task6_trial0_failure.mp4")) as video:
         first = next(video.decode(video=0)).to_ndarray(format="rgb24")
     suite = make_suite("libero_object")
     env = make_env(suite, 6, 64, visual_mesh_ratio=0.2)
@@ -70,49 +102,164 @@ def test_rollouts_write_results_and_upright_videos(checkpoint, tmp_path):
     env.close()
     difference = {name: abs(first.astype(int) - image).mean() for name, image in {"up": raw[::-1], "raw": raw}.items()}
     assert difference["up"] < 8 < difference["raw"]
-    assert (tmp_path / "task6.mp4").exists()
 
 
-def test_the_same_seed_gives_the_same_rollouts(checkpoint, tmp_path):
-    steps = []
-    for name in ("first", "second"):
-        flags = ("--tasks", 6, "--num_trials", 1, "--max_steps", 15, "--output_dir", tmp_path / name)
-        evaluate(checkpoint, *flags, "--save_video")
-        steps.append((tmp_path / name / "task6.mp4").read_bytes())
-    assert steps[0] == steps[1]
+def test_the_report_shows_every_episode(evaluated):
+    folder, _ = evaluated
+    page = Page((folder / "report.html").read_text())
+    assert {"task6.mp4", "failures.png", "success_rates.png", "episodes/task6_trial1_failure.mp4"} <= set(page.links)
+    assert all((folder / link).stat().st_size > 0 for link in page.links)
 
 
-def test_a_crash_is_reported_as_a_crash_and_not_as_a_failure(checkpoint, tmp_path):
-    broken = read_checkpoint(checkpoint)
-    broken["model_state_dict"]["model.policy.normalizer.mean"][:] = torch.nan  # its actions are NaN
-    save_checkpoint(broken, tmp_path / "nan.pt")
-    flags = ("--tasks", 6, "--num_trials", 1, "--max_steps", 15, "--output_dir", tmp_path / "out")
-    said = evaluate(tmp_path / "nan.pt", *flags).stdout
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["episodes"][0]["crashed"] and "Error" in results["episodes"][0]["error"]
-    assert results["success_rate"] is None and results["crashed"] == 1
-    assert "0/0 successes, 1 crashed" in said
+def test_an_evaluation_killed_and_continued_plays_the_same_episodes_in_one_simulator_after_the_other(
+    checkpoint, evaluated, tmp_path
+):
+    """One worker: its second episode follows a soft reset, where `evaluated` played it in a fresh process."""
+    flags = (*SHORT, "--num_trials", 2, "--num_workers", 1, "--output_dir", tmp_path)
+    command = [sys.executable, "run_libero_eval.py", "--checkpoint", checkpoint, *flags]
+    running = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_until(lambda: len(read_episodes(tmp_path)) == 1)
+    [worker] = children(running.pid)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    wait_until(lambda: not Path(f"/proc/{worker}").exists())  # nobody is left behind
+    first = (tmp_path / "episodes.jsonl").read_text()
+    assert first.count("\n") == 1
+    with (tmp_path / "episodes.jsonl").open("a") as file:
+        file.write('{"suite": "libero_obj')
+
+    evaluate(checkpoint, *flags)
+    assert (tmp_path / "episodes.jsonl").read_text().startswith(first)
+    found, expected = ({e["trial"]: e["fingerprint"] for e in read_episodes(each)} for each in (tmp_path, evaluated[0]))
+    assert found == expected and len(set(found.values())) == 2
+
+    other = one_sentence(evaluate(checkpoint, *flags, "--seed", 1, expect=2))
+    assert "was evaluated with seed 0, not 1" in other
+    assert "0/2 successes" in evaluate(checkpoint, *flags).stdout  # complete: only the report is written anew
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("suite", ["libero_10", "libero_object_lan"])
+def test_suites_of_other_families_run_without_a_checkpoint(suite, tmp_path):
+    flags = ("--tasks", 0, "--num_trials", 1, "--max_steps", 2, "--output_dir", tmp_path)
+    said = run("run_libero_eval.py", "--policy", "zero", "--task_suite", suite, *flags).stdout
+    assert f"standing still, {suite}, 1 of 10 tasks x 1 of 50 init states" in said
+    told = json.loads((tmp_path / "settings.json").read_text())["instructions"]["0"]
+    assert (
+        told
+        == {
+            "libero_10": "put both the alphabet soup and the tomato sauce in the basket",
+            "libero_object_lan": "grab alphabet soup and put it into basket",  # LIBERO-PRO's words, not the file's name
+        }[suite]
+    )
+    [episode] = read_episodes(tmp_path)
+    assert episode["steps"] == 2 and not episode["crashed"]
+
+
+def test_a_batch_is_answered_as_each_observation_by_itself(checkpoint):
+    language = LanguageTable(**read_checkpoint(checkpoint)["language"])
+    policy = CheckpointPolicy(load_checkpoint(checkpoint), language, torch.device("cpu"), 10, 4, "noise")
+    [task] = language.embeddings
+    rng = np.random.default_rng(0)
+    observations = [
+        {
+            "agentview_rgb": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+            "eye_in_hand_rgb": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+            "joint_states": rng.normal(size=7).astype(np.float32),
+            "gripper_states": rng.uniform(0, 0.04, 2).astype(np.float32),
+        }
+        for _ in range(4)
+    ]
+
+    def act(rows):
+        return policy.act([observations[i] for i in rows], [task] * len(rows), [seeded(i) for i in rows])
+
+    def seeded(i):
+        return torch.Generator().manual_seed(i)
+
+    together = act([0, 1, 2, 3])
+    for i in range(4):
+        np.testing.assert_array_equal(act([i])[0], together[i])
+    np.testing.assert_array_equal(act([3, 1])[0], together[3])
+    batch = {name: torch.from_numpy(value)[None] for name, value in observations[2].items()}
+    batch["language"] = language[task][None]
+    expected = policy.model.predict(batch, 4, "noise", seeded(2))[0]  # the definition
+    np.testing.assert_array_equal(together[2], expected.double().numpy())
+
+
+def test_a_replay_is_one_training_demo_from_its_first_action(checkpoint, collected_demos):
+    held_out = read_checkpoint(checkpoint)["held_out_demos"]
+    butter, init_states = "pick up the butter and place it in the basket", np.zeros((2, 110))
+    path, key = training_demo(butter, collected_demos, held_out, init_states)
+    assert f"{path.name}/{key}" not in held_out and path.parent == collected_demos
+    with h5py.File(path) as file:
+        last_start = file["data/demo_1/states"][0]
+    assert training_demo(butter, collected_demos, [], np.stack([last_start, last_start]))[1] == "demo_1"
+    with pytest.raises(BadInput, match="no training demo of 'open the drawer' to replay; name one with --demo"):
+        training_demo("open the drawer", collected_demos, held_out, init_states)
+    demo = np.random.default_rng(0).uniform(-1, 1, (5, 7))
+    [chunk] = ReplayPolicy({"task": demo}, max_steps=8).act([None], ["task"], [None])
+    np.testing.assert_array_equal(chunk[:5], demo)
+    np.testing.assert_array_equal(chunk[5:], [[0, 0, 0, 0, 0, 0, demo[-1, 6]]] * 3)
+
+
+def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(checkpoint):
+    language = LanguageTable(**read_checkpoint(checkpoint)["language"])
+    [known] = language.embeddings
+    wider = with_embeddings_of([known, "Grab the butter."], language)
+    assert torch.equal(wider[known], language[known])
+    assert 0.5 < torch.dot(wider["grab the butter"], wider[known]) < 0.999
+    for wrong, sentence in (
+        (LanguageTable("word2vec 1.0", language.embeddings), "'word2vec 1.0' is none of embed_language.py's"),
+        (LanguageTable(language.encoder, {known: -language[known]}), "another vector here than in training"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            with_embeddings_of(["open the drawer"], wrong)
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (("--task_suite", "libero_objects"), "unknown task suite 'libero_objects'"),
+        (("--task_suite", "libero_objects"), "unknown task suite 'libero_objects', did you mean libero_object?"),
+        (("--task_suite", "libero_object_env"), "the installed LIBERO has no file of task 0"),
+        (("--task_suite", "libero_object_with_trigger"), "the installed LIBERO has no init states of task 0"),
         (("--tasks", "10"), "libero_object has the tasks 0 to 9, there is no task 10"),
         (("--tasks", "six"), "expected task ids such as 0,3"),
         (("--tasks", "6", "--num_trials", "0"), "--num_trials 0: expected between 1 and 50"),
         (("--tasks", "6", "--num_trials", "51"), "--num_trials 51: expected between 1 and 50"),
+        (("--tasks", "6", "--shard", "3/2"), "--shard 3/2: expected I/N such as 3/16"),
         (("--tasks", "6", "--execute_steps", "11"), "--execute_steps 11: expected between 1 and 10"),
-        (("--tasks", "0"), "no language embedding for the task 'pick up the alphabet soup"),
+        (("--policy", "replay", "--demo", "no.hdf5"), "--demo no.hdf5: is of one task; choose that task with --tasks"),
     ],
 )
-def test_wrong_flags_are_one_sentence(checkpoint, tmp_path, flags, sentence):
-    said = one_sentence(evaluate(checkpoint, *flags, "--output_dir", tmp_path / "out", expect=2))
-    assert sentence in said
+def test_wrong_flags_are_one_sentence(checkpoint, tmp_path, flags, sentence, monkeypatch, capsys):
+    assert sentence in refused(checkpoint, *flags, "--output_dir", tmp_path / "out", at=(monkeypatch, capsys))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_another_world_is_refused(checkpoint, tmp_path):
+def refused(checkpoint: Path, *flags: object, at: tuple) -> str:
+    """What main() says before it exits with code 2; in this process, since starting one takes seconds."""
+    monkeypatch, capsys = at
+    monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--checkpoint", *map(str, (checkpoint, *flags))])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "\n" not in said
+    return said
+
+
+def test_a_checkpoint_of_another_world_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
+    at = monkeypatch, capsys
     for key, value in {
         "image_orientation": "opencv",
         "cameras": ["agentview_rgb"],
@@ -121,25 +268,27 @@ def test_a_checkpoint_of_another_world_is_refused(checkpoint, tmp_path):
         other = read_checkpoint(checkpoint)
         other["observation"][key] = value
         save_checkpoint(other, tmp_path / "other.pt")
-        assert f"was trained with {key}" in one_sentence(evaluate(tmp_path / "other.pt", expect=2))
+        assert f"was trained with {key}" in refused(tmp_path / "other.pt", at=at)
     phase1 = checkpoint.parent.parent / "phase1_temporal_jepa/checkpoint_best.pt"
-    assert "expected a checkpoint of phase 2" in one_sentence(evaluate(phase1, expect=2))
+    assert "expected a checkpoint of phase 2" in refused(phase1, at=at)
+    assert "no such checkpoint" in refused(tmp_path / "missing.pt", at=at)
 
 
-def test_earlier_results_are_never_overwritten(checkpoint, tmp_path):
+def test_another_programs_results_are_never_overwritten(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "results.json").write_text("{}")
-    said = one_sentence(evaluate(checkpoint, "--tasks", 6, "--num_trials", 1, "--output_dir", tmp_path, expect=2))
-    assert "already holds a results.json" in said
-    assert (tmp_path / "results.json").read_text() == "{}"
+    flags = ("--tasks", 6, "--num_trials", 1, "--output_dir", tmp_path)
+    said = refused(checkpoint, *flags, at=(monkeypatch, capsys))
+    assert "already holds another program's results.json" in said
+    assert (tmp_path / "results.json").read_text() == "{}" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_videos_are_framed_by_outcome_and_laid_out_in_a_grid(tmp_path):
     short = framed([np.zeros((32, 32, 3), np.uint8)] * 2, success=True)
     long = framed([np.full((32, 32, 3), 200, np.uint8)] * 4, success=False)
     frames = grid([short, long, long], columns=2)
-    assert len(frames) == 4 and frames[0].shape == (64, 64, 3)
+    assert len(frames) == 4 + HELD_FRAMES and frames[0].shape == (64, 64, 3)
     assert tuple(frames[-1][0, 0]) == SUCCESS  # the short one waits on its last frame
     assert np.array_equal(upright(np.arange(12).reshape(2, 2, 3))[0], np.arange(6, 12).reshape(2, 3))
     write_mp4(frames, tmp_path / "grid.mp4", 10)
     with av.open(str(tmp_path / "grid.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 4
+        assert sum(1 for _ in video.decode(video=0)) == len(frames)

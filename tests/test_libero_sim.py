@@ -137,6 +137,61 @@ def test_start_pose_is_noisy(env):
     assert 0.016 < offsets.std() < 0.024
 
 
+def object_places(env) -> dict[str, np.ndarray]:
+    return {name: env.sim.data.body_xpos[body].copy() for name, body in env.domain.obj_body_id.items()}
+
+
+def test_a_shifted_target_is_all_that_moves_and_touches_nothing(env, suite):
+    for init_state in task_init_states(suite, TASK)[:2]:
+        env.reset(seed=0)
+        env.set_init_state(init_state)
+        before, arm = object_places(env), env.sim.data.qpos[:9].copy()
+        shifts = []
+        for seed in range(30):
+            env.set_init_state(init_state)
+            env.shift_target(np.random.default_rng(seed), 0.05)
+            after = object_places(env)
+            np.testing.assert_array_equal(env.sim.data.qpos[:9], arm)
+            for name, place in before.items():
+                if name != "butter_1":
+                    np.testing.assert_array_equal(after[name], place)
+            shifts.append(after["butter_1"] - before["butter_1"])
+            bodies = env.sim.model.geom_bodyid
+            for contact in env.sim.data.contact[: env.sim.data.ncon]:
+                touching = {env.sim.model.body_id2name(bodies[geom]) for geom in (contact.geom1, contact.geom2)}
+                assert "butter_1_main" not in touching or not touching & {f"{name}_main" for name in before} - {
+                    "butter_1_main"
+                }
+        shifts = np.array(shifts)
+        assert np.abs(shifts[:, :2]).max() <= 0.05 and (shifts[:, :2].std(0) > 0.02).all()  # 0.029 if uniform
+        assert np.abs(shifts[:, 2]).max() < 1e-9
+
+
+def test_a_shift_shows_at_once_and_is_a_function_of_its_seed(env, suite):
+    def shifted_picture(seed):
+        env.reset(seed=0)
+        env.set_init_state(task_init_states(suite, TASK)[0])
+        unshifted = env.observe()["agentview_image"]
+        env.shift_target(np.random.default_rng(seed), 0.05)
+        return unshifted, env.observe()["agentview_image"]
+
+    (unshifted, first), (_, again), (_, other) = shifted_picture(1), shifted_picture(1), shifted_picture(2)
+    np.testing.assert_array_equal(first, again)
+    assert (first != unshifted).any() and (first != other).any()
+
+
+def test_a_target_without_a_free_place_is_a_simulator_error(env, suite):
+    env.reset(seed=0)
+    radius = env.domain.objects_dict["butter_1"].horizontal_radius
+    joint = env.domain.objects_dict["ketchup_1"].joints[-1]
+    pose = env.sim.data.get_joint_qpos(joint).copy()
+    pose[:2] = env.sim.data.body_xpos[env.domain.obj_body_id["butter_1"]][:2]
+    env.sim.data.set_joint_qpos(joint, pose)
+    env.sim.forward()
+    with pytest.raises(SIMULATOR_ERRORS, match="butter_1 has no free place"):
+        env.shift_target(np.random.default_rng(0), radius / 2)
+
+
 def test_a_simulation_that_breaks_down_is_a_simulator_error(env, monkeypatch):
     def diverge(action):
         raise np.linalg.LinAlgError("SVD did not converge")

@@ -1,0 +1,263 @@
+"""An evaluation to be looked at: success bars, a grid of videos for each task, the failures' last frames, report.html.
+
+Everything lies in the evaluation's folder and is linked relatively, so that the folder opens from disk wherever it is.
+"""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from errors import BadInput
+from evaluation_folder import PICTURES, write_whole
+from rollout_video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
+
+MANY = 10  # videos; a grid of more shows them at half size
+SHEET_COLUMNS = 8  # pictures in a row of the failure sheet
+GREEN, RED = (f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (SUCCESS, FAILURE))
+
+
+def write_report(directory: Path, results: dict) -> Path:
+    """results as run_libero_eval.py writes them -> the path of report.html."""
+    tasks, episodes = results["tasks"], results["episodes"]
+    try:
+        draw_success_bars(tasks, results["overall"], directory / "success_rates.png")
+        failed = [episode for episode in episodes if not episode["success"] and not episode["crashed"]]
+        draw_failure_sheet(directory, failed)
+    except OSError as problem:
+        raise BadInput(f"{directory}: the report's pictures cannot be written ({problem.strerror})") from None
+    for task in tasks:
+        write_grid(directory, [episode for episode in episodes if episode["task_id"] == task["task_id"]])
+    write_whole(directory / "report.html", page(directory, results))
+    return directory / "report.html"
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_success_bars(tasks: Sequence[dict], overall: dict, path: Path) -> None:
+    """One bar a task and one for all, each with its 95% interval."""
+    bars = [(f"{task['task_id']}: {task['task']}", task) for task in tasks]
+    if len(tasks) > 1:
+        bars.append(("all tasks", overall))
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.42 * len(bars)), layout="constrained")
+    for y, (_, row) in enumerate(bars):
+        if not row["trials"]:
+            axes.text(1, y, "no finished episode", va="center", color="0.4")
+            continue
+        rate, (low, high) = 100 * row["success_rate"], (100 * bound for bound in row["interval"])
+        axes.barh(y, rate, height=0.62, color=GREEN, alpha=0.75 if row is not overall else 1.0)
+        axes.plot([low, high], [y, y], color="0.15", linewidth=1.6, solid_capstyle="butt")
+        axes.text(102, y, f"{row['successes']}/{row['trials']}", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [_shortened(name, 62) for name, _ in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 116), xlabel="success rate in %, line: 95% Wilson interval", xticks=range(0, 101, 20))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_failure_sheet(directory: Path, failed: Sequence[dict]) -> None:
+    """failures.png: the last frame of each failed episode, at half size. Without one there is no sheet."""
+    path = directory / "failures.png"
+    pictures = [(episode, picture) for episode in failed if (picture := _last_frame(directory, episode))]
+    if not pictures:
+        path.unlink(missing_ok=True)
+        return
+    columns = min(SHEET_COLUMNS, len(pictures))
+    tile, label = VIDEO_SIZE // 2, 16  # pixels
+    height, width = -(-len(pictures) // columns) * (tile + label), columns * tile
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    for i, (episode, picture) in enumerate(pictures):
+        y, x = i // columns * (tile + label), i % columns * tile
+        sheet[y + label : y + label + tile, x : x + tile] = halved(
+            (255 * plt.imread(picture)[..., :3]).astype(np.uint8)
+        )
+        axes.text(x + 3, y + label / 2, f"task {episode['task_id']}, init {episode['trial']}", va="center", fontsize=7)
+    axes.imshow(sheet, interpolation="nearest")
+    axes.axis("off")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write_grid(directory: Path, episodes: Sequence[dict]) -> None:
+    """task<id>.mp4 from the episodes' own videos, in the order of the init states."""
+    videos = [
+        video for episode in sorted(episodes, key=lambda one: one["trial"]) if (video := _video(directory, episode))
+    ]
+    if not videos:
+        return
+    decoded = []
+    for video in videos:
+        frames = read_mp4(video)
+        decoded.append([halved(frame) for frame in frames] if len(videos) > MANY else frames)
+    write_mp4(grid(decoded), directory / f"task{episodes[0]['task_id']}.mp4", CONTROL_HZ // VIDEO_EVERY)
+
+
+def _video(directory: Path, episode: dict) -> Path | None:
+    outcome = "success" if episode["success"] else "failure"
+    path = directory / PICTURES / f"task{episode['task_id']}_trial{episode['trial']}_{outcome}.mp4"
+    return path if path.exists() else None
+
+
+def _last_frame(directory: Path, episode: dict) -> Path | None:
+    path = directory / PICTURES / f"task{episode['task_id']}_trial{episode['trial']}_last.png"
+    return path if path.exists() else None
+
+
+# ----------------------------------------------------------------------------------------------------------- page
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff; --line: #d1d9e0; --card: #f6f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #3d444d; --card: #161b22; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
+.soft { color: var(--soft); } .figure { font-size: 2.2rem; font-weight: 650; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:nth-child(2), td:nth-child(2), .settings td { text-align: left; white-space: normal; min-width: 14rem; }
+tr.overall td { font-weight: 650; }
+img, video { max-width: 100%; border-radius: 6px; border: 1px solid var(--line); background: #fff; }
+.chips { display: flex; flex-wrap: wrap; gap: .3rem; }
+.chips a, .chips span { min-width: 2rem; text-align: center; padding: .1rem .3rem; border-radius: 4px; color: #fff;
+  text-decoration: none; font-size: .85rem; }
+.success { background: GREEN; } .failure { background: RED; } .crashed { background: #6e7781; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto;
+  font-size: .8rem; } summary { cursor: pointer; }
+""".replace("GREEN", GREEN).replace("RED", RED)
+
+
+def page(directory: Path, results: dict) -> str:
+    """report.html: plain HTML without scripts, nothing loaded from elsewhere."""
+    title, overall = html.escape(results["title"]), results["overall"]
+    sections = [
+        f"<h1>{title}</h1>",
+        f'<p class="figure">{overall["successes"]}/{overall["trials"]} successes{_percent(overall)}</p>',
+        f'<p class="soft">{_details(overall)}</p>',
+        "<h2>Tasks</h2>",
+        figures_table(results["tasks"], overall),
+        '<p><img src="success_rates.png" alt="Success rate of each task with its 95% interval"></p>',
+        "<h2>Episodes</h2>",
+        '<p class="soft">Numbers are init states. <span class="chips" style="display:inline-flex">'
+        '<span class="success">solved</span><span class="failure">failed</span><span class="crashed">crashed</span>'
+        "</span> A number opens the episode's video or last frame where one was kept.</p>",
+    ]
+    for task in results["tasks"]:
+        own = [episode for episode in results["episodes"] if episode["task_id"] == task["task_id"]]
+        sections += task_section(directory, task, own)
+    if (directory / "failures.png").exists():
+        sections += [
+            '<h2>Failures</h2><p class="soft">The last frame of each.</p>',
+            '<p><a href="failures.png"><img src="failures.png" alt="Last frames of the failed episodes"></a></p>',
+        ]
+    sections += crash_section(results["episodes"])
+    sections += ["<h2>Settings</h2>", settings_table(results)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def figures_table(tasks: Sequence[dict], overall: dict) -> str:
+    head = ("task", "instruction", "solved", "rate", "95% interval", "steps to success", "decision, ms", "crashed")
+    rows = [(task["task_id"], task["task"], task, "") for task in tasks]
+    if len(tasks) > 1:
+        rows.append(("all", "", overall, ' class="overall"'))
+    body = []
+    for name, instruction, row, style in rows:
+        low, high = row["interval"]
+        cells = (
+            name,
+            html.escape(instruction),
+            f"{row['successes']}/{row['trials']}",
+            f"{row['success_rate']:.1%}" if row["trials"] else "–",
+            f"{100 * low:.1f} to {high:.1%}" if row["trials"] else "–",
+            _number(row["mean_steps_to_success"], ".0f"),
+            _number(row["decision_ms_median"], ".1f"),
+            row["crashed"],
+        )
+        body.append(f"<tr{style}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    headings = "".join(f"<th>{name}</th>" for name in head)
+    return f'<div class="scroll"><table><thead><tr>{headings}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def task_section(directory: Path, task: dict, episodes: Sequence[dict]) -> list[str]:
+    chips = []
+    for episode in sorted(episodes, key=lambda one: one["trial"]):
+        outcome = "crashed" if episode["crashed"] else "success" if episode["success"] else "failure"
+        seen = _video(directory, episode) or _last_frame(directory, episode)
+        if seen and outcome != "crashed":
+            chips.append(f'<a class="{outcome}" href="{PICTURES}/{seen.name}">{episode["trial"]}</a>')
+        else:
+            chips.append(f'<span class="{outcome}">{episode["trial"]}</span>')
+    section = [
+        f"<h3>Task {task['task_id']}: {html.escape(task['task'])}</h3>",
+        f'<div class="chips">{"".join(chips)}</div>',
+    ]
+    grid_name = f"task{task['task_id']}.mp4"
+    if (directory / grid_name).exists():
+        section.append(f'<p><video controls muted loop preload="metadata" src="{grid_name}"></video></p>')
+    return section
+
+
+def crash_section(episodes: Sequence[dict]) -> list[str]:
+    """Crashes, and episodes that were finished only at the second try."""
+    section = []
+    for episode in episodes:
+        where = f"task {episode['task_id']}, init state {episode['trial']}"
+        if episode["crashed"]:
+            said = html.escape(episode["error"])
+            section.append(
+                f"<details><summary>{where}: crashed {episode['tries']} times</summary><pre>{said}</pre></details>"
+            )
+        elif episode["earlier_crash"]:
+            said = html.escape(episode["earlier_crash"])
+            section.append(
+                f"<details><summary>{where}: finished at the second try</summary><pre>{said}</pre></details>"
+            )
+    return ["<h2>Crashes</h2>", *section] if section else []
+
+
+def settings_table(results: dict) -> str:
+    rows = {"checkpoint": results["checkpoint"], "epoch": results["checkpoint_epoch"], **results["settings"]}
+    rows = {name: value for name, value in rows.items() if value not in (None, [])}
+    cells = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+    )
+    return f'<div class="scroll"><table class="settings"><tbody>{cells}</tbody></table></div>'
+
+
+def _percent(row: dict) -> str:
+    return f" = {row['success_rate']:.1%}" if row["trials"] else ""
+
+
+def _details(row: dict) -> str:
+    low, high = row["interval"]
+    parts = [f"95% interval {100 * low:.1f} to {high:.1%} (Wilson)"] if row["trials"] else []
+    if row["mean_steps_to_success"] is not None:
+        parts.append(f"{row['mean_steps_to_success']:.0f} steps to success on average")
+    if row["decision_ms_mean"] is not None:
+        parts.append(f"{row['decision_ms_mean']:.1f} ms a decision (median {row['decision_ms_median']:.1f})")
+    if row["crashed"]:
+        parts.append(f"{row['crashed']} crashed and not counted")
+    return " · ".join(parts)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

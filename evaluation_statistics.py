@@ -1,0 +1,126 @@
+"""What a list of finished episodes says: success rates with intervals, and whether two evaluations differ.
+
+Letters: k successes of n trials; z = 1.96, the normal distribution's 97.5% quantile.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+
+from errors import BadInput
+
+Z = 1.959964
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95% interval of a success rate (Wilson 1927). It stays inside [0, 1] and is sensible for 0 of n and n of n."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, z2 = successes / trials, Z * Z
+    centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials * trials))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def exact_mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value that of the episodes solved by one policy alone, either is as likely to have solved them
+    (McNemar 1947, exact binomial)."""
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def summarise(episodes: Sequence[dict]) -> dict:
+    """Figures of some episodes. A crashed episode is no trial: it says nothing about the policy."""
+    finished = [episode for episode in episodes if not episode["crashed"]]
+    solved = [episode for episode in finished if episode["success"]]
+    decisions = [ms for episode in finished for ms in episode["decision_ms"]]
+    return {
+        "successes": len(solved),
+        "trials": len(finished),
+        "crashed": len(episodes) - len(finished),
+        "success_rate": len(solved) / len(finished) if finished else None,
+        "interval": wilson_interval(len(solved), len(finished)),
+        "mean_steps_to_success": fmean(episode["steps"] for episode in solved) if solved else None,
+        "decision_ms_mean": fmean(decisions) if decisions else None,
+        "decision_ms_median": median(decisions) if decisions else None,
+    }
+
+
+def summarise_tasks(instructions: dict[int, str], episodes: Sequence[dict]) -> list[dict]:
+    """One row a task, in the order of `instructions` (task id -> what the robot was told)."""
+    return [
+        {"task_id": task_id, "task": instruction}
+        | summarise([episode for episode in episodes if episode["task_id"] == task_id])
+        for task_id, instruction in instructions.items()
+    ]
+
+
+def figures_text(row: dict) -> str:
+    """One line, such as "17/20 successes = 85.0%, 95% interval 64.0 to 94.8%, 142 steps, 1 crashed"."""
+    text = f"{row['successes']}/{row['trials']} successes"
+    if row["trials"]:
+        low, high = row["interval"]
+        text += f" = {row['success_rate']:.1%}, 95% interval {100 * low:.1f} to {high:.1%}"
+    if row["mean_steps_to_success"] is not None:
+        text += f", {row['mean_steps_to_success']:.0f} steps to success"
+    return text + (f", {row['crashed']} crashed" if row["crashed"] else "")
+
+
+# ----------------------------------------------------------------------------------------------------- comparison
+
+
+def comparison_text(first: Path, second: Path) -> str:
+    """Pairs two results.json by suite, task and init state. Raises BadInput where nothing can be paired."""
+    results = [read_results(path) for path in (first, second)]
+    outcomes = [_outcomes(each, path) for each, path in zip(results, (first, second), strict=True)]
+    common = sorted(outcomes[0].keys() & outcomes[1].keys())
+    if not common:
+        raise BadInput(f"{first} and {second}: have no finished episode of the same suite, task and init state")
+    counts = {(a, b): 0 for a in (True, False) for b in (True, False)}
+    for key in common:
+        counts[outcomes[0][key], outcomes[1][key]] += 1
+    successes = [sum(outcome[key] for key in common) for outcome in outcomes]
+    lines = [f"A  {first}: {results[0]['title']}", f"B  {second}: {results[1]['title']}"]
+    same_world = ("max_steps", "visual_mesh_ratio", "image_size", "seed")
+    for name in same_world:
+        a, b = (each["settings"].get(name) for each in results)
+        if a != b:
+            lines.append(f"note: {name} is {a} in A and {b} in B")
+    left_out = sum(len(outcome) - len(common) for outcome in outcomes)
+    if left_out:
+        lines.append(f"note: {left_out} finished episodes have no partner and are left out")
+    n = len(common)
+    for name, k in zip("AB", successes, strict=True):
+        low, high = wilson_interval(k, n)
+        lines.append(f"{name}: {k}/{n} successes = {k / n:.1%}, 95% interval {100 * low:.1f} to {high:.1%}")
+    only_a, only_b = counts[True, False], counts[False, True]
+    lines += [
+        f"both {counts[True, True]}, only A {only_a}, only B {only_b}, neither {counts[False, False]}",
+        f"A - B: {100 * (successes[0] - successes[1]) / n:+.1f} percentage points over {n} paired episodes,"
+        f" exact McNemar p = {exact_mcnemar(only_a, only_b):.3g}",
+    ]
+    return "\n".join(lines)
+
+
+def read_results(path: Path) -> dict:
+    try:
+        results = json.loads(path.read_text())
+        results["title"], results["settings"], results["episodes"]
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror}); expected a results.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}: not a results.json of run_libero_eval.py") from None
+    return results
+
+
+def _outcomes(results: dict, path: Path) -> dict[tuple, bool]:
+    outcomes = {}
+    for episode in results["episodes"]:
+        key = episode["suite"], episode["task_id"], episode["trial"]
+        if key in outcomes:
+            raise BadInput(f"{path}: holds two episodes of {key[0]}, task {key[1]}, init state {key[2]}")
+        outcomes[key] = None if episode["crashed"] else episode["success"]
+    return {key: success for key, success in outcomes.items() if success is not None}

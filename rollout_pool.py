@@ -1,0 +1,239 @@
+"""Plays many episodes at once: worker processes simulate (rollout_worker.py), one policy in this process decides.
+
+A worker that dies, hangs or cannot build its environment is replaced and its episode tried once more. Workers keep to
+one task for as long as it has episodes, since building an environment takes seconds; while one builds, others step.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from errors import BadInput
+from rollout_worker import Episode, Rollouts
+
+GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
+TRIES = 2
+LAST_WORDS = 4000  # characters of a dead worker's output that are kept
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An episode that waits for a worker, with what became of the attempt before."""
+
+    episode: Episode
+    number: int = 1
+    earlier_crash: str | None = None
+
+
+def sensible_number_of_workers() -> int:
+    """One a core, as far as memory goes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores, int(_free_gigabytes() / GB_PER_ENVIRONMENT)))
+
+
+def _free_gigabytes() -> float:
+    """What Linux says is available, or, elsewhere, half of what is built in."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) / 1e6
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
+
+
+class Worker:
+    """A worker process as the main process sees it."""
+
+    def __init__(self, rollouts: Rollouts):
+        self.pipe, theirs = Pipe()
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
+        # One thread each: there is a process for every core already. LP is Mesa's software renderer, 0: no helpers.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("rollout_worker.py")), str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=self.said,
+            stderr=self.said,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C reaches the main process alone
+        )
+        theirs.close()
+        self.pipe.send(rollouts)
+        self.task_id: int | None = None
+        self.attempt: Attempt | None = None
+
+    def begin(self, attempt: Attempt, init_state: np.ndarray, timeout: float) -> None:
+        self.attempt, self.task_id = attempt, attempt.episode.task_id
+        self.generator = torch.Generator().manual_seed(attempt.episode.seed)
+        self.decision_ms: list[float] = []
+        self.begun, self.deadline = time.perf_counter(), time.monotonic() + timeout
+        self.send((attempt.episode, init_state))
+
+    def send(self, message) -> None:
+        try:
+            self.pipe.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has died; the next read finds out, and how
+
+    def last_words(self) -> str:
+        """How it ended and the end of what it printed, a traceback most likely."""
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it has closed its pipe and hangs all the same
+            self.process.kill()
+            code = self.process.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self.said.seek(0)
+        text = self.said.read().decode(errors="replace").strip()
+        return f"{how}\n{text[-LAST_WORDS:]}".strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+        self.said.close()
+
+
+def play_all(
+    episodes: Sequence[Episode],
+    init_state_of: Callable[[Episode], np.ndarray],
+    instruction_of: Callable[[Episode], str],
+    policy,
+    rollouts: Rollouts,
+    num_workers: int,
+    episode_timeout: float,
+) -> Iterator[dict]:
+    """Yields the record of each episode when it is over, in the order in which they end.
+
+    Raises BadInput where no environment can be built at all, or where a worker cannot write its pictures.
+    """
+    waiting = Waiting(episodes)
+    workers: list[Worker] = []
+    environment_worked = False
+
+    def employ(worker: Worker | None = None) -> None:
+        """Gives the worker, or a new one, its next episode; without one it goes."""
+        attempt = waiting.next_for(worker.task_id if worker else None, [other.task_id for other in workers])
+        if attempt is not None:
+            if worker is None:
+                worker = Worker(rollouts)
+                workers.append(worker)
+            worker.begin(attempt, init_state_of(attempt.episode), episode_timeout)
+        elif worker is not None:
+            dismiss(worker)
+
+    def dismiss(worker: Worker) -> None:
+        workers.remove(worker)
+        worker.kill()
+
+    def crashed(worker: Worker, how: str) -> dict | None:
+        """The record of an episode that has crashed for the last time; before that it is tried again."""
+        attempt = worker.attempt
+        dismiss(worker)
+        if attempt.number < TRIES:
+            waiting.again(Attempt(attempt.episode, attempt.number + 1, how))
+            employ()
+            return None
+        employ()
+        return record(attempt, {"success": False, "steps": None}, [], how)
+
+    try:
+        for _ in range(min(num_workers, len(episodes))):
+            employ()
+        while workers:
+            asking: list[tuple[Worker, dict]] = []
+            first_deadline = min(worker.deadline for worker in workers)
+            ready = wait([worker.pipe for worker in workers], timeout=max(first_deadline - time.monotonic(), 0))
+            for worker in [worker for worker in workers if worker.pipe in ready]:
+                kind, content = _receive(worker.pipe)
+                if kind == "observation":
+                    environment_worked = True
+                    asking.append((worker, content))
+                elif kind == "finished":
+                    finished = record(worker.attempt, content, worker.decision_ms, None)
+                    employ(worker)
+                    yield finished
+                elif kind == "bad input" or (kind == "no environment" and not environment_worked):
+                    raise BadInput(content)
+                else:
+                    how = content if kind == "no environment" else worker.last_words()
+                    if (given_up := crashed(worker, how)) is not None:
+                        yield given_up
+            if asking:
+                start = time.perf_counter()
+                chunks = policy.act(
+                    [obs for _, obs in asking],
+                    [instruction_of(worker.attempt.episode) for worker, _ in asking],
+                    [worker.generator for worker, _ in asking],
+                )
+                passes = math.ceil(len(asking) / policy.rows)
+                ms = 1000 * (time.perf_counter() - start) / passes
+                for (worker, _), chunk in zip(asking, chunks, strict=True):
+                    if policy.looks:  # a baseline decides nothing
+                        worker.decision_ms.append(round(ms, 3))
+                    worker.send(chunk)
+            for worker in [worker for worker in workers if worker.deadline < time.monotonic()]:
+                worker.process.send_signal(signal.SIGUSR1)  # faulthandler prints where it hangs
+                time.sleep(0.2)
+                worker.process.kill()
+                how = f"not finished within --episode_timeout {episode_timeout:g} seconds\n{worker.last_words()}"
+                if (given_up := crashed(worker, how)) is not None:
+                    yield given_up
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _receive(pipe: Connection) -> tuple:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return "died", None
+
+
+def record(attempt: Attempt, outcome: dict, decision_ms: list[float], error: str | None) -> dict:
+    return {
+        **asdict(attempt.episode),
+        "crashed": error is not None,
+        **outcome,
+        "decision_ms": decision_ms,
+        "tries": attempt.number,
+        "error": error,
+        "earlier_crash": attempt.earlier_crash,
+    }
+
+
+class Waiting:
+    """The episodes that nobody plays yet, by task."""
+
+    def __init__(self, episodes: Sequence[Episode]):
+        self.by_task: dict[int, deque[Attempt]] = {}
+        for episode in episodes:
+            self.by_task.setdefault(episode.task_id, deque()).append(Attempt(episode))
+
+    def next_for(self, task_id: int | None, tasks_of_workers: list[int]) -> Attempt | None:
+        """One of the worker's own task, else of the task with the fewest workers, and of these the largest."""
+        if not self.by_task:
+            return None
+        if task_id not in self.by_task:
+            task_id = min(self.by_task, key=lambda task: (tasks_of_workers.count(task), -len(self.by_task[task])))
+        attempt = self.by_task[task_id].popleft()
+        if not self.by_task[task_id]:
+            del self.by_task[task_id]
+        return attempt
+
+    def again(self, attempt: Attempt) -> None:
+        self.by_task.setdefault(attempt.episode.task_id, deque()).appendleft(attempt)

@@ -1,0 +1,141 @@
+"""One worker process of run_libero_eval.py: it owns a simulator, plays the episodes it is sent and asks for actions.
+
+It runs as `python rollout_worker.py FD`, FD being its end of a pipe to rollout_pool.py, and never imports torch. Down
+the pipe come the Rollouts, then (Episode, init_state) again and again; up go
+
+    ("observation", obs)        answered with the actions to execute, (n, 7) float64
+    ("finished", outcome)       the episode's outcome, a dictionary
+    ("no environment", why)     the environment cannot be built
+    ("bad input", why)          one sentence that stops the evaluation, such as a full disk
+
+Nothing else is caught here: an error ends this process, whose traceback the main process reads and reports.
+"""
+
+import faulthandler
+import hashlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from errors import BadInput
+from libero_sim import LiberoEnv, from_simulator, make_env, make_suite
+from rollout_video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
+
+WAIT_STEPS = 10  # the objects fall into place before the policy starts
+STAND_STILL = np.array([0.0, 0, 0, 0, 0, 0, -1])  # no motion, gripper open
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What all episodes of an evaluation have in common."""
+
+    task_suite: str
+    image_size: int
+    visual_mesh_ratio: float
+    max_steps: int
+    policy_looks: bool  # without, no observation is drawn
+    save_video: str  # all, failures or none
+    pictures: Path  # folder of videos and last frames
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One rollout. With the checkpoint and the settings it decides everything that happens."""
+
+    suite: str
+    task_id: int
+    trial: int  # which of the task's init states
+    seed: int  # of the policy's noise and of what an init state leaves open, such as where fixtures stand
+
+    @property
+    def name(self) -> str:
+        return f"task{self.task_id}_trial{self.trial}"
+
+
+def play_episode(
+    env: LiberoEnv,
+    episode: Episode,
+    init_state: np.ndarray,
+    rollouts: Rollouts,
+    ask: Callable[[dict | None], np.ndarray],
+) -> dict:
+    """One rollout; `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video."""
+    env.reset(seed=episode.seed)
+    env.set_init_state(init_state)
+    for _ in range(WAIT_STEPS):
+        env.step(STAND_STILL)
+
+    frames = []
+    executed = hashlib.sha256()  # two episodes with the same fingerprint went exactly the same way
+    steps, success = 0, False
+    while steps < rollouts.max_steps and not success:
+        for action in ask(from_simulator(env.observe()) if rollouts.policy_looks else None):
+            if rollouts.save_video != "none" and steps % VIDEO_EVERY == 0:
+                frames.append(draw_for_people(env))
+            executed.update(np.ascontiguousarray(action, np.float64).tobytes())
+            success = env.step(action)
+            steps += 1
+            if success or steps == rollouts.max_steps:
+                break
+    executed.update(env.state().tobytes())
+
+    if rollouts.save_video == "all" or not success:  # a failure's last frame is always kept
+        frames.append(draw_for_people(env))
+        write_png(frames[-1], rollouts.pictures / f"{episode.name}_last.png")
+        if rollouts.save_video != "none":
+            video = rollouts.pictures / f"{episode.name}_{'success' if success else 'failure'}.mp4"
+            write_mp4(framed(frames, success), video, CONTROL_HZ // VIDEO_EVERY)
+    return {"success": success, "steps": steps, "fingerprint": executed.hexdigest()}
+
+
+def draw_for_people(env: LiberoEnv) -> np.ndarray:
+    return upright(env.draw(env.poses(), VIDEO_SIZE, ("agentview",))["agentview_image"])
+
+
+def serve(pipe: Connection) -> None:
+    """Plays what the pipe brings until it closes; the environment of the last task is kept for the next episode."""
+    rollouts = pipe.recv()
+    env, task_of_env = None, None
+
+    def ask(obs: dict | None) -> np.ndarray:
+        pipe.send(("observation", obs))
+        return pipe.recv()
+
+    while True:
+        episode, init_state = pipe.recv()
+        start = time.perf_counter()
+        if task_of_env != episode.task_id:
+            if env is not None:
+                env.close()
+            try:
+                env = make_env(
+                    make_suite(rollouts.task_suite), episode.task_id, rollouts.image_size, rollouts.visual_mesh_ratio
+                )
+            except BadInput as problem:
+                pipe.send(("no environment", str(problem)))
+                return
+            task_of_env = episode.task_id
+        built = time.perf_counter()
+        try:
+            outcome = play_episode(env, episode, init_state, rollouts, ask)
+        except BadInput as problem:  # a picture that cannot be written
+            pipe.send(("bad input", str(problem)))
+            return
+        end = time.perf_counter()
+        pipe.send(("finished", outcome | {"seconds": end - built, "construction_seconds": built - start}))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    faulthandler.enable()  # a segmentation fault leaves a traceback, too
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # where does it hang?
+    try:
+        serve(Connection(int(sys.argv[1])))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the main process is gone, or has no more episodes

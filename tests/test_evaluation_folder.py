@@ -1,0 +1,249 @@
+"""What an evaluation keeps on disk, what it says about it, and how parts are joined. No simulator is needed."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_training import ROOT, one_sentence, run
+
+from errors import BadInput
+from evaluation_folder import EvaluationFolder, merge, read_episodes
+from evaluation_report import write_report
+from evaluation_statistics import exact_mcnemar, figures_text, summarise, wilson_interval
+from rollout_video import write_mp4, write_png
+from rollout_worker import Episode
+from run_libero_eval import describe, episode_seed, shard_of
+
+SETTINGS = {
+    "policy": "checkpoint", "image_size": 64, "visual_mesh_ratio": 1.0, "weights_sha256": "abc", "flow_start": "noise",
+    "task_suite": "libero_object", "instructions": {"3": "take <this> & that", "6": "pick up the butter"},
+    "tasks_of_suite": 2, "num_trials": 3, "init_states": 3, "max_steps": 280, "seed": 0, "shard": None,
+}  # fmt: skip
+
+
+def episode(task_id: int, trial: int, success: bool = True, error: str | None = None) -> dict:
+    return {
+        "suite": "libero_object", "task_id": task_id, "trial": trial, "seed": 1, "crashed": error is not None,
+        "success": success and error is None, "steps": None if error else 100,
+        "decision_ms": [] if error else [5.0, 7.0], "tries": 2 if error else 1, "error": error, "earlier_crash": None,
+    }  # fmt: skip
+
+
+def folder_with(path: Path, *episodes: dict, **changes) -> EvaluationFolder:
+    folder = EvaluationFolder(path, SETTINGS | changes)
+    for one in episodes:
+        folder.append(one)
+    return folder
+
+
+def close(folder: EvaluationFolder) -> None:
+    folder._lock.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- folder
+
+
+def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
+    close(folder_with(tmp_path, episode(6, 0), episode(6, 1)))
+    with (tmp_path / "episodes.jsonl").open("a") as file:
+        file.write('{"task_id": 6, "tri')
+    folder = EvaluationFolder(tmp_path, SETTINGS)
+    assert [one["trial"] for one in folder.episodes] == [0, 1]
+    folder.append(episode(6, 2))
+    assert [one["trial"] for one in read_episodes(tmp_path)] == [0, 1, 2]
+
+
+def test_a_folder_of_other_settings_is_refused_by_name_and_left_alone(tmp_path):
+    close(folder_with(tmp_path, episode(6, 0)))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(BadInput, match="was evaluated with weights_sha256 abc, not def"):
+        EvaluationFolder(tmp_path, SETTINGS | {"weights_sha256": "def"})
+    with pytest.raises(BadInput, match="was evaluated with max_steps 280, not 100"):
+        EvaluationFolder(tmp_path, SETTINGS | {"max_steps": 100})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_two_evaluations_never_write_into_one_folder(tmp_path):
+    first = EvaluationFolder(tmp_path, SETTINGS)
+    with pytest.raises(BadInput, match="another evaluation is writing into this folder"):
+        EvaluationFolder(tmp_path, SETTINGS)
+    close(first)
+    EvaluationFolder(tmp_path, SETTINGS)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
+    code = f"""
+import resource
+from pathlib import Path
+from errors import exits_on_bad_input
+from evaluation_folder import EvaluationFolder
+
+@exits_on_bad_input
+def main():
+    folder = EvaluationFolder(Path({str(tmp_path)!r}), {SETTINGS!r})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # from here on no file grows beyond 2 kB
+    for trial in range(40):
+        folder.append({episode(6, 0)!r} | {{"trial": trial}})
+
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "episodes.jsonl: cannot be written (File too large)" in done.stderr
+    kept = read_episodes(tmp_path)
+    assert 2 < len(kept) < 20 and f"{len(kept)} finished episodes are kept" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ shards and merging
+
+
+def test_shards_are_a_partition_in_one_piece_each():
+    episodes = [Episode("suite", task, trial, 0) for task in range(3) for trial in range(5)]
+    parts = [shard_of(episodes, f"{i}/4") for i in range(1, 5)]
+    assert [one for part in parts for one in part] == episodes
+    assert all(3 <= len(part) <= 4 for part in parts)
+    for wrong in ("0/4", "5/4", "1/16", "one/4", "3"):
+        with pytest.raises(BadInput, match=f"--shard {wrong}: expected I/N"):
+            shard_of(episodes, wrong)
+
+
+def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
+    whole = [episode(task, trial, success=trial != 1) for task in (3, 6) for trial in range(3)]
+    for number, share in ((2, whole[3:]), (1, whole[:3])):
+        folder = folder_with(tmp_path / str(number), *share, shard=f"{number}/2")
+        write_png(np.zeros((256, 256, 3), np.uint8), folder.pictures / f"task{3 * number}_trial1_last.png")
+        close(folder)
+    said = run("run_libero_eval.py", "--merge", tmp_path / "2", tmp_path / "1", "--output_dir", tmp_path / "all").stdout
+    results = json.loads((tmp_path / "all/results.json").read_text())
+    assert results["episodes"] == whole
+    assert results["overall"] == json.loads(json.dumps(summarise(whole)))
+    assert results["title"] == "libero_object, all 2 tasks x all 3 init states, flow started from noise"
+    assert "overall: 4/6 successes = 66.7%, 95% interval 30.0 to 90.3%" in said
+    assert (tmp_path / "all/failures.png").exists()
+
+
+def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+    close(folder_with(tmp_path / "a", episode(6, 0), shard="1/2"))
+    close(folder_with(tmp_path / "again", episode(6, 0), shard="2/2"))
+    close(folder_with(tmp_path / "other", episode(6, 1), shard="2/2", seed=1))
+    with pytest.raises(BadInput, match=r"task 6, init state 0 is in both .*a and .*again"):
+        merge([tmp_path / "a", tmp_path / "again"], tmp_path / "all")
+    with pytest.raises(BadInput, match=r"cannot be merged: .*other: was evaluated with seed 1, not 0"):
+        merge([tmp_path / "a", tmp_path / "other"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def test_wilson_interval_has_its_published_values():
+    assert wilson_interval(17, 20) == pytest.approx((0.6396, 0.9476), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson_interval(500, 500) == pytest.approx((0.9924, 1), abs=1e-4)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert exact_mcnemar(1, 8) == exact_mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert exact_mcnemar(0, 5) == pytest.approx(0.0625)
+    assert exact_mcnemar(4, 4) == exact_mcnemar(0, 0) == 1
+
+
+def test_crashed_episodes_count_neither_way():
+    row = summarise([episode(6, 0), episode(6, 1, success=False), episode(6, 2, error="died")])
+    assert (row["successes"], row["trials"], row["crashed"], row["success_rate"]) == (1, 2, 1, 0.5)
+    assert row["decision_ms_mean"] == 6 and row["mean_steps_to_success"] == 100
+    assert figures_text(summarise([episode(6, 0, error="died")])) == "0/0 successes, 1 crashed"
+
+
+def test_a_subset_says_so_in_the_title():
+    assert describe(SETTINGS, 6) == "libero_object, all 2 tasks x all 3 init states, flow started from noise"
+    assert "2 of 10 tasks x 3 of 50 init states" in describe(SETTINGS | {"tasks_of_suite": 10, "init_states": 50}, 6)
+    assert "shard 1/2, only 3 of 6 episodes" in describe(SETTINGS | {"shard": "1/2"}, 3)
+    assert "thinned to 0.2 (not LIBERO's own pictures)" in describe(SETTINGS | {"visual_mesh_ratio": 0.2}, 6)
+    assert "instructions that the checkpoint was not trained on: 1" in describe(
+        SETTINGS | {"new_instructions": ["x"]}, 6
+    )
+    assert describe(SETTINGS | {"policy": "zero"}, 6).startswith("standing still, ")
+
+
+def test_every_episode_has_a_seed_of_its_own():
+    seeds = {
+        episode_seed(suite, task, trial, seed)
+        for suite in ("libero_object", "libero_goal")
+        for task in range(10)
+        for trial in range(50)
+        for seed in (0, 1)
+    }
+    assert len(seeds) == 2000 and max(seeds) < 2**32
+    assert episode_seed("libero_object", 6, 0, 0) == episode_seed("libero_object", 6, 0, 0)
+
+
+def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
+    outcomes = {"a": "110111", "b": "100001"}
+    for name, solved in outcomes.items():
+        episodes = [episode(6, trial, success=one == "1") for trial, one in enumerate(solved)]
+        extra = [episode(3, 0), episode(3, 1, error="died")] if name == "a" else []
+        results = {"title": name, "settings": SETTINGS, "episodes": episodes + extra}
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    said = run("run_libero_eval.py", "--compare", tmp_path / "a.json", tmp_path / "b.json").stdout
+    assert "both 2, only A 3, only B 0, neither 1" in said
+    assert "A - B: +50.0 percentage points over 6 paired episodes, exact McNemar p = 0.25" in said
+    assert "note: 1 finished episodes have no partner" in said
+    (tmp_path / "b.json").write_text("[]")
+    wrong = run("run_libero_eval.py", "--compare", tmp_path / "a.json", tmp_path / "b.json", expect=2)
+    assert "not a results.json of run_libero_eval.py" in one_sentence(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in order, and collects what a page refers to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.links, self.text = [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("href", "src")]
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
+    said = "killed by SIGSEGV\nFatal Python error: <Segmentation fault>"
+    episodes = [episode(3, 0), episode(3, 1, success=False), episode(6, 0, error=said), episode(6, 1) | {"tries": 2}]
+    episodes[3]["earlier_crash"] = "killed by SIGKILL"
+    folder = folder_with(tmp_path, *episodes)
+    grey = np.full((256, 256, 3), 120, np.uint8)
+    write_png(grey, folder.pictures / "task3_trial1_last.png")
+    write_mp4([grey] * 3, folder.pictures / "task3_trial0_success.mp4", 10)
+    write_mp4([grey] * 5, folder.pictures / "task3_trial1_failure.mp4", 10)
+    tasks = [
+        {"task_id": task, "task": SETTINGS["instructions"][str(task)]}
+        | summarise([one for one in episodes if one["task_id"] == task])
+        for task in (3, 6)
+    ]
+    results = {
+        "title": describe(SETTINGS, 4), "overall": summarise(episodes), "tasks": tasks, "episodes": episodes,
+        "settings": SETTINGS, "checkpoint": "<best>.pt", "checkpoint_epoch": 3,
+    }  # fmt: skip
+    page = Page(write_report(tmp_path, results).read_text())
+    assert set(page.links) == {
+        "success_rates.png", "task3.mp4", "failures.png", "episodes/task3_trial0_success.mp4",
+        "episodes/task3_trial1_failure.mp4",
+    }  # fmt: skip
+    assert all((tmp_path / link).stat().st_size > 0 for link in page.links)
+    assert said in page.text and "killed by SIGKILL" in page.text and "take <this> & that" in page.text
+    assert "2/3 successes = 66.7%" in page.text
