@@ -36,7 +36,7 @@ demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
 	@echo
 	@tail -n 9 $(PHASE2)/offline.txt
 	@echo "learning curves: $(PHASE1)/curves.png $(PHASE2)/curves.png"
-	@echo "video of the rollouts: $(ROLLOUTS)/task6.mp4"
+	@echo "rollouts, with videos: $(ROLLOUTS)/report.html"
 	@grep '^overall' $(ROLLOUTS)/summary.txt
 
 $(DATA)/.done: | install
@@ -45,7 +45,7 @@ $(DATA)/.done: | install
 	@$(RUN) embed_language.py $(QUICK) --encoder offline
 	@touch $@
 
-# A training that was interrupted goes on from its last epoch.
+# A training that was interrupted goes on from its last epoch, an evaluation from its last episode.
 $(PHASE1)/.done: | $(DATA)/.done
 	@echo "== phase 1: temporal JEPA"
 	@resume=; if [ -f $(PHASE1)/checkpoint_latest.pt ]; then resume="--checkpoint $(PHASE1)/checkpoint_latest.pt"; fi; \
@@ -69,7 +69,7 @@ $(PHASE2)/offline.txt: | $(PHASE2)/.done
 
 $(ROLLOUTS)/.done: | $(PHASE2)/.done
 	@echo "== rollouts from the suite's init states"
-	@rm -rf $(ROLLOUTS) && mkdir -p $(ROLLOUTS)
+	@mkdir -p $(ROLLOUTS)
 	@time $(RUN) run_libero_eval.py --checkpoint $(PHASE2)/checkpoint_best.pt --task_suite libero_object --tasks 6 \
 	  --num_trials 20 --save_video all --output_dir $(ROLLOUTS) | tee $(ROLLOUTS)/summary.txt
 	@touch $@

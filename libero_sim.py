@@ -227,9 +227,14 @@ class LiberoEnv:
 
     def shift_target(self, rng: np.random.Generator, reach: float) -> None:
         """Moves the task's first object of interest by up to `reach` metres in x and in y, uniformly among the places
-        where LIBERO itself would put it beside the other objects. Call it after `reset()` or `set_init_state()`."""
+        where LIBERO itself would put it beside the other objects. Call it after `reset()` or `set_init_state()`.
+
+        Raises BadInput where the task is about a fixture, such as a drawer, and SimulatorError where nothing is free.
+        """
         domain, data = self.domain, self.sim.data
         target, *_ = domain.obj_of_interest
+        if target not in domain.objects_dict:
+            raise BadInput(f"the target of {self.bddl_file.stem}, {target}, is no object that could be shifted")
         joint = domain.objects_dict[target].joints[-1]
         pose = np.array(data.get_joint_qpos(joint))
         others = {

@@ -28,15 +28,15 @@ from tqdm import tqdm
 from config import parse_config
 from dataloader import STATE_KEYS, LanguageTable, canonical_instruction
 from errors import BadInput, exits_on_bad_input
-from evaluation_folder import EvaluationFolder, merge, read_settings, write_whole
-from evaluation_report import write_report
-from evaluation_statistics import comparison_text, figures_text, summarise, summarise_tasks
 from jepa.mamba import choose_mamba_backend
 from jepa.tokenizer import CAMERAS
 from libero_sim import bddl_path, make_suite, parse_task_ids, task_init_states, task_instruction
-from rollout_policies import CheckpointPolicy, ReplayPolicy, ZeroPolicy, read_demo, training_demo, with_embeddings_of
-from rollout_pool import play_all, sensible_number_of_workers
-from rollout_worker import Episode, Rollouts
+from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
+from rollouts.policies import CheckpointPolicy, ReplayPolicy, ZeroPolicy, read_demo, training_demo, with_embeddings_of
+from rollouts.pool import play_all, sensible_number_of_workers
+from rollouts.report import write_report
+from rollouts.statistics import comparison_text, figures_text, summarise, summarise_tasks
+from rollouts.worker import Episode, Rollouts
 from statevla_model import choose_device, model_from_checkpoint, read_checkpoint
 
 STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite takes; its variants have the same
@@ -78,6 +78,7 @@ def main() -> None:
         "num_trials": arguments.num_trials,
         "init_states": min(len(states) for states in init_states.values()),
         "max_steps": arguments.max_steps,
+        "shift_target": arguments.shift_target,
         "seed": arguments.seed,
         "shard": arguments.shard,
         **versions(),
@@ -103,6 +104,7 @@ def main() -> None:
         settings["image_size"],
         settings["visual_mesh_ratio"],
         arguments.max_steps,
+        arguments.shift_target,
         policy.looks,
         arguments.save_video,
         folder.pictures.absolute(),
@@ -184,6 +186,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--flow_start", choices=("noise", "zero"), default="noise",
         help="integrate the flow from Gaussian noise or from its mean (default: %(default)s)")
     add("--max_steps", type=int, help="step limit of an episode (default: the suite's, object 280)")
+    add("--shift_target", type=float, default=0.0, metavar="METRES",
+        help="move the target object by up to this in x and y: who solves these has to look (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the flow's noise and of the scene (default: %(default)s)")
     add("--output_dir", help="folder of the results, continued if started (default: a new results/<suite>_<number>)")
     add("--save_video", choices=("all", "failures", "none"), nargs="?", const="all", default="none",
@@ -220,6 +224,8 @@ def check_numbers(arguments: argparse.Namespace, num_init_states: int) -> None:
         arguments.max_steps = max(family, default=max(STEP_LIMITS.values()))
     if arguments.seed < 0:
         raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
+    if not 0 <= arguments.shift_target <= 0.2:
+        raise BadInput(f"--shift_target {arguments.shift_target:g}: expected 0 to 0.2 metres")
     if not arguments.episode_timeout > 0:
         raise BadInput(f"--episode_timeout {arguments.episode_timeout:g}: expected more than 0 seconds")
     check_range("num_trials", arguments.num_trials, num_init_states)
@@ -342,6 +348,8 @@ def describe(settings: dict, num_episodes: int) -> str:
     which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
     which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
     title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states} init states"
+    if settings["shift_target"]:
+        title += f", target shifted by up to {1000 * settings['shift_target']:g} mm"
     if settings["shard"]:
         title += f", shard {settings['shard']}"
     if num_episodes < tasks * trials:

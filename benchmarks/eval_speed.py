@@ -20,9 +20,9 @@ from config import load_config
 from dataloader import LanguageTable
 from jepa.mamba import choose_mamba_backend
 from libero_sim import bddl_path, from_simulator, import_libero, make_suite, task_init_states
-from rollout_policies import CheckpointPolicy
-from rollout_pool import play_all, sensible_number_of_workers
-from rollout_worker import STAND_STILL, WAIT_STEPS, Episode, Rollouts
+from rollouts.policies import CheckpointPolicy
+from rollouts.pool import play_all, sensible_number_of_workers
+from rollouts.worker import STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from run_libero_eval import STEP_LIMITS
 from statevla_model import StateVLA
 
@@ -122,7 +122,7 @@ def our_episodes(
 ) -> tuple[float, float]:
     """Seconds an episode while all workers are busy (two episodes each), and seconds that an environment took."""
     with tempfile.TemporaryDirectory() as pictures:
-        rollouts = Rollouts(SUITE, SIZE, visual_mesh_ratio, max_steps, True, "none", Path(pictures))
+        rollouts = Rollouts(SUITE, SIZE, visual_mesh_ratio, max_steps, 0.0, True, "none", Path(pictures))
         episodes = [Episode(SUITE, TASK, trial, trial) for trial in range(2 * num_workers)]
         records = list(
             play_all(

@@ -14,15 +14,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_evaluation_folder import Page
+from test_rollouts_folder import Page
 from test_training import ROOT, SMALL, one_sentence, run
 
 from dataloader import LanguageTable
 from errors import BadInput
-from evaluation_folder import read_episodes
 from libero_sim import make_env, make_suite, task_init_states
-from rollout_policies import CheckpointPolicy, ReplayPolicy, training_demo, with_embeddings_of
-from rollout_video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
+from rollouts.folder import read_episodes
+from rollouts.policies import CheckpointPolicy, ReplayPolicy, training_demo, with_embeddings_of
+from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
 from run_libero_eval import main
 from statevla_model import load_checkpoint, read_checkpoint, save_checkpoint
 
@@ -136,6 +136,20 @@ def test_an_evaluation_killed_and_continued_plays_the_same_episodes_in_one_simul
     other = one_sentence(evaluate(checkpoint, *flags, "--seed", 1, expect=2))
     assert "was evaluated with seed 0, not 1" in other
     assert "0/2 successes" in evaluate(checkpoint, *flags).stdout  # complete: only the report is written anew
+
+
+def test_a_shifted_target_is_another_episode_and_the_title_says_so(checkpoint, tmp_path):
+    fingerprints = {}
+    for shift in (0, 0.05):
+        folder = tmp_path / str(shift)
+        flags = ("--policy", "zero", "--tasks", 6, "--num_trials", 1, "--max_steps", 2, "--shift_target", shift)
+        said = evaluate(checkpoint, *flags, "--output_dir", folder).stdout
+        assert ("target shifted by up to 50 mm" in said) == (shift > 0)
+        [episode] = read_episodes(folder)
+        fingerprints[shift] = episode["fingerprint"]
+    assert fingerprints[0] != fingerprints[0.05]
+    said = one_sentence(evaluate(checkpoint, *flags, "--shift_target", 0.5, expect=2))
+    assert "--shift_target 0.5: expected 0 to 0.2 metres" in said
 
 
 def wait_until(condition, seconds: float = 120) -> None:

@@ -1,4 +1,4 @@
-"""rollout_pool.py with real worker processes and the real simulator."""
+"""rollouts/pool.py with real worker processes and the real simulator."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ import pytest
 
 from errors import BadInput
 from libero_sim import make_suite, task_init_states
-from rollout_policies import ZeroPolicy
-from rollout_pool import Waiting, play_all
-from rollout_worker import Episode, Rollouts
+from rollouts.policies import ZeroPolicy
+from rollouts.pool import Waiting, play_all
+from rollouts.worker import Episode, Rollouts
 
 TASK = 6
 MAX_STEPS = 4
@@ -25,7 +25,7 @@ def episodes(*trials: int) -> list[Episode]:
 def play(folder: Path, policy, *trials: int, num_workers: int = 2, timeout: float = 300, suite="libero_object") -> dict:
     """-> trial -> its record."""
     states = task_init_states(make_suite("libero_object"), TASK)
-    rollouts = Rollouts(suite, 64, 0.2, MAX_STEPS, False, "none", folder)
+    rollouts = Rollouts(suite, 64, 0.2, MAX_STEPS, 0.0, False, "none", folder)
     records = play_all(
         episodes(*trials), lambda e: states[e.trial], lambda e: str(e.trial), policy, rollouts, num_workers, timeout
     )
@@ -35,7 +35,7 @@ def play(folder: Path, policy, *trials: int, num_workers: int = 2, timeout: floa
 def workers() -> list[int]:
     """Process ids of this process's workers."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if b"rollout_worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"rollouts.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 class TroublePolicy(ZeroPolicy):

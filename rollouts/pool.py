@@ -1,4 +1,4 @@
-"""Plays many episodes at once: worker processes simulate (rollout_worker.py), one policy in this process decides.
+"""Plays many episodes at once: worker processes simulate (worker.py), one policy in this process decides.
 
 A worker that dies, hangs or cannot build its environment is replaced and its episode tried once more. Workers keep to
 one task for as long as it has episodes, since building an environment takes seconds; while one builds, others step.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from errors import BadInput
-from rollout_worker import Episode, Rollouts
+from rollouts.worker import Episode, Rollouts
 
 GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
 TRIES = 2
@@ -62,7 +62,8 @@ class Worker:
         # One thread each: there is a process for every core already. LP is Mesa's software renderer, 0: no helpers.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("rollout_worker.py")), str(theirs.fileno())],
+            [sys.executable, "-m", "rollouts.worker", str(theirs.fileno())],
+            cwd=Path(__file__).parent.parent,
             stdin=subprocess.DEVNULL,
             stdout=self.said,
             stderr=self.said,

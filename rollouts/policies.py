@@ -16,7 +16,7 @@ import torch
 from dataloader import LanguageTable, canonical_instruction, find_task_files, task_instruction, to_device
 from embed_language import CLIP, OFFLINE, embed
 from errors import BadInput
-from rollout_worker import STAND_STILL
+from rollouts.worker import STAND_STILL
 from statevla_model import RecordedDecision, StateVLA
 
 CUDA_BATCH = 16  # rows of every forward pass on a GPU, however many environments have asked

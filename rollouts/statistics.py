@@ -84,7 +84,7 @@ def comparison_text(first: Path, second: Path) -> str:
         counts[outcomes[0][key], outcomes[1][key]] += 1
     successes = [sum(outcome[key] for key in common) for outcome in outcomes]
     lines = [f"A  {first}: {results[0]['title']}", f"B  {second}: {results[1]['title']}"]
-    same_world = ("max_steps", "visual_mesh_ratio", "image_size", "seed")
+    same_world = ("max_steps", "shift_target", "visual_mesh_ratio", "image_size", "seed")
     for name in same_world:
         a, b = (each["settings"].get(name) for each in results)
         if a != b:

@@ -11,17 +11,18 @@ import pytest
 from test_training import ROOT, one_sentence, run
 
 from errors import BadInput
-from evaluation_folder import EvaluationFolder, merge, read_episodes
-from evaluation_report import write_report
-from evaluation_statistics import exact_mcnemar, figures_text, summarise, wilson_interval
-from rollout_video import write_mp4, write_png
-from rollout_worker import Episode
+from rollouts.folder import EvaluationFolder, merge, read_episodes
+from rollouts.report import write_report
+from rollouts.statistics import exact_mcnemar, figures_text, summarise, wilson_interval
+from rollouts.video import write_mp4, write_png
+from rollouts.worker import Episode
 from run_libero_eval import describe, episode_seed, shard_of
 
 SETTINGS = {
     "policy": "checkpoint", "image_size": 64, "visual_mesh_ratio": 1.0, "weights_sha256": "abc", "flow_start": "noise",
     "task_suite": "libero_object", "instructions": {"3": "take <this> & that", "6": "pick up the butter"},
-    "tasks_of_suite": 2, "num_trials": 3, "init_states": 3, "max_steps": 280, "seed": 0, "shard": None,
+    "tasks_of_suite": 2, "num_trials": 3, "init_states": 3, "max_steps": 280, "shift_target": 0.0, "seed": 0,
+    "shard": None,
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
 import resource
 from pathlib import Path
 from errors import exits_on_bad_input
-from evaluation_folder import EvaluationFolder
+from rollouts.folder import EvaluationFolder
 
 @exits_on_bad_input
 def main():

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from errors import BadInput
-from evaluation_folder import PICTURES, write_whole
-from rollout_video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
+from rollouts.folder import PICTURES, write_whole
+from rollouts.video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
 
 MANY = 10  # videos; a grid of more shows them at half size
 SHEET_COLUMNS = 8  # pictures in a row of the failure sheet

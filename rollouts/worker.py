@@ -1,6 +1,6 @@
 """One worker process of run_libero_eval.py: it owns a simulator, plays the episodes it is sent and asks for actions.
 
-It runs as `python rollout_worker.py FD`, FD being its end of a pipe to rollout_pool.py, and never imports torch. Down
+It runs as `python -m rollouts.worker FD`, FD being its end of a pipe to pool.py, and never imports torch. Down
 the pipe come the Rollouts, then (Episode, init_state) again and again; up go
 
     ("observation", obs)        answered with the actions to execute, (n, 7) float64
@@ -25,7 +25,7 @@ import numpy as np
 
 from errors import BadInput
 from libero_sim import LiberoEnv, from_simulator, make_env, make_suite
-from rollout_video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
+from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 
 WAIT_STEPS = 10  # the objects fall into place before the policy starts
 STAND_STILL = np.array([0.0, 0, 0, 0, 0, 0, -1])  # no motion, gripper open
@@ -39,6 +39,7 @@ class Rollouts:
     image_size: int
     visual_mesh_ratio: float
     max_steps: int
+    shift_target: float  # metres by which the target object is moved at most, 0 leaves it where the init state has it
     policy_looks: bool  # without, no observation is drawn
     save_video: str  # all, failures or none
     pictures: Path  # folder of videos and last frames
@@ -68,6 +69,8 @@ def play_episode(
     """One rollout; `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video."""
     env.reset(seed=episode.seed)
     env.set_init_state(init_state)
+    if rollouts.shift_target:
+        env.shift_target(np.random.default_rng(episode.seed), rollouts.shift_target)
     for _ in range(WAIT_STEPS):
         env.step(STAND_STILL)
 
