@@ -188,9 +188,10 @@ def check_settings(path: Path, group, settings: Settings) -> None:
     except (AttributeError, KeyError, ValueError):
         raise BadInput(f"{path}: not a file of collect_demos.py; choose another --data_directory") from None
     for name, value in asdict(settings).items():
-        if found.get(name) != value:
+        before = found.get(name, Settings.shift_target if name == "shift_target" else None)  # it came later
+        if before != value:
             raise BadInput(
-                f"{path}: was collected with {name} {found.get(name)}, not {value};"
+                f"{path}: was collected with {name} {before}, not {value};"
                 f" choose another --data_directory or delete the file"
             )
 

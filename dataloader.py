@@ -269,14 +269,16 @@ def to_device(batch, device: torch.device):
     return batch.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read before it has arrived
 
 
-def shift_pictures(batch: dict, pixels: int) -> dict:
+def shift_pictures(batch: dict, pixels: int, image_size: int) -> dict:
     """Moves the pictures of every sample by up to `pixels` in both directions, edges repeated (Kostrikov et al. 2021).
 
-    Both cameras move alike, and so do a sample's observation and its next one: what happens between them is untouched.
+    The pixels are those of the model, `image_size` a side, whatever the size of the pictures here. Both cameras move
+    alike, and so do a sample's observation and its next one: what happens between them is untouched.
     """
     size, count = batch["obs"][CAMERAS[0]].shape[1], len(batch["actions"])
     device = batch["actions"].device
     shift = torch.randint(-pixels, pixels + 1, (2, count, 1), device=device)
+    shift = (shift * size / image_size).round().long()
     rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (B, S) each
     sample = torch.arange(count, device=device)[:, None, None]
     shifted = dict(batch)

@@ -1,7 +1,8 @@
 """Frames laid out for training: the pictures of an HDF5 file once more, as one flat file of bytes.
 
-HDF5 decompresses a frame every time it is asked for, which is slower than a GPU trains. So each file is converted once,
-at the smaller of its own picture size and the model's, and mapped into memory from then on: reading a frame is a copy.
+HDF5 looks up and, in compressed files, unpacks a frame every time it is asked for; a GPU trains faster. So each file is
+converted once, at the smaller of its own picture size and the model's, and mapped into memory from then on: reading a
+frame is a copy.
 
     data.cache: disk   the operating system keeps in memory what fits, and all processes of a machine share it
                 ram    disk, then read into the memory of this process at the start
@@ -72,8 +73,9 @@ class HDF5Frames(Frames):
 
     def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
         obs = self._files[demo.path]["data"][demo.key]["obs"]
-        for picture, camera in zip(out, CAMERAS, strict=True):
-            picture[:] = obs[camera][t]
+        with _damage_named(demo):
+            for picture, camera in zip(out, CAMERAS, strict=True):
+                picture[:] = obs[camera][t]
 
 
 class FlatFrames(Frames):
@@ -163,7 +165,8 @@ def _convert(path: Path, demos: list["Demo"], size: int, target: Path) -> None:
         with h5py.File(path, "r") as file, part.open("wb") as stream:
             for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
                 obs = file["data"][demo.key]["obs"]
-                cameras = [_resized(torch.from_numpy(obs[camera][()]), size) for camera in CAMERAS]  # (T, S, S, 3) each
+                with _damage_named(demo):
+                    cameras = [_resized(torch.from_numpy(obs[camera][()]), size) for camera in CAMERAS]  # (T, S, S, 3)
                 stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
             stream.flush()
             os.fsync(stream.fileno())
@@ -187,12 +190,22 @@ def _map(target: Path, demos: list["Demo"], size: int) -> np.ndarray:
 
 def _forget_earlier_versions(source: dict, directory: Path) -> None:
     """Deletes what was made of this HDF5 file before it changed: it can never be used again."""
-    for path in directory.glob("*.json"):
-        index = json.loads(path.read_text())
-        same_file = index["path"] == source["path"]
-        if same_file and ((index["bytes"], index["mtime_ns"]) != (source["bytes"], source["mtime_ns"])):
+    for path in directory.glob(f"{Path(source['path']).stem}_*px_*.json"):
+        try:
+            index = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):  # another process was faster, or it is not ours
+            continue
+        if index.get("path") == source["path"] and any(index.get(key) != source[key] for key in ("bytes", "mtime_ns")):
             for suffix in (".frames", ".lock", ".json"):
                 path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+@contextmanager
+def _damage_named(demo: "Demo") -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:  # h5py's word for a chunk that cannot be read
+        raise BadInput(f"{demo.path}: {demo.key}: its frames cannot be read, the file is damaged ({problem})") from None
 
 
 @contextmanager

@@ -129,6 +129,16 @@ def bddl_path(suite, task_id: int) -> Path:
     return path
 
 
+def target_is_an_object(suite, task_id: int) -> bool:
+    """Whether what a task is about can be moved, rather than a drawer or a stove."""
+    import_libero()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    problem = robosuite_parse_problem(str(bddl_path(suite, task_id)))
+    objects = [name for names in problem["objects"].values() for name in names]
+    return bool(problem["obj_of_interest"]) and problem["obj_of_interest"][0] in objects
+
+
 def task_init_states(suite, task_id: int) -> np.ndarray:
     """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states.
 

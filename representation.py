@@ -2,7 +2,7 @@
 
 Collapse: effective rank and spread of z, in all, within a task and within an episode.
 Probes: what a linear map and a small MLP read out of a frozen z, fitted on the training demos: where the target object,
-the basket and the end effector are, and how far the gripper is open. The truth comes from the simulator states in the
+its goal and the end effector are, and how far the gripper is open. The truth comes from the simulator states in the
 HDF5 file. The same with the robot's own joints masked: they are an input, so that finding the end effector in z proves
 little. The target before the grasp is apart, because afterwards it moves with the hand.
 Prediction: the error of the predicted z, up to 20 frames ahead, as a share of the error of predicting no change.
@@ -42,10 +42,11 @@ MLP_STEPS, MLP_BATCH, MLP_WIDTH = 500, 256, 128
 
 
 def simulator_truth(demo: Demo) -> dict[str, Tensor]:
-    """What the simulator knows at each obs[t], in metres: target, basket, end_effector (T, 3) and gripper (T, 1).
+    """What the simulator knows at each obs[t], in metres: target, end_effector (T, 3), gripper (T, 1), and, where it is
+    an object, the goal that the target is brought to (T, 3).
 
     An observation recorded after actions[t] shows states[t + 1], so the last frame of such a demo has no truth (NaN).
-    Raises BadInput where the file lacks what this takes: states, model_file, obs/ee_pos and the objects of interest.
+    Raises BadInput where the file lacks what this takes: states, model_file, obs/ee_pos and a target that can move.
     """
     with h5py.File(demo.path, "r") as file:
         group = file["data"][demo.key]
@@ -53,16 +54,19 @@ def simulator_truth(demo: Demo) -> dict[str, Tensor]:
             if key not in group:
                 raise BadInput(f"{demo.path}: {demo.key}: key {key} is missing, the probes need it")
         addresses = _free_joint_addresses(demo, group.attrs.get("model_file"))
-        target, basket = _objects_of_interest(demo, str(file["data"].attrs.get("bddl_file_content", "")))
+        target, *others = _objects_of_interest(demo, str(file["data"].attrs.get("bddl_file_content", "")))
         states = torch.from_numpy(group["states"][()]).float()
         truth = {"end_effector": torch.from_numpy(group["obs/ee_pos"][()]).float()}
     later = torch.full_like(states, torch.nan)
     later[: len(states) - demo.lag] = states[demo.lag :]
-    for name, thing in (("target", target), ("basket", basket)):
-        if thing not in addresses:
-            raise BadInput(f"{demo.path}: {demo.key}: model_file has no free joint of the object {thing}")
-        first = 1 + addresses[thing]  # states[:, 0] is the time
-        truth[name] = later[:, first : first + 3]
+    if target not in addresses:
+        raise BadInput(
+            f"{demo.path}: {demo.key}: its target {target} is no object that moves freely, the probes need one"
+        )
+    for name, things in (("target", [target]), ("goal", others[:1])):
+        for thing in addresses.keys() & set(things):
+            first = 1 + addresses[thing]  # states[:, 0] is the time
+            truth[name] = later[:, first : first + 3]
     truth["gripper"] = demo.gripper_states.abs().sum(dim=1, keepdim=True)
     return truth
 
@@ -83,11 +87,11 @@ def _free_joint_addresses(demo: Demo, model_file: str | None) -> dict[str, int]:
 
 
 def _objects_of_interest(demo: Demo, bddl: str) -> list[str]:
-    """The two things that a pick-and-place task is about, as its BDDL file names them: what is moved, and where to."""
-    match = re.search(r"\(:obj_of_interest\s+(\S+)\s+(\S+)\s*\)", bddl)
+    """What a task is about, as its BDDL file names it: what is moved and, mostly, where to."""
+    match = re.search(r"\(:obj_of_interest\s+([^)]*\S)\s*\)", bddl)
     if not match:
-        raise BadInput(f"{demo.path}: attribute bddl_file_content names no two obj_of_interest, the probes need them")
-    return list(match.groups())
+        raise BadInput(f"{demo.path}: attribute bddl_file_content names no obj_of_interest, the probes need it")
+    return match.group(1).split()
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -106,24 +110,27 @@ def representation_report(
     demos = [*train_demos, *held_out_demos]
     if [demo.first_row for demo in demos] != [demo.first_row for demo in numbered_alone(demos)]:
         raise ValueError("the demos must be numbered alone, training demos first")
+    try:
+        truths, without_probes = [simulator_truth(demo) for demo in demos], None
+    except BadInput as missing:  # files of other programs: everything but the probes works
+        truths, without_probes = [], str(missing)
     low_dimensional = LowDimensional(demos, language, device)
     z = encode_all(model, demos, low_dimensional, frames, batch_size)  # (N, D)
-    masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
     split = sum(len(demo) for demo in train_demos)
-    truths = [simulator_truth(demo) for demo in demos]
-    truth = {name: torch.cat([one[name] for one in truths]) for name in truths[0]}
-    before_grasp = torch.cat([(one["target"] - one["target"][0]).norm(dim=1) < MOVED for one in truths])
 
     figures = {"frames": {"train": split, "held_out": len(z) - split}, "state_dim": z.shape[1]}
     figures |= {name: float(value) for name, value in representation_health(z[split:]).items()}
     figures |= spread_within(z[split:], held_out_demos)
-    figures["probes"] = {}
-    for inputs, name in ((z, "z"), (masked, "proprioception masked")):
-        figures["probes"][name] = {
-            quantity: probe(inputs, values, split) for quantity, values in truth.items() if quantity != "target"
-        }
-        figures["probes"][name]["target"] = probe(inputs, truth["target"], split)
-        figures["probes"][name]["target before the grasp"] = probe(inputs, truth["target"][:, :2], split, before_grasp)
+    figures |= {"probes": {}, "without_probes": without_probes}
+    if truths:
+        masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
+        known = [name for name in truths[0] if all(name in one for one in truths)]
+        truth = {name: torch.cat([one[name] for one in truths]) for name in known}
+        before_grasp = torch.cat([(one["target"] - one["target"][0]).norm(dim=1) < MOVED for one in truths])
+        for inputs, name in ((z, "z"), (masked, "proprioception masked")):
+            probes = {quantity: probe(inputs, values, split) for quantity, values in truth.items()}
+            probes["target before the grasp"] = probe(inputs, truth["target"][:, :2], split, before_grasp)
+            figures["probes"][name] = probes
     figures["prediction"] = prediction_errors(model, z[split:], held_out_demos)
     spectrum = torch.linalg.svdvals((z[split:] - z[split:].mean(0)).double()).square()
     return figures, {"z": z, "split": split, "spectrum": (spectrum / spectrum.sum()).tolist()}
@@ -239,8 +246,17 @@ def print_report(figures: dict) -> None:
         f"{figures['variance_within_task']:.0%} lie within a task and {figures['variance_within_episode']:.0%} within "
         "an episode"
     )
+    if figures["without_probes"]:
+        print(f"no probes: {figures['without_probes']}")
+    else:
+        print_probes(figures["probes"])
+    errors = ", ".join(f"{horizon}: {error:.2f}" for horizon, error in figures["prediction"].items())
+    print(f"\nprediction error as a share of copying z, by frames ahead: {errors or 'no multiple of the gap up to 20'}")
+
+
+def print_probes(of_inputs: dict) -> None:
     print(f"\n{'what a probe reads from z: mean error and R2':<48}{'linear':>27}{'MLP':>27}{'always mean':>14}")
-    for inputs, probes in figures["probes"].items():
+    for inputs, probes in of_inputs.items():
         for quantity, result in probes.items():
             cells = []
             for kind in ("linear", "mlp"):
@@ -248,8 +264,6 @@ def print_report(figures: dict) -> None:
                 cells.append(f"{result[kind]['mm']:.1f} mm  {r2:>15}")
             label = quantity.replace("_", " ") + ("" if inputs == "z" else f", {inputs}")
             print(f"{label:<48}{cells[0]:>27}{cells[1]:>27}{result['mm_of_mean']:>11.1f} mm")
-    errors = ", ".join(f"{horizon}: {error:.2f}" for horizon, error in figures["prediction"].items())
-    print(f"\nprediction error as a share of copying z, by frames ahead: {errors or 'no multiple of the gap up to 20'}")
 
 
 def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> None:

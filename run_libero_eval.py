@@ -30,7 +30,14 @@ from dataloader import STATE_KEYS, LanguageTable, canonical_instruction
 from errors import BadInput, exits_on_bad_input
 from jepa.mamba import choose_mamba_backend
 from jepa.tokenizer import CAMERAS
-from libero_sim import bddl_path, make_suite, parse_task_ids, task_init_states, task_instruction
+from libero_sim import (
+    bddl_path,
+    make_suite,
+    parse_task_ids,
+    target_is_an_object,
+    task_init_states,
+    task_instruction,
+)
 from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import CheckpointPolicy, ReplayPolicy, ZeroPolicy, read_demo, training_demo, with_embeddings_of
 from rollouts.pool import play_all, sensible_number_of_workers
@@ -64,6 +71,8 @@ def main() -> None:
     task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
     for task_id in task_ids:
         bddl_path(suite, task_id)  # raises here and now where a task's file is missing
+        if arguments.shift_target and not target_is_an_object(suite, task_id):
+            raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
     init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
     instructions = {
         task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
@@ -94,7 +103,7 @@ def main() -> None:
 
     # What is there already, and the rest.
     folder = EvaluationFolder(choose_output_dir(arguments), settings)
-    done = {(episode["task_id"], episode["trial"]) for episode in folder.episodes}
+    done = {(episode["task_id"], episode["trial"]) for episode in folder.episodes if not episode["crashed"]}
     missing = [episode for episode in episodes if (episode.task_id, episode.trial) not in done]
     print(describe(settings, len(episodes)))
     if done:

@@ -46,7 +46,7 @@ from dataloader import (
 )
 from errors import BadInput, exits_on_bad_input
 from frame_cache import open_frames
-from frozen_states import frozen_states
+from frozen_states import encode_all, frozen_states
 from jepa.mamba import choose_mamba_backend
 from jepa.temporal_predictor import representation_health
 from statevla_model import (
@@ -111,14 +111,17 @@ def main() -> None:
         chunk_length = config.model.action_seq_len
         train_rows, held_out_rows = chunk_rows(train_demos, chunk_length), chunk_rows(held_out_demos, chunk_length)
         options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
-        states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
-        states = frozen_states(trainer.model, demos, low_dimensional, frames, batch_size, states_directory)
+        # Pictures that change from epoch to epoch have no state to keep: z is then needed once, for its statistics.
+        if config.training.phase2.store_states and not config.training.image_shift:
+            states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
+            states = frozen_states(trainer.model, demos, low_dimensional, frames, batch_size, states_directory)
+            options["states"] = states
+        else:
+            options["frames"] = frames()
+            states = None if resumed else encode_all(trainer.model, demos, low_dimensional, frames(), batch_size)
         if not resumed:
             trainer.model.state_normalizer.fit(states[frame_rows(train_demos)])
             trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in train_demos]))
-        # Pictures that change from epoch to epoch have no state to keep.
-        keeps_states = config.training.phase2.store_states and not config.training.image_shift
-        options |= {"states": states} if keeps_states else {"frames": frames()}
     batches = Batches(train_rows, batch_size=batch_size, seed=config.training.seed, **options)
     held_out_batches = Batches(held_out_rows, batch_size=batch_size, **options)
     report(
@@ -140,7 +143,10 @@ def main() -> None:
         config.training.weight_decay,
     )
     if resumed:
+        of_this_run = [{key: group[key] for key in ("weight_decay", "fused")} for group in optimizer.param_groups]
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
+        for group, settings in zip(optimizer.param_groups, of_this_run, strict=True):
+            group.update(settings)  # load_state_dict brings those of the run before
     try:
         train(trainer, optimizer, batches, held_out_batches, config, facts, resumed, arguments.checkpoint, device)
     finally:
@@ -186,7 +192,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             if settings.image_shift:
-                batch = shift_pictures(batch, settings.image_shift)
+                batch = shift_pictures(batch, settings.image_shift, config.model.image_size)
             with autocast:
                 losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
             losses["loss"].backward()
@@ -286,7 +292,8 @@ def check_same_run(
                 raise BadInput(f"{path}: {section}.{key} is {before[section].get(key)}, but this run has {value}")
     if resumes:
         settings, earlier = config.to_dict()["training"], checkpoint["config"]["training"]
-        for key in ("batch_size", "seed", "weight_decay", f"phase{checkpoint['phase']}"):
+        elsewhere = {"save_interval", "log_interval", "device", "checkpoint_directory", "phase1", "phase2"}
+        for key in [*sorted(settings.keys() - elsewhere), f"phase{checkpoint['phase']}"]:
             if settings[key] != earlier.get(key):
                 report(f"note: training.{key} was {earlier.get(key)} and is now {settings[key]}")
     trained_with = LanguageTable(**checkpoint["language"])

@@ -13,19 +13,23 @@
 # Results go to $OUT, or to benchmarks/results. No step takes longer than its limit, and one that fails does not stop the
 # others. Without a GPU all of it runs small on the CPU.
 set -u
+from=$PWD
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} sources=benchmarks/sources data= site= quick=
+python=${PYTHON:-python3} sources=$PWD/benchmarks/sources data= site= quick=
 steps="build kernels memory throughput latency training compile"
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$from/$1" ;; esac; } # from where the command was given
 while [ $# -gt 0 ]; do
     case $1 in
-    --sources) sources=$2; shift 2 ;;
-    --data) data=$2; shift 2 ;;
-    --site) site=$2; shift 2 ;;
+    --sources) sources=$(absolute "$2"); shift 2 ;;
+    --data) data=$(absolute "$2"); shift 2 ;;
+    --site) site=$(absolute "$2"); shift 2 ;;
     --steps) steps=$2; shift 2 ;;
     --quick) quick=--quick; shift ;;
     *) echo "error: unknown argument $1; see the head of this file" >&2; exit 2 ;;
     esac
 done
+[[ $python == */* && $python != /* ]] && python=$from/$python
+"$python" -c "import torch" || { echo "error: $python has no torch; choose another with PYTHON=..." >&2; exit 2; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 site=${site:-$work/site} summary=()

@@ -57,7 +57,8 @@ class EvaluationFolder:
                 f"{self.episodes_file}: cannot be written ({problem.strerror});"
                 f" {len(self.episodes)} finished episodes are kept and the same command continues"
             ) from None
-        self.episodes.append(episode)
+        key = episode["task_id"], episode["trial"]
+        self.episodes = [one for one in self.episodes if (one["task_id"], one["trial"]) != key] + [episode]
 
     def _forget_torn_line(self) -> None:
         if self.episodes_file.exists():
@@ -77,18 +78,20 @@ def read_settings(directory: Path) -> dict:
 
 
 def read_episodes(directory: Path) -> list[dict]:
-    """The finished episodes; a last line without its end is not one."""
+    """The episodes that are over; a last line without its end is not one. One that crashed and was played again later
+    is what it was the last time."""
     path = directory / "episodes.jsonl"
     if not path.exists():
         return []
     *lines, _ = path.read_text(errors="replace").split("\n")
-    episodes = []
+    episodes = {}
     for number, line in enumerate(lines, start=1):
         try:
-            episodes.append(json.loads(line))
+            episode = json.loads(line)
         except ValueError:
             raise BadInput(f"{path}: line {number} is not readable as JSON") from None
-    return episodes
+        episodes[episode["task_id"], episode["trial"]] = episode
+    return list(episodes.values())
 
 
 def check_same(found: dict, wanted: dict, where: str, advice: str = "") -> None:

@@ -201,7 +201,7 @@ def play_all(
 def _receive(pipe: Connection) -> tuple:
     try:
         return pipe.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # OSError: it died in the middle of a message
         return "died", None
 
 

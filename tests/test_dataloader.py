@@ -225,7 +225,7 @@ def test_a_shift_moves_both_cameras_of_both_observations_alike():
     ramp = torch.arange(10, 42, dtype=torch.uint8).expand(64, 3, 32, 32).permute(0, 2, 3, 1)  # grows with the column
     pictures = {"agentview_rgb": ramp, "eye_in_hand_rgb": ramp.transpose(1, 2)}
     batch = {"obs": pictures, "next_obs": pictures, "actions": torch.zeros(64, 1, 7)}
-    shifted = shift_pictures(batch, 4)
+    shifted = shift_pictures(batch, 8, image_size=64)  # 8 of the model's pixels are 4 of these
     columns = shifted["obs"]["agentview_rgb"][:, 0, 16, 0].int() - 26  # shift of each sample along one side
     rows = shifted["obs"]["eye_in_hand_rgb"][:, 16, 0, 0].int() - 26
     assert set(columns.tolist()) == set(rows.tolist()) == set(range(-4, 5))

@@ -25,7 +25,7 @@ def test_the_truth_of_a_frame_is_what_the_simulator_shows_there(collected_demos)
     for t in (0, 40, len(demo) - 2):
         env.sim.set_state_from_flattened(states[t + 1])  # obs[t] was recorded after actions[t]
         env.sim.forward()
-        for name, body in (("target", "butter_1_main"), ("basket", "basket_1_main")):
+        for name, body in (("target", "butter_1_main"), ("goal", "basket_1_main")):
             np.testing.assert_allclose(truth[name][t], env.sim.data.get_body_xpos(body), atol=1e-6)
         hand = env.sim.data.site_xpos[env.sim.model.site_name2id("gripper0_grip_site")]
         np.testing.assert_allclose(truth["end_effector"][t], hand, atol=0.01)  # read 2 ms before the end of the step

@@ -58,6 +58,15 @@ def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
     assert [one["trial"] for one in read_episodes(tmp_path)] == [0, 1, 2]
 
 
+def test_an_episode_that_crashed_and_was_played_again_counts_once_as_what_it_was_the_last_time(tmp_path):
+    folder = folder_with(tmp_path, episode(6, 0, error="killed by SIGKILL"), episode(6, 1))
+    folder.append(episode(6, 0))
+    close(folder)
+    for episodes in (folder.episodes, read_episodes(tmp_path)):
+        assert sorted((one["trial"], one["crashed"]) for one in episodes) == [(0, False), (1, False)]
+    assert (tmp_path / "episodes.jsonl").read_text().count("\n") == 3  # what happened stays written down
+
+
 def test_a_folder_of_other_settings_is_refused_by_name_and_left_alone(tmp_path):
     close(folder_with(tmp_path, episode(6, 0)))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

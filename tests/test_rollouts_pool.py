@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from errors import BadInput
 from libero_sim import make_suite, task_init_states
 from rollouts.policies import ZeroPolicy
-from rollouts.pool import Waiting, play_all
+from rollouts.pool import Waiting, _receive, play_all
 from rollouts.worker import Episode, Rollouts
 
 TASK = 6
@@ -60,6 +61,13 @@ def test_a_crash_is_tried_once_more_and_then_reported_with_what_the_worker_said(
     assert "SimulatorError: the action [nan" in records[0]["error"] and "Traceback" in records[0]["error"]
     assert not records[1]["crashed"] and records[1]["steps"] == MAX_STEPS and records[1]["tries"] == 1
     assert not workers()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_message_has_died():
+    ours, theirs = Pipe()
+    os.write(theirs.fileno(), (1000).to_bytes(4, "big") + b"only the beginning")
+    theirs.close()
+    assert _receive(ours) == ("died", None)
 
 
 def test_an_episode_that_hangs_is_ended(tmp_path):

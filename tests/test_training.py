@@ -219,6 +219,14 @@ def test_resume_continues_the_same_loss_curve(runs, data, tmp_path, phase, folde
         assert [line["step"] for line in lines] == [line["step"] for line in again]
 
 
+def test_a_resumed_run_takes_its_own_weight_decay_and_says_so(runs, data, tmp_path):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__weight_decay=0.5)
+    said = run("train.py", "--phase", 1, "--checkpoint", runs / "phase1_temporal_jepa/checkpoint_epoch_2.pt", *both)
+    assert "note: training.weight_decay was 0.05 and is now 0.5" in said.stdout
+    groups = read_checkpoint(tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt")["optimizer_state_dict"]
+    assert [group["weight_decay"] for group in groups["param_groups"]] == [0.5, 0.0]
+
+
 def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase1__num_epochs=1)
     run("train.py", "--phase", 1, *both)
@@ -413,9 +421,10 @@ def test_embeddings_of_another_encoder_are_refused(runs, data, tmp_path):
     assert "language encoder is 'another encoder', but the checkpoint was trained with" in said
 
 
-def test_the_report_on_phase_1_names_what_a_file_without_simulator_states_lacks(runs):
-    checkpoint = runs / "phase1_temporal_jepa/checkpoint_best.pt"
-    assert "key obs/ee_pos is missing" in one_sentence(run("eval.py", "--checkpoint", checkpoint, expect=2))
+def test_the_report_on_phase_1_does_without_probes_where_files_have_no_truth_and_says_why(runs):
+    said = run("eval.py", "--checkpoint", runs / "phase1_temporal_jepa/checkpoint_best.pt").stdout
+    assert "no probes: " in said and "key obs/ee_pos is missing" in said
+    assert "effective rank" in said and "share of copying z, by frames ahead: 1: " in said
 
 
 def test_damaged_missing_and_foreign_checkpoints_are_named(runs, tmp_path):
