@@ -147,7 +147,7 @@ class Batches:
         num_actions: int,
         batch_size: int,
         *,
-        frames: Frames | None = None,
+        frames: Frames | DeviceFrames | None = None,
         gap: int = 0,
         states: Tensor | None = None,
         seed: int | None = None,

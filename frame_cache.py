@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 LAYOUT = 1  # goes up when the same HDF5 file would be converted to other bytes
 
 
-class Frames:
+class Frames(ABC):
     """Frames of several files by row. `read(rows, out)` may be called from any one thread at a time."""
 
     def __init__(self, demos: Sequence["Demo"], frame_shape: tuple[int, ...]):
@@ -55,8 +56,9 @@ class Frames:
         for slot, row, index in zip(out, rows, np.searchsorted(self.first_rows, rows, side="right") - 1, strict=True):
             self._read_one(self.demos[index], row - self.first_rows[index], slot)
 
+    @abstractmethod
     def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
-        raise NotImplementedError
+        """Copies one frame into `out` (2, S, S, 3)."""
 
 
 class HDF5Frames(Frames):
@@ -89,11 +91,10 @@ class FlatFrames(Frames):
         out[:] = self.arrays[demo.first_row][t]
 
 
-class DeviceFrames(Frames):
-    """data.cache gpu: all frames as one tensor (N, 2, S, S, 3) on the device."""
+class DeviceFrames:
+    """data.cache gpu: all frames as one `tensor` (N, 2, S, S, 3) on the device, indexed there."""
 
     def __init__(self, frames: FlatFrames, device: torch.device):
-        super().__init__(frames.demos, frames.frame_shape)
         rows = sum(len(demo) for demo in frames.demos)
         self.tensor = torch.empty(rows, *frames.frame_shape, dtype=torch.uint8, device=device)
         for demo in frames.demos:
@@ -102,7 +103,9 @@ class DeviceFrames(Frames):
             )
 
 
-def open_frames(demos: Sequence["Demo"], config: DataConfig, image_size: int, device: torch.device) -> Frames:
+def open_frames(
+    demos: Sequence["Demo"], config: DataConfig, image_size: int, device: torch.device
+) -> Frames | DeviceFrames:
     """The frames of all demos, converting files where `config.cache` wants it and it has not been done.
 
     Raises BadInput where the cache cannot be written, its disk is too small or one of its files is damaged.

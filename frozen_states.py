@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataloader import Batches, Demo, LowDimensional, frame_rows, gather_rows
 from errors import BadInput
-from frame_cache import LAYOUT, Frames
+from frame_cache import LAYOUT, DeviceFrames, Frames
 from statevla_model import StateVLA
 
 
@@ -29,7 +29,7 @@ def frozen_states(
     model: StateVLA,
     demos: Sequence[Demo],
     low_dimensional: LowDimensional,
-    frames: Callable[[], Frames],
+    frames: Callable[[], Frames | DeviceFrames],
     batch_size: int,
     directory: Path,
 ) -> Tensor:
@@ -56,7 +56,11 @@ def frozen_states(
 
 @torch.no_grad()
 def encode_all(
-    model: StateVLA, demos: Sequence[Demo], low_dimensional: LowDimensional, frames: Frames, batch_size: int
+    model: StateVLA,
+    demos: Sequence[Demo],
+    low_dimensional: LowDimensional,
+    frames: Frames | DeviceFrames,
+    batch_size: int,
 ) -> Tensor:
     """z of all rows (N, D), on the CPU; each rank encodes its share of the frames."""
     batches = Batches(frame_rows(demos), low_dimensional, 0, batch_size, frames=frames)

@@ -19,7 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -127,22 +127,26 @@ def main() -> None:
         arguments.num_workers or sensible_number_of_workers(),
         arguments.episode_timeout,
     )
-    progress = tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0)
     try:
-        with progress, contextlib.closing(rollout):
-            for episode in rollout:
-                folder.append(episode)
-                if episode["crashed"]:
-                    lines = episode["error"].splitlines()
-                    why = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # how it ended, and the exception
-                    progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {why}")
-                progress.set_postfix(successes=sum(one["success"] for one in folder.episodes), refresh=False)
-                progress.update()
+        keep_all(rollout, folder, tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0))
     except KeyboardInterrupt:
         print(f"\nStopped. {len(folder.episodes)} of {len(episodes)} episodes are kept; the same command with", end=" ")
         print(f"--output_dir {folder.directory} continues.")
         sys.exit(130)
     finish(folder, arguments.checkpoint, checkpoint and checkpoint["epoch"])
+
+
+def keep_all(rollout: Iterator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
+    """Writes every episode down as soon as it is over."""
+    with progress, contextlib.closing(rollout):
+        for episode in rollout:
+            folder.append(episode)
+            if episode["crashed"]:
+                lines = episode["error"].splitlines()
+                why = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # how it ended, and the exception
+                progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {why}")
+            progress.set_postfix(successes=sum(one["success"] for one in folder.episodes), refresh=False)
+            progress.update()
 
 
 def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epoch: int | None) -> None:

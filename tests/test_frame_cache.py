@@ -15,7 +15,7 @@ from test_model import fitted, small_config
 
 from dataloader import LowDimensional, frame_rows, transition_rows
 from errors import BadInput
-from frame_cache import FlatFrames, HDF5Frames, open_frames
+from frame_cache import DeviceFrames, FlatFrames, HDF5Frames, open_frames
 from frozen_states import encode_all, frozen_states, states_key
 from jepa.tokenizer import resize_images
 from statevla_model import build_trainer
@@ -164,6 +164,21 @@ def test_batches_from_cached_frames_equal_those_from_hdf5(tmp_path):
         strict=True,
     ):
         assert torch.equal(flat["next_obs"]["agentview_rgb"], direct["next_obs"]["agentview_rgb"])
+
+
+def test_batches_from_frames_held_on_the_device_equal_those_that_are_read(tmp_path):
+    write_task_file(tmp_path)
+    demos, frames = frames_of(tmp_path)
+    rows, held = transition_rows(demos, 5), DeviceFrames(frames, CPU)
+    for there, read in zip(
+        samples_of(batches_of(demos, rows, 5, gap=5, seed=1, frames=held)),
+        samples_of(batches_of(demos, rows, 5, gap=5, seed=1, frames=frames)),
+        strict=True,
+    ):
+        for name in ("obs", "next_obs"):
+            assert there[name].keys() == read[name].keys()
+            assert all(torch.equal(there[name][key], read[name][key]) for key in read[name])
+        assert torch.equal(there["actions"], read["actions"])
 
 
 # ---------------------------------------------------------------------------------------------------- states z
