@@ -18,7 +18,6 @@ Letters: B batch, N frames, S pixels.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from config import DataConfig
 from errors import BadInput
+from files import written_whole
 from jepa.tokenizer import CAMERAS, resize_images
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def _converted(path: Path, demos: list["Demo"], size: int, directory: Path) -> P
         with _only_one_process(target.with_suffix(".lock")):
             if not target.exists():  # another process may have written it while this one waited
                 _forget_earlier_versions(source, directory)
-                _write_whole(target.with_suffix(".json"), json.dumps(index, indent=2).encode())
+                with written_whole(target.with_suffix(".json")) as stream:
+                    stream.write(json.dumps(index, indent=2).encode())
                 _convert(path, demos, size, target)
     except OSError as problem:
         raise BadInput(
@@ -163,19 +164,12 @@ def _convert(path: Path, demos: list["Demo"], size: int, target: Path) -> None:
             f"{target.parent}: the frames of {path.name} take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; "
             "set data.cache_directory to another folder, or data.cache to none"
         )
-    part = target.with_suffix(".part")
-    try:
-        with h5py.File(path, "r") as file, part.open("wb") as stream:
-            for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
-                obs = file["data"][demo.key]["obs"]
-                with _damage_named(demo):
-                    cameras = [_resized(torch.from_numpy(obs[camera][()]), size) for camera in CAMERAS]  # (T, S, S, 3)
-                stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with h5py.File(path, "r") as file, written_whole(target) as stream:
+        for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
+            obs = file["data"][demo.key]["obs"]
+            with _damage_named(demo):
+                cameras = [_resized(torch.from_numpy(obs[camera][()]), size) for camera in CAMERAS]  # (T, S, S, 3) each
+            stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
 
 
 def _resized(pictures: Tensor, size: int) -> Tensor:
@@ -221,9 +215,3 @@ def _only_one_process(path: Path) -> Iterator[None]:
             print(f"waiting for another process that converts {path.stem}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -9,7 +9,6 @@ Letters: N frames of all demos, D state_dim.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from dataloader import Batches, Demo, LowDimensional, frame_rows, gather_rows
 from errors import BadInput
+from files import written_whole
 from frame_cache import LAYOUT, DeviceFrames, Frames
 from statevla_model import StateVLA
 
@@ -95,14 +95,10 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _write(path: Path, states: np.ndarray) -> None:
-    part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
+        with written_whole(path) as stream:
             np.save(stream, states)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
     except OSError as problem:
         raise BadInput(
             f"{path}: cannot be written ({problem.strerror}); set training.phase2.store_states to false"

@@ -6,7 +6,6 @@ Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap.
 """
 
 import argparse
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer
 from config import Config, ModelConfig, load_config, parse_config
 from errors import BadInput, exits_on_bad_input
+from files import written_whole
 from jepa.temporal_predictor import InverseDynamics, temporal_jepa_losses
 from state_encoder import JEPAStateEncoder
 
@@ -318,13 +318,9 @@ def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
     """Writes the file whole or not at all: an interrupted save leaves the previous one as it was."""
-    part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as stream:
+        with written_whole(path) as stream:
             torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
     except OSError as problem:
         raise BadInput(f"{path}: cannot be written ({problem.strerror}); the previous one is untouched") from None
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import BadInput
+from files import written_whole
 
 PICTURES = "episodes"
 
@@ -135,11 +136,9 @@ def merge(parts: Sequence[Path], directory: Path) -> EvaluationFolder:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all. Raises BadInput on a full disk."""
-    part = path.with_name(f".{path.name}")
+    """`written_whole`. Raises BadInput on a full disk."""
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
+        with written_whole(path) as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
     except OSError as problem:
-        part.unlink(missing_ok=True)
         raise BadInput(f"{path}: cannot be written ({problem.strerror})") from None
