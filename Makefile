@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench table clean-demo install system-packages
+.PHONY: help demo libero-object-cpu test lint bench table clean-demo install system-packages
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -73,6 +73,19 @@ $(ROLLOUTS)/.done: | $(PHASE2)/.done
 	@time $(RUN) run_libero_eval.py --checkpoint $(PHASE2)/checkpoint_best.pt --task_suite libero_object --tasks 6 \
 	  --num_trials 20 --save_video all --output_dir $(ROLLOUTS) | tee $(ROLLOUTS)/summary.txt
 	@touch $@
+
+# One policy for all ten tasks (figures in docs/learning.md): about three hours on two CPU cores.
+CPU := --config conf/libero_object_cpu.yaml
+CPU_RUNS := checkpoints/libero_object_cpu
+
+libero-object-cpu: install
+	@$(RUN) collect_demos.py $(CPU) --tasks 0-9 --image_size 128 --visual_mesh_ratio 0.2 --shift_target 0.05
+	@$(RUN) embed_language.py $(CPU) --encoder offline
+	@$(RUN) train.py $(CPU) --phase 1
+	@$(RUN) eval.py --checkpoint $(CPU_RUNS)/phase1_temporal_jepa/checkpoint_latest.pt
+	@$(RUN) train.py $(CPU) --phase 2 --phase1_checkpoint $(CPU_RUNS)/phase1_temporal_jepa/checkpoint_latest.pt
+	@$(RUN) run_libero_eval.py --checkpoint $(CPU_RUNS)/phase2_flow_matching/checkpoint_best.pt --num_trials 10 \
+	  --side_by_side 0.05 --output_dir $(CPU_RUNS)/rollouts
 
 clean-demo:
 	rm -rf $(DATA) $(RUNS)

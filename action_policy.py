@@ -1,6 +1,6 @@
 """Phase 2: z_t -> a chunk of actions. Flow matching makes the six pose deltas, a classifier the gripper.
 
-Both read z_t standardised per dimension (StateVLA does it with the statistics of the training frames).
+Both read z_t scaled with the statistics of the training frames (StateScaling; StateVLA does it).
 
 Letters: B batch, H actions per chunk (10), D policy width. sigma = 0 is data, sigma = 1 is noise.
 """
@@ -39,6 +39,40 @@ class Normalizer(nn.Module):
 
     def unnormalize(self, values: Tensor) -> Tensor:
         return values * self.std + self.mean
+
+
+class StateScaling(nn.Module):
+    """z_t as the policy reads it. A buffer of the model, NaN until it is fitted, so that forgetting it is loud.
+
+    standardise: every dimension has mean 0 and variance 1. whiten: so has every direction, which brings what little
+    variance z spends on small things to the policy's attention. none: z as it is.
+    """
+
+    FLOOR = 1e-4  # of the largest variance: directions with less are not blown up further
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.full((dim,), torch.nan))
+        self.register_buffer("transform", torch.full((dim, dim), torch.nan))
+
+    def fit(self, states: Tensor, kind: str = "standardise") -> None:
+        """states (n, dim): those of the training demos alone."""
+        states = states.double()
+        mean, variance = states.mean(dim=0), states.var(dim=0, correction=0)
+        if kind == "standardise":
+            transform = torch.diag(torch.where(variance < CONSTANT_STD**2, 1.0, variance).rsqrt())
+        elif kind == "whiten":
+            eigenvalues, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
+            floor = max(self.FLOOR * eigenvalues[-1].item(), CONSTANT_STD**2)
+            transform = directions * eigenvalues.clamp_min(floor).rsqrt()
+        else:
+            mean, transform = torch.zeros_like(mean), torch.eye(len(mean), dtype=mean.dtype)
+        self.mean.copy_(mean.float())
+        self.transform.copy_(transform.float())
+
+    def forward(self, z_t: Tensor) -> Tensor:
+        """(B, dim) -> (B, dim)."""
+        return (z_t - self.mean) @ self.transform
 
 
 class SigmaEmbedding(nn.Module):

@@ -47,6 +47,7 @@ class ModelConfig:
     policy_layers: int
     policy_embed_dim: int
     prediction_gap: int  # K, frames from z_t to the state that the temporal predictor predicts
+    state_norm: str
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,24 @@ class Phase1Config:
     num_epochs: int
     learning_rate: float | None
     temporal_predictor_hidden_dim: int
+    predictor_dropout: float
+    rollout_length: int  # R, predictions that follow each other in a training window
+    vicreg_on: str
     variance_weight: float
     covariance_weight: float
     inverse_dynamics_weight: float
+    foresight_weight: float
+    proprioception_masking: float
 
 
 @dataclass(frozen=True)
 class Phase2Config:
     num_epochs: int
     learning_rate: float | None
+    freeze_encoder: bool
     store_states: bool
+    state_scaling: str
+    flow_start: str
 
 
 @dataclass(frozen=True)
@@ -115,12 +124,18 @@ CHOICES = {
     "training.device": ("auto", "cuda", "mps", "cpu"),
     "training.mamba_backend": ("auto", "cuda", "cpp", "torch"),
     "training.precision": ("auto", "bf16", "fp32"),
+    "training.phase1.vicreg_on": ("both", "state", "prediction"),
+    "training.phase2.state_scaling": ("standardise", "whiten", "none"),
+    "training.phase2.flow_start": ("noise", "zero"),
+    "model.state_norm": ("none", "rms", "layer"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
     "data.split_seed", "training.weight_decay", "training.ema_momentum", "training.warmup_steps", "training.seed",
     "training.image_shift", "training.phase1.variance_weight", "training.phase1.covariance_weight",
-    "training.phase1.inverse_dynamics_weight", "training.phase1.num_epochs", "training.phase2.num_epochs",
+    "training.phase1.inverse_dynamics_weight", "training.phase1.foresight_weight",
+    "training.phase1.proprioception_masking", "training.phase1.predictor_dropout",
+    "training.phase1.num_epochs", "training.phase2.num_epochs",
 }  # fmt: skip
 
 
@@ -209,8 +224,14 @@ def _check_consistency(config: Config, source: str) -> None:
         raise BadInput(f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected 9 (7 joints + 2 fingers)")
     if not config.data.train_split < 1:
         raise BadInput(f"{source}: data.train_split is {config.data.train_split}, expected between 0 and 1")
-    if not config.training.ema_momentum <= 1:
-        raise BadInput(f"{source}: training.ema_momentum is {config.training.ema_momentum}, expected at most 1")
+    shares = {
+        "training.ema_momentum": config.training.ema_momentum,
+        "training.phase1.predictor_dropout": config.training.phase1.predictor_dropout,
+        "training.phase1.proprioception_masking": config.training.phase1.proprioception_masking,
+    }
+    for key, share in shares.items():
+        if not share <= 1:
+            raise BadInput(f"{source}: {key} is {share}, expected at most 1")
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from config import DataConfig
 from errors import BadInput
 from frame_cache import DeviceFrames, Frames
-from jepa.tokenizer import CAMERAS
+from jepa.tokenizer import CAMERAS, FINGER_TRAVEL
 
 STATE_KEYS = {"joint_states": 7, "gripper_states": 2}  # HDF5 name -> width; together the 9-D robot state
 OBS_KEYS = (*CAMERAS, *STATE_KEYS)
@@ -79,9 +79,9 @@ class LanguageTable:
 # ------------------------------------------------------------------------------------------------ rows and batches
 
 
-def transition_rows(demos: Sequence[Demo], prediction_gap: int) -> Tensor:
-    """Phase 1's samples: every row whose demo still has the row `prediction_gap` (K) later."""
-    return torch.cat([torch.arange(len(demo) - prediction_gap) + demo.first_row for demo in demos])
+def transition_rows(demos: Sequence[Demo], reach: int) -> Tensor:
+    """Phase 1's samples: every row whose demo still has the row `reach` later, R * K of a window of R predictions."""
+    return torch.cat([torch.arange(len(demo) - reach) + demo.first_row for demo in demos])
 
 
 def chunk_rows(demos: Sequence[Demo], chunk_length: int) -> Tensor:
@@ -110,11 +110,21 @@ class LowDimensional:
         self.actions = torch.cat([demo.actions for demo in demos]).to(device)  # (N, 7)
         self.robot_state = {key: torch.cat([getattr(demo, key) for demo in demos]).to(device) for key in STATE_KEYS}
         self.task = task.to(device)  # (N,)
+        last_rows = [torch.full((len(demo),), demo.first_row + len(demo) - 1) for demo in demos]
+        self.last_row = torch.cat(last_rows).to(device)  # (N,) of each row's demo
         self.language = torch.stack([language[task] for task in tasks]).to(device)  # (tasks, lang_emb_dim)
 
     def obs(self, rows: Tensor) -> dict[str, Tensor]:
         """The observations but for their pictures."""
         return {key: v[rows] for key, v in self.robot_state.items()} | {"language": self.language[self.task[rows]]}
+
+    def robot_ahead(self, rows: Tensor, frames: Sequence[int]) -> Tensor:
+        """The robot state `frames` after each row, at most at the demo's end: (B, frames, 9) in rad and shares of the
+        fingers' travel."""
+        later = rows[:, None] + torch.tensor(frames, device=self.device)
+        later = torch.minimum(later, self.last_row[rows][:, None])
+        fingers = self.robot_state["gripper_states"][later] / FINGER_TRAVEL
+        return torch.cat([self.robot_state["joint_states"][later], fingers], dim=-1)
 
     def actions_from(self, rows: Tensor, count: int) -> Tensor:
         """The `count` actions that follow each row: (B, count, 7)."""
@@ -125,7 +135,9 @@ class Batches:
     """The batches of one rank, epoch after epoch, on the device: `for batch in batches`.
 
     Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
-    with `frames`: `obs`, equal to libero_sim.from_simulator's, and with a `gap` also `next_obs`, `gap` rows later;
+    with `frames`: `obs`, equal to libero_sim.from_simulator's. With a `gap` a sample is a window of R + 1 frames, `gap`
+    rows apart, R the rollout length: `obs` (R * B) is all but its last, `next_obs` all but its first, frame by frame,
+    and `robot_ahead` the robot's state at and `ahead` of each frame in `obs`;
     with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
     With a `seed` every epoch is a permutation, and batch i of all W ranks together is rows [i * W * B, (i + 1) * W * B)
@@ -149,12 +161,15 @@ class Batches:
         *,
         frames: Frames | DeviceFrames | None = None,
         gap: int = 0,
+        rollout_length: int = 1,
+        ahead: Sequence[int] = (),
         states: Tensor | None = None,
         seed: int | None = None,
     ):
         self.rows, self.low_dimensional, self.num_actions = rows, low_dimensional, num_actions
         self.batch_size, self.seed, self.device = batch_size, seed, low_dimensional.device
-        self.frames, self.offsets = frames, (0, gap) if gap else (0,)
+        self.frames, self.offsets = frames, [gap * frame for frame in range(rollout_length + 1)] if gap else [0]
+        self.ahead = ahead
         self.states = None if states is None else states.to(self.device)
         self.epoch, self.waited = 0, 0.0
         self.buffers: list[Tensor] = []
@@ -178,7 +193,7 @@ class Batches:
         if self.states is not None:
             return (self._batch(rows) | {"z_t": self.states[rows.to(self.device)]} for rows in self._rows_of_batches())
         if isinstance(self.frames, DeviceFrames):
-            return (self._batch(rows, *self._frames_on_device(rows)) for rows in self._rows_of_batches())
+            return (self._batch(rows, self._frames_on_device(rows)) for rows in self._rows_of_batches())
         return self._read_ahead()
 
     def _share(self) -> Tensor:
@@ -192,17 +207,27 @@ class Batches:
         order = order[: len(self) * self.batch_size * self.ranks].view(len(self), self.batch_size, self.ranks)
         return self.rows[order[:, :, self.rank]].unbind()
 
-    def _batch(self, rows: Tensor, *pictures: Tensor) -> dict:
-        """pictures: none, or (B, 2, S, S, 3) on the device for each offset."""
+    def _batch(self, rows: Tensor, pictures: Tensor | None = None) -> dict:
+        """pictures (offsets, B, 2, S, S, 3) on the device, or none."""
         rows = rows.to(self.device)
         batch = {"actions": self.low_dimensional.actions_from(rows, self.num_actions)}
-        for name, offset, of_offset in zip(("obs", "next_obs"), self.offsets, pictures, strict=False):
-            cameras = dict(zip(CAMERAS, of_offset.unbind(1), strict=True))
-            batch[name] = cameras | self.low_dimensional.obs(rows + offset)
+        if pictures is not None:
+            last = max(len(self.offsets) - 1, 1)
+            batch["obs"] = self._observations(rows, pictures[:last], self.offsets[:last])
+            if len(self.offsets) > 1:
+                batch["next_obs"] = self._observations(rows, pictures[1:], self.offsets[1:])
+            if self.ahead:
+                context_rows = torch.cat([rows + offset for offset in self.offsets[:last]])
+                batch["robot_ahead"] = self.low_dimensional.robot_ahead(context_rows, self.ahead)
         return batch
 
-    def _frames_on_device(self, rows: Tensor) -> list[Tensor]:
-        return [self.frames.tensor[(rows + offset).to(self.device)] for offset in self.offsets]
+    def _observations(self, rows: Tensor, pictures: Tensor, offsets: Sequence[int]) -> dict[str, Tensor]:
+        cameras = pictures.flatten(0, 1).unbind(1)  # (offsets * B, S, S, 3) each
+        rows = torch.cat([rows + offset for offset in offsets])
+        return dict(zip(CAMERAS, cameras, strict=True)) | self.low_dimensional.obs(rows)
+
+    def _frames_on_device(self, rows: Tensor) -> Tensor:
+        return self.frames.tensor[torch.stack([rows + offset for offset in self.offsets]).to(self.device)]
 
     def _read_ahead(self) -> Iterator[dict]:
         on_gpu = self.device.type == "cuda"
@@ -226,7 +251,7 @@ class Batches:
                     copied = torch.cuda.Event()
                     copied.record()
                     free.put((buffer, copied))
-                yield self._batch(rows, *pictures)
+                yield self._batch(rows, pictures)
                 if not on_gpu:  # the pictures may be the buffer itself
                     free.put((buffer, None))
         finally:
@@ -273,14 +298,14 @@ def shift_pictures(batch: dict, pixels: int, image_size: int) -> dict:
     """Moves the pictures of every sample by up to `pixels` in both directions, edges repeated (Kostrikov et al. 2021).
 
     The pixels are those of the model, `image_size` a side, whatever the size of the pictures here. Both cameras move
-    alike, and so do a sample's observation and its next one: what happens between them is untouched.
+    alike, and so do all frames of a sample: what happens between them is untouched.
     """
-    size, count = batch["obs"][CAMERAS[0]].shape[1], len(batch["actions"])
-    device = batch["actions"].device
+    pictures_of_one = batch["obs"][CAMERAS[0]]  # (R * B, h, w, 3), frame by frame
+    size, count, device = pictures_of_one.shape[1], len(batch["actions"]), batch["actions"].device
     shift = torch.randint(-pixels, pixels + 1, (2, count, 1), device=device)
-    shift = (shift * size / image_size).round().long()
-    rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (B, S) each
-    sample = torch.arange(count, device=device)[:, None, None]
+    shift = (shift * size / image_size).round().long().repeat(1, len(pictures_of_one) // count, 1)
+    rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (R * B, S) each
+    sample = torch.arange(len(pictures_of_one), device=device)[:, None, None]
     shifted = dict(batch)
     for name in ("obs", "next_obs"):
         if name in batch:
@@ -391,7 +416,7 @@ def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_
     if len(actions) < min_actions + lag:
         raise BadInput(
             f"{path}: {key}: has {len(actions)} steps, expected at least {min_actions + lag} "
-            "(model.action_seq_len or model.prediction_gap, and what the alignment takes)"
+            "(model.action_seq_len, or prediction_gap x rollout_length, and what the alignment takes)"
         )
     robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in STATE_KEYS}
     image_size = demo["obs"][CAMERAS[0]].shape[1]

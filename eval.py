@@ -48,6 +48,7 @@ def main() -> None:
         raise BadInput(f"--output {arguments.output}: no such directory {Path(arguments.output).parent}")
     if arguments.sample_steps < 1:
         raise BadInput(f"--sample_steps {arguments.sample_steps}: expected at least 1")
+    arguments.flow_start = arguments.flow_start or config.training.phase2.flow_start
     device = choose_device(config.training.device)
     choose_mamba_backend(config.training.mamba_backend, device)
     model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
@@ -121,8 +122,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="samples a forward pass (default: the checkpoint's)")
     parser.add_argument("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
     parser.add_argument(
-        "--flow_start", choices=("noise", "zero"), default="noise",
-        help="integrate from Gaussian noise or from its mean (default: %(default)s)",
+        "--flow_start", choices=("noise", "zero"),
+        help="integrate from Gaussian noise or from its mean (default: the checkpoint's phase2.flow_start)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the flow's noise, drawn batch by batch (default: %(default)s)"

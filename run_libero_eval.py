@@ -8,6 +8,7 @@ Each finished episode is on disk at once; the same command with the same --outpu
 An episode is a function of checkpoint, suite, task, init state and --seed, whatever the number of workers. One that
 the simulator could not finish counts as crashed, not as failed: success rates are over the episodes that were finished.
 
+    --side_by_side 0.05                              policy and baselines, on init states and shifted targets
     --policy replay | zero                           what a policy that doesn't look gets
     --compare A/results.json B/results.json          is A better than B? paired by episode
     --shard 3/16 ... --merge PART PART ...           on many machines, then joined
@@ -15,6 +16,7 @@ the simulator could not finish counts as crashed, not as failed: success rates a
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -42,6 +44,7 @@ from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import CheckpointPolicy, ReplayPolicy, ZeroPolicy, read_demo, training_demo, with_embeddings_of
 from rollouts.pool import play_all, sensible_number_of_workers
 from rollouts.report import write_report
+from rollouts.side_by_side import conditions, side_by_side, table_text
 from rollouts.statistics import comparison_text, figures_text, summarise, summarise_tasks
 from rollouts.worker import Episode, Rollouts
 from statevla_model import choose_device, model_from_checkpoint, read_checkpoint
@@ -53,6 +56,7 @@ STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite tak
     "libero_90": 400,
     "libero_10": 520,
 }
+LARGEST_SHIFT = 0.2  # metres
 
 
 @exits_on_bad_input
@@ -65,14 +69,48 @@ def main() -> None:
         folder = merge([Path(part) for part in arguments.merge], Path(arguments.output_dir))
         finish(folder, checkpoint_name=None, checkpoint_epoch=None)
         return
+    if arguments.side_by_side is None:
+        evaluate(arguments)
+        return
+    directory = choose_output_dir(arguments)
+    check_all_sides(arguments)
+    for name, flags in conditions(arguments.side_by_side):
+        print(f"== {name}")
+        condition = copy.copy(arguments)
+        vars(condition).update(flags, output_dir=str(directory / name))
+        evaluate(condition)
 
+
+def check_all_sides(arguments: argparse.Namespace) -> None:
+    """Raises BadInput for what would stop a later one of the eight evaluations, before the first is played."""
+    suite = make_suite(arguments.task_suite)
+    task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
+    check_targets(suite, task_ids)
+    instructions = {
+        task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
+    }
+    init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
+    replay = copy.copy(arguments)
+    replay.policy = "replay"
+    check_numbers(replay, min(len(states) for states in init_states.values()))
+    make_policy(replay, read_checkpoint(arguments.checkpoint, phase=2), instructions, init_states)
+
+
+def check_targets(suite, task_ids: Sequence[int]) -> None:
+    for task_id in task_ids:
+        if not target_is_an_object(suite, task_id):
+            raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Plays what is missing of one evaluation, and reports it."""
     # What is asked for: tasks, their init states and instructions, and who acts.
     suite = make_suite(arguments.task_suite)
     task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
     for task_id in task_ids:
         bddl_path(suite, task_id)  # raises here and now where a task's file is missing
-        if arguments.shift_target and not target_is_an_object(suite, task_id):
-            raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
+    if arguments.shift_target:
+        check_targets(suite, task_ids)
     init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
     instructions = {
         task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
@@ -166,6 +204,7 @@ def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epo
         "settings": settings,
         "episodes": episodes,
     }
+    results["side_by_side"] = side_by_side(folder.directory, results)
     write_whole(folder.directory / "results.json", json.dumps(results, indent=1) + "\n")
     report = write_report(folder.directory, results)
     for row in results["tasks"]:
@@ -173,7 +212,7 @@ def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epo
     if overall["decision_ms_mean"]:
         mean, median = overall["decision_ms_mean"], overall["decision_ms_median"]
         print(f"decisions: {mean:.1f} ms on average, median {median:.1f} ms")
-    print(f"overall: {figures_text(overall)}")
+    print(f"overall: {figures_text(overall)}\n\n{table_text(results['side_by_side'])}\n")
     print(f"results: {folder.directory / 'results.json'}, to look at: {report}")
 
 
@@ -196,11 +235,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--demo", metavar="FILE[:demo_i]", help="for --policy replay: this demonstration, of the one task in --tasks")
     add("--execute_steps", type=int, help="actions executed of each chunk (default: the whole chunk)")
     add("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
-    add("--flow_start", choices=("noise", "zero"), default="noise",
-        help="integrate the flow from Gaussian noise or from its mean (default: %(default)s)")
+    add("--flow_start", choices=("noise", "zero"),
+        help="integrate the flow from Gaussian noise or from its mean (default: the checkpoint's phase2.flow_start)")
     add("--max_steps", type=int, help="step limit of an episode (default: the suite's, object 280)")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
         help="move the target object by up to this in x and y: who solves these has to look (default: %(default)s)")
+    add("--side_by_side", type=float, metavar="METRES",
+        help="the policy (flow from noise, from zero), replay and standing still, from the init states and with the "
+        "target shifted by up to this: eight evaluations in --output_dir and one table")
     add("--seed", type=int, default=0, help="seed of the flow's noise and of the scene (default: %(default)s)")
     add("--output_dir", help="folder of the results, continued if started (default: a new results/<suite>_<number>)")
     add("--save_video", choices=("all", "failures", "none"), nargs="?", const="all", default="none",
@@ -223,6 +265,11 @@ def parse_arguments() -> argparse.Namespace:
         raise BadInput("--checkpoint is missing; `python train.py --phase 2` writes checkpoint_best.pt")
     if arguments.policy == "replay" and not (arguments.checkpoint or arguments.demo):
         raise BadInput("--policy replay needs --demo FILE, or --checkpoint, whose training demos it then replays")
+    if arguments.side_by_side is not None:
+        if not 0 < arguments.side_by_side <= LARGEST_SHIFT:
+            raise BadInput(f"--side_by_side {arguments.side_by_side:g}: expected 0 to {LARGEST_SHIFT} metres, not 0")
+        if not arguments.checkpoint or arguments.shift_target or arguments.flow_start or arguments.demo:
+            raise BadInput("--side_by_side needs --checkpoint, and chooses policy, flow start and shift itself")
     if arguments.demo and arguments.policy != "replay":
         raise BadInput("--demo belongs to --policy replay")
     return arguments
@@ -237,8 +284,8 @@ def check_numbers(arguments: argparse.Namespace, num_init_states: int) -> None:
         arguments.max_steps = max(family, default=max(STEP_LIMITS.values()))
     if arguments.seed < 0:
         raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
-    if not 0 <= arguments.shift_target <= 0.2:
-        raise BadInput(f"--shift_target {arguments.shift_target:g}: expected 0 to 0.2 metres")
+    if not 0 <= arguments.shift_target <= LARGEST_SHIFT:
+        raise BadInput(f"--shift_target {arguments.shift_target:g}: expected 0 to {LARGEST_SHIFT} metres")
     if not arguments.episode_timeout > 0:
         raise BadInput(f"--episode_timeout {arguments.episode_timeout:g}: expected more than 0 seconds")
     check_range("num_trials", arguments.num_trials, num_init_states)
@@ -288,20 +335,19 @@ def make_policy(
     chunk_length = config.model.action_seq_len
     execute_steps = chunk_length if arguments.execute_steps is None else arguments.execute_steps
     check_range("execute_steps", execute_steps, chunk_length)
+    flow_start = arguments.flow_start or config.training.phase2.flow_start
     device = choose_device(config.training.device)
     settings |= {
         "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
         "new_instructions": sorted(set(instructions.values()) - trained_language.embeddings.keys()),
         "execute_steps": execute_steps,
         "sample_steps": arguments.sample_steps,
-        "flow_start": arguments.flow_start,
+        "flow_start": flow_start,
         "device": device.type,
         "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
     }
     model = model_from_checkpoint(checkpoint, arguments.checkpoint)
-    return CheckpointPolicy(
-        model, language, device, execute_steps, arguments.sample_steps, arguments.flow_start
-    ), settings
+    return CheckpointPolicy(model, language, device, execute_steps, arguments.sample_steps, flow_start), settings
 
 
 def check_observation(observation: dict, source: str) -> None:

@@ -11,21 +11,23 @@ from jepa.tokenizer import Tokenizer
 class JEPAStateEncoder(nn.Module):
     """forward(obs) is z_t (B, state_dim); `target(obs)` is the EMA copy's; `predictor(z_t, actions)` looks ahead."""
 
-    def __init__(self, config: ModelConfig, predictor_hidden_dim: int):
+    def __init__(self, config: ModelConfig, predictor_hidden_dim: int, predictor_dropout: float = 0.0):
         super().__init__()
         self.tokenizer = Tokenizer(
             config.image_size, config.patch_size, config.embed_dim, config.lang_emb_dim, config.robot_state_dim
         )
         self.encoder = ContextEncoder(
-            config.encoder_depth, config.embed_dim, config.state_dim, config.d_state, config.d_conv, config.expand
-        )
+            config.encoder_depth, config.embed_dim, config.state_dim, config.d_state, config.d_conv, config.expand,
+            config.state_norm,
+        )  # fmt: skip
         self.target = TargetEncoder(self.tokenizer, self.encoder)
         self.predictor = TemporalPredictor(
-            config.state_dim, config.prediction_gap * config.action_dim, predictor_hidden_dim
+            config.state_dim, config.prediction_gap * config.action_dim, predictor_hidden_dim, predictor_dropout
         )
 
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        return self.encoder(self.tokenizer(obs))
+    def forward(self, obs: dict[str, Tensor], masked: Tensor | None = None) -> Tensor:
+        """masked (B,) bool: samples whose robot state is hidden."""
+        return self.encoder(self.tokenizer(obs, masked))
 
     def update_target(self, momentum: float) -> None:
         self.target.update(self.tokenizer, self.encoder, momentum)

@@ -1,8 +1,9 @@
 """StateVLA, the model that runs on the robot, and StateVLATrainer, the module that train.py optimises in both phases.
 
     python statevla_model.py --config conf/config.yaml      prints the component table with the counts of a built model
+    python statevla_model.py --export CHECKPOINT OUTPUT     a checkpoint's weights alone, to be handed on
 
-Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap.
+Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, R rollout length.
 """
 
 import argparse
@@ -15,11 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer
+from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer, StateScaling
 from config import Config, ModelConfig, load_config, parse_config
 from errors import BadInput, exits_on_bad_input
 from files import written_whole
-from jepa.temporal_predictor import InverseDynamics, temporal_jepa_losses
+from jepa.temporal_predictor import Foresight, InverseDynamics, temporal_jepa_losses
 from state_encoder import JEPAStateEncoder
 
 CHECKPOINT_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")  # the guide's six
@@ -33,11 +34,11 @@ class StateVLA(nn.Module):
     joint_states (B, 7) in rad, gripper_states (B, 2) in metres, language (B, lang_emb_dim).
     """
 
-    def __init__(self, config: ModelConfig, predictor_hidden_dim: int = 512):
+    def __init__(self, config: ModelConfig, predictor_hidden_dim: int = 512, predictor_dropout: float = 0.0):
         super().__init__()
         self.config = config
-        self.state_encoder = JEPAStateEncoder(config, predictor_hidden_dim)
-        self.state_normalizer = Normalizer(config.state_dim)
+        self.state_encoder = JEPAStateEncoder(config, predictor_hidden_dim, predictor_dropout)
+        self.state_scaling = StateScaling(config.state_dim)
         self.policy = FlowMatchingPolicy(config)
         self.gripper = GripperClassifier(config)
 
@@ -72,7 +73,7 @@ class StateVLA(nn.Module):
     @torch.no_grad()
     def act(self, z_t: Tensor, x_1: Tensor, sample_steps: int) -> Tensor:
         """z_t (B, D), the flow's start x_1 (B, H, 6) -> actions (B, H, 7), as `predict`."""
-        z_t = self.state_normalizer.normalize(z_t)
+        z_t = self.state_scaling(z_t)
         pose_deltas = self.policy.sample(z_t, sample_steps, x_1.to(z_t))  # (B, H, 6)
         return torch.cat([pose_deltas, self.gripper.sample(z_t).unsqueeze(-1)], dim=-1)
 
@@ -137,8 +138,9 @@ class GatherRanks(torch.autograd.Function):
 class StateVLATrainer(nn.Module):
     """Routes between the phases: forward(batch) gives the losses of its phase, `loss` being the one to minimise.
 
-    Phase 1 trains tokenizer, context encoder and temporal predictor (and the inverse dynamics head, where its weight is
-    not 0); phase 2 trains flow policy and gripper classifier. Everything else is frozen and stays in eval mode.
+    Phase 1 trains tokenizer, context encoder and temporal predictor (and the heads of inverse dynamics and foresight,
+    where their weights are not 0); phase 2 trains flow policy and gripper classifier and, with `freeze_encoder` False,
+    tokenizer and context encoder too. Everything else is frozen and stays in eval mode.
     """
 
     def __init__(
@@ -148,22 +150,32 @@ class StateVLATrainer(nn.Module):
         variance_weight: float = 1.0,
         covariance_weight: float = 0.04,
         inverse_dynamics_weight: float = 0.0,
+        foresight_weight: float = 0.0,
+        proprioception_masking: float = 0.0,
+        vicreg_on: str = "both",
+        freeze_encoder: bool = True,
     ):
         super().__init__()
         if phase not in (1, 2):
             raise ValueError(f"phase is {phase}, expected 1 or 2")
         self.model, self.phase = model, phase
         self.weights = {"jepa_mse": 1.0, "jepa_variance": variance_weight, "jepa_covariance": covariance_weight}
-        self.inverse_dynamics = None
-        encoder = model.state_encoder
+        self.proprioception_masking, self.vicreg_on = proprioception_masking, vicreg_on
+        self.freeze_encoder = freeze_encoder
+        self.inverse_dynamics = self.foresight = None
+        encoder, state_dim = model.state_encoder, model.config.state_dim
+        hidden_dim = encoder.predictor.project_state.out_features
         if inverse_dynamics_weight > 0:
             self.weights["inverse_dynamics"] = inverse_dynamics_weight
-            hidden_dim = encoder.predictor.project_state.out_features
             chunk_dim = model.config.prediction_gap * model.config.action_dim
-            self.inverse_dynamics = InverseDynamics(model.config.state_dim, chunk_dim, hidden_dim)
+            self.inverse_dynamics = InverseDynamics(state_dim, chunk_dim, hidden_dim)
+        if foresight_weight > 0:
+            self.weights["foresight"] = foresight_weight
+            self.foresight = Foresight(state_dim, model.config.robot_state_dim, hidden_dim)
+            self.robot_normalizer = Normalizer(model.config.robot_state_dim)
         trained = {
-            1: [encoder.tokenizer, encoder.encoder, encoder.predictor, self.inverse_dynamics],
-            2: [model.policy, model.gripper],
+            1: [encoder.tokenizer, encoder.encoder, encoder.predictor, self.inverse_dynamics, self.foresight],
+            2: [model.policy, model.gripper, *([] if freeze_encoder else [encoder.tokenizer, encoder.encoder])],
         }
         self.trained = [module for module in trained[phase] if module is not None]  # a plain list: registers nothing
         self.requires_grad_(False)
@@ -179,21 +191,43 @@ class StateVLATrainer(nn.Module):
         return self
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Phase 1: batch has obs, actions (B, K, 7) and next_obs. Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
+        """Phase 1: batch has actions (B, R * K, 7) and, frame by frame of the window, obs and next_obs (R * B), and for
+        foresight robot_ahead (R * B, F, 9). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
         return self.phase1_losses(self.phase1_outputs(batch)) if self.phase == 1 else self.phase2_losses(batch)
 
     def phase1_outputs(self, batch: dict) -> dict[str, Tensor]:
-        """One row a sample: what the losses are made of, before any statistics over the batch."""
-        encoder = self.model.state_encoder
-        z_t = encoder(batch["obs"])
+        """What the losses are made of, before any statistics over the batch.
+
+        From every frame of a window but its last the predictor goes on to the end of the window, on its own
+        predictions: z_next_pred, with the EMA target z_next_target and the start z_copied of each, has
+        R * (R + 1) / 2 * B rows.
+        """
+        encoder, B = self.model.state_encoder, len(batch["actions"])
+        masked = None
+        if self.training and self.proprioception_masking:
+            masked = torch.rand(len(batch["obs"]["language"]), device=batch["actions"].device)
+            masked = masked < self.proprioception_masking
+        z_t = encoder(batch["obs"], masked)  # (R * B, D)
+        z_next = encoder.target(batch["next_obs"])  # (R * B, D)
+        R = len(z_t) // B
+        actions = batch["actions"].unflatten(1, (R, -1)).transpose(0, 1).flatten(0, 1)  # (R * B, K, 7)
+
+        predicted, predictions = z_t, []
+        for step in range(R):
+            predicted = encoder.predictor(predicted[: (R - step) * B], actions[step * B :])
+            predictions.append(predicted)
         outputs = {
             "z_t": z_t,
-            "z_next_pred": encoder.predictor(z_t, batch["actions"]),
-            "z_next_target": encoder.target(batch["next_obs"]),
-            "actions": batch["actions"].flatten(1),
+            "z_next_pred": torch.cat(predictions),
+            "z_next_target": torch.cat([z_next[step * B :] for step in range(R)]),
+            "z_copied": torch.cat([z_t[: (R - step) * B] for step in range(R)]).detach(),
         }
         if self.inverse_dynamics is not None:
-            outputs["actions_pred"] = self.inverse_dynamics(z_t, outputs["z_next_target"])
+            outputs["actions_pred"] = self.inverse_dynamics(z_t, z_next)
+            outputs["actions"] = actions.flatten(1)
+        if self.foresight is not None:
+            outputs["robot_foreseen"] = self.foresight(z_t)
+            outputs["robot_ahead"] = self.robot_normalizer.normalize(batch["robot_ahead"])
         return outputs
 
     def phase1_losses(self, outputs: dict[str, Tensor], gather: bool = True) -> dict[str, Tensor]:
@@ -203,21 +237,25 @@ class StateVLATrainer(nn.Module):
         with torch.autocast(outputs["z_t"].device.type, enabled=False):  # covariances in bfloat16 would be noise
             outputs = {name: rows.float() if rows.dtype == torch.bfloat16 else rows for name, rows in outputs.items()}
             if gather and dist.is_initialized() and dist.get_world_size() > 1:
-                outputs = {name: GatherRanks.apply(rows) for name, rows in outputs.items()}
-            losses = temporal_jepa_losses(outputs["z_t"], outputs["z_next_pred"], outputs["z_next_target"])
+                needed = {name: rows for name, rows in outputs.items() if name != "z_copied"}
+                outputs = {name: GatherRanks.apply(rows) for name, rows in needed.items()}
+            z_t, z_next_pred, z_next_target = (outputs[name] for name in ("z_t", "z_next_pred", "z_next_target"))
+            losses = temporal_jepa_losses(z_t, z_next_pred, z_next_target, self.vicreg_on)
             if "actions_pred" in outputs:
                 losses["inverse_dynamics"] = F.mse_loss(outputs["actions_pred"], outputs["actions"])
+            if "robot_foreseen" in outputs:
+                losses["foresight"] = F.mse_loss(outputs["robot_foreseen"], outputs["robot_ahead"])
         losses["loss"] = sum(self.weights[name] * value for name, value in losses.items())
         return losses
 
     def phase2_losses(self, batch: dict, per_sample: bool = False) -> dict[str, Tensor]:
-        """Flow matching on the six pose deltas, BCE on the gripper. The encoder is frozen: z_t carries no gradient."""
+        """Flow matching on the six pose deltas, BCE on the gripper. A frozen encoder's z_t carries no gradient."""
         if "z_t" in batch:
             z_t = batch["z_t"]
         else:
-            with torch.no_grad():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
                 z_t = self.model.encode(batch["obs"])
-        z_t = self.model.state_normalizer.normalize(z_t)
+        z_t = self.model.state_scaling(z_t)
         actions = batch["actions"]
         losses = {
             "pos_rot_loss": self.model.policy.loss(z_t, actions[..., :POSE_DIM]),
@@ -251,10 +289,18 @@ def choose_device(name: str) -> torch.device:
 def build_trainer(config: Config, phase: int) -> StateVLATrainer:
     """Model and trainer of a run from its settings, freshly initialised."""
     recipe = config.training.phase1
-    model = StateVLA(config.model, recipe.temporal_predictor_hidden_dim)
+    model = StateVLA(config.model, recipe.temporal_predictor_hidden_dim, recipe.predictor_dropout)
     model.state_encoder.encoder.mamba.checkpoint_activations = config.training.activation_checkpointing
     return StateVLATrainer(
-        model, phase, recipe.variance_weight, recipe.covariance_weight, recipe.inverse_dynamics_weight
+        model,
+        phase,
+        variance_weight=recipe.variance_weight,
+        covariance_weight=recipe.covariance_weight,
+        inverse_dynamics_weight=recipe.inverse_dynamics_weight,
+        foresight_weight=recipe.foresight_weight,
+        proprioception_masking=recipe.proprioception_masking,
+        vicreg_on=recipe.vicreg_on,
+        freeze_encoder=config.training.phase2.freeze_encoder,
     )
 
 
@@ -325,6 +371,16 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
         raise BadInput(f"{path}: cannot be written ({problem.strerror}); the previous one is untouched") from None
 
 
+def weights_alone(checkpoint: dict) -> dict:
+    """The checkpoint without what only training needs. The EMA target, which nothing reads after phase 1, becomes
+    the encoder itself: torch.save writes weights that are the same tensor once."""
+    weights, encoder = dict(checkpoint["model_state_dict"]), "model.state_encoder."
+    for name in weights:
+        if name.startswith(f"{encoder}target."):
+            weights[name] = weights[name.replace(f"{encoder}target.", encoder)]
+    return checkpoint | {"model_state_dict": weights, "optimizer_state_dict": {}}
+
+
 def count_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
@@ -360,12 +416,22 @@ def component_table(model: StateVLA) -> str:
 
 @exits_on_bad_input
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints the component table of the model that a config describes.")
+    parser = argparse.ArgumentParser(
+        description="Prints the component table of the model that a config describes, or exports a checkpoint."
+    )
+    parser.add_argument(
+        "--export", nargs=2, metavar=("CHECKPOINT", "OUTPUT"), help="write the weights of a phase-2 checkpoint alone"
+    )
     parser.add_argument("--config", default="conf/config.yaml", help="settings file (default: %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. model.embed_dim=128"
     )
     arguments = parser.parse_args()
+    if arguments.export:
+        source, target = map(Path, arguments.export)
+        save_checkpoint(weights_alone(read_checkpoint(source, phase=2)), target)
+        print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, weights alone")
+        return
     config = load_config(arguments.config, arguments.set)
     print(component_table(build_trainer(config, phase=1).model))
 

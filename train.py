@@ -48,7 +48,7 @@ from errors import BadInput, exits_on_bad_input
 from frame_cache import open_frames
 from frozen_states import encode_all, frozen_states
 from jepa.mamba import choose_mamba_backend
-from jepa.temporal_predictor import representation_health
+from jepa.temporal_predictor import FORESIGHT, representation_health
 from statevla_model import (
     StateVLATrainer,
     build_trainer,
@@ -71,13 +71,16 @@ def main() -> None:
     arguments = parse_arguments()
     config, phase = load_config(arguments.config, arguments.set), arguments.phase
     resumed = read_checkpoint(arguments.checkpoint, phase) if arguments.checkpoint else None
+    if resumed and not resumed["optimizer_state_dict"]:
+        raise BadInput(f"{arguments.checkpoint}: holds weights alone, training cannot be resumed from it")
     source = resumed or (read_checkpoint(arguments.phase1_checkpoint, 1) if phase == 2 else None)
     source_path = arguments.checkpoint or arguments.phase1_checkpoint
     device = join_processes(config.training.device)
     choose_mamba_backend(config.training.mamba_backend, device)
 
     # Data: whole demos of each task train or are held out.
-    min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
+    reach = config.model.prediction_gap * config.training.phase1.rollout_length  # frames from a window's first to last
+    min_actions = reach if phase == 1 else config.model.action_seq_len
     demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed)
     tasks = sorted({demo.task for demo in demos})
@@ -104,15 +107,25 @@ def main() -> None:
     low_dimensional, batch_size = LowDimensional(demos, language, device), config.training.batch_size
     frames = functools.cache(lambda: open_frames(demos, config.data, config.model.image_size, device))
     if phase == 1:
-        gap = config.model.prediction_gap
-        train_rows, held_out_rows = transition_rows(train_demos, gap), transition_rows(held_out_demos, gap)
-        options = {"low_dimensional": low_dimensional, "num_actions": gap, "gap": gap, "frames": frames()}
+        train_rows, held_out_rows = transition_rows(train_demos, reach), transition_rows(held_out_demos, reach)
+        options = {
+            "low_dimensional": low_dimensional,
+            "num_actions": reach,
+            "gap": config.model.prediction_gap,
+            "rollout_length": config.training.phase1.rollout_length,
+            "ahead": FORESIGHT if trainer.foresight else (),
+            "frames": frames(),
+        }
+        if trainer.foresight and not resumed:
+            now = low_dimensional.robot_ahead(frame_rows(train_demos).to(device), frames=[0])
+            trainer.robot_normalizer.fit(now.squeeze(1))
     else:
         chunk_length = config.model.action_seq_len
         train_rows, held_out_rows = chunk_rows(train_demos, chunk_length), chunk_rows(held_out_demos, chunk_length)
         options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
-        # Pictures that change from epoch to epoch have no state to keep: z is then needed once, for its statistics.
-        if config.training.phase2.store_states and not config.training.image_shift:
+        # Where pictures or encoder change from step to step no state can be kept: z is needed once, for its statistics.
+        recipe = config.training.phase2
+        if recipe.store_states and recipe.freeze_encoder and not config.training.image_shift:
             states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
             states = frozen_states(trainer.model, demos, low_dimensional, frames, batch_size, states_directory)
             options["states"] = states
@@ -120,7 +133,7 @@ def main() -> None:
             options["frames"] = frames()
             states = None if resumed else encode_all(trainer.model, demos, low_dimensional, frames(), batch_size)
         if not resumed:
-            trainer.model.state_normalizer.fit(states[frame_rows(train_demos)])
+            trainer.model.state_scaling.fit(states[frame_rows(train_demos)], recipe.state_scaling)
             trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in train_demos]))
     batches = Batches(train_rows, batch_size=batch_size, seed=config.training.seed, **options)
     held_out_batches = Batches(held_out_rows, batch_size=batch_size, **options)
@@ -164,7 +177,8 @@ def train(
     resumed_from: str | None,
     device: torch.device,
 ) -> None:
-    """The loop of both phases: epochs of steps, each epoch ending with validation and checkpoints."""
+    """The loop of both phases: epochs of steps, each epoch ending with validation and checkpoints. A phase of 0 epochs
+    is the untrained model, validated and kept like any other."""
     phase, settings = trainer.phase, config.training
     num_epochs = phase_settings(config, phase).num_epochs
     total_steps = num_epochs * len(batches)
@@ -183,6 +197,35 @@ def train(
             gradient_as_bucket_view=True,
         )
 
+    def end_epoch(epoch: int) -> None:
+        nonlocal best_loss
+        training_ended = time.perf_counter()
+        seed_epoch(settings.seed, 0)  # the noise of validation is the same in every epoch
+        with autocast:
+            metrics = validate(trainer, held_out_batches, device)
+        log.write_validation(epoch, step, metrics)
+        warn_of_collapse(metrics, config.model.state_dim)
+        is_best = metrics["loss"] < best_loss
+        best_loss = min(best_loss, metrics["loss"])
+        if is_first_rank():
+            checkpoint = facts | {
+                "epoch": epoch,
+                "step": step,
+                "loss": metrics["loss"],
+                "best_loss": best_loss,
+                "model_state_dict": trainer.state_dict(),
+                "optimizer_state_dict": optimizer.state_dict(),
+            }
+            save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
+            if is_best:
+                save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
+            if epoch and epoch % settings.save_interval == 0:
+                save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch}.pt")
+        dist.barrier()
+        log.leave_out(time.perf_counter() - training_ended)
+
+    if num_epochs == 0 and not resumed:
+        end_epoch(0)
     for epoch in range(first_epoch, num_epochs):
         batches.set_epoch(epoch)
         seed_epoch(settings.seed, epoch)
@@ -206,31 +249,7 @@ def train(
             if step % settings.log_interval == 0 or step == total_steps:
                 means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-
-        training_ended = time.perf_counter()
-        seed_epoch(settings.seed, 0)  # the noise of validation is the same in every epoch
-        with autocast:
-            metrics = validate(trainer, held_out_batches, device)
-        log.write_validation(epoch + 1, step, metrics)
-        warn_of_collapse(metrics, config.model.state_dim)
-        is_best = metrics["loss"] < best_loss
-        best_loss = min(best_loss, metrics["loss"])
-        if is_first_rank():
-            checkpoint = facts | {
-                "epoch": epoch + 1,
-                "step": step,
-                "loss": metrics["loss"],
-                "best_loss": best_loss,
-                "model_state_dict": trainer.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-            }
-            save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
-            if is_best:
-                save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
-            if (epoch + 1) % settings.save_interval == 0:
-                save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch + 1}.pt")
-        dist.barrier()
-        log.leave_out(time.perf_counter() - training_ended)
+        end_epoch(epoch + 1)
     report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
     log.close()
 
@@ -283,6 +302,12 @@ def check_same_run(
     """Raises BadInput where the weights of a checkpoint don't fit this run's model, pictures, language or split.
 
     Phase 2 takes the encoder alone from phase 1, so there the policy's settings may differ."""
+    if resumes and checkpoint["phase"] == 2:
+        before, now = (
+            settings["training"]["phase2"]["freeze_encoder"] for settings in (checkpoint["config"], config.to_dict())
+        )
+        if before != now:
+            raise BadInput(f"{path}: training.phase2.freeze_encoder is {before}, a resumed run cannot have {now}")
     now = {"model": config.to_dict()["model"], "observation": observation}
     before = {"model": checkpoint["config"]["model"], "observation": checkpoint["observation"]}
     of_policy = () if resumes else ("action_seq_len", "policy_layers", "policy_embed_dim")
@@ -406,7 +431,7 @@ def validate(trainer: StateVLATrainer, batches: Batches, device: torch.device) -
     if trainer.phase == 2:
         return {name: float(values.mean()) for name, values in joined.items()}
     metrics = trainer.phase1_losses(joined, gather=False)
-    metrics["jepa_copy_mse"] = torch.nn.functional.mse_loss(joined["z_t"], joined["z_next_target"])
+    metrics["jepa_copy_mse"] = torch.nn.functional.mse_loss(joined["z_copied"], joined["z_next_target"])
     return {name: float(value) for name, value in (metrics | representation_health(joined["z_t"])).items()}
 
 

@@ -92,7 +92,7 @@ def untrained_policy() -> CheckpointPolicy:
     device = torch.device("cpu")
     choose_mamba_backend("auto", device)
     model = StateVLA(load_config(REPO / "conf/quickstart.yaml").model).eval()
-    model.state_normalizer.fit(torch.randn(64, model.config.state_dim))
+    model.state_scaling.fit(torch.randn(64, model.config.state_dim))
     model.policy.normalizer.fit(torch.rand(64, 6) * 2 - 1)
     language = LanguageTable("none", {INSTRUCTION: torch.randn(model.config.lang_emb_dim)})
     return CheckpointPolicy(model, language, device, model.config.action_seq_len, 4, "noise")

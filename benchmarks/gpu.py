@@ -273,7 +273,7 @@ def phase2_batch(trainer: StateVLATrainer, config: Config, batch: int) -> dict:
     z_t = torch.randn(batch, config.model.state_dim, device=DEVICE)
     actions = torch.rand(batch, config.model.action_seq_len, 7, device=DEVICE).mul(2).sub(1)
     actions[..., 6] = actions[..., 6].sign()
-    trainer.model.state_normalizer.fit(z_t)
+    trainer.model.state_scaling.fit(z_t)
     trainer.model.policy.normalizer.fit(actions[..., :6].flatten(0, 1))
     return {"z_t": z_t, "actions": actions}
 

@@ -31,7 +31,7 @@ def main() -> None:
     device = choose_device(settings.device)
     backend = choose_mamba_backend("auto", device)
     model = build_trainer(config, phase=2).model.to(device).eval()
-    model.state_normalizer.fit(torch.randn(64, config.model.state_dim))
+    model.state_scaling.fit(torch.randn(64, config.model.state_dim))
     model.policy.normalizer.fit(torch.rand(64, 6) * 2 - 1)
     rounds = 3 if settings.quick else 60 if device.type == "cpu" else 200
 
@@ -80,7 +80,7 @@ def stages(model: StateVLA, seen: dict, language: torch.Tensor, device: torch.de
     obs = prepared(seen, language, device)
     resized = obs | {camera: resize_images(obs[camera], size).permute(0, 2, 3, 1) for camera in CAMERAS}
     tokens = encoder.tokenizer(resized)
-    z_t = model.state_normalizer.normalize(encoder.encoder(tokens))
+    z_t = model.state_scaling(encoder.encoder(tokens))
     x_1 = torch.zeros(1, model.config.action_seq_len, 6, device=device)
     return {
         WHOLE: lambda: model.predict(prepared(seen, language, device), sample_steps=4, flow_start="zero").cpu(),

@@ -73,7 +73,7 @@ def measured(folder: Path, quick: bool) -> list[dict]:
     optimizer = make_optimizer(trainer, 5e-5, 0.05)
 
     states = encode_all(trainer.model, demos, low_dimensional, frames, batch_size)
-    trainer.model.state_normalizer.fit(states)
+    trainer.model.state_scaling.fit(states)
     trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in demos]))
     options = {"low_dimensional": low_dimensional, "num_actions": config.model.action_seq_len, "seed": 0}
     rows = chunk_rows(demos, config.model.action_seq_len)

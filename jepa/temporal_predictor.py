@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FORESIGHT = (0, 5, 10, 20, 40)  # frames ahead: two seconds take the hand from the start to most targets
 STD_EPSILON = 1e-4  # inside the square root of VICReg's std, against its infinite slope at 0
 
 
@@ -14,12 +15,13 @@ class TemporalPredictor(nn.Module):
     """Residual: z'_{t+K} = z_t + delta(z_t, a_t .. a_{t+K-1}). The last layer starts at zero, so training starts from
     the copy baseline z' = z_t."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int):
+    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int, dropout: float = 0.0):
         super().__init__()
         self.project_state = nn.Linear(state_dim, hidden_dim)
         self.project_action = nn.Linear(action_dim, hidden_dim)
         self.mlp = nn.Sequential(
             nn.GELU(),
+            nn.Dropout(dropout),
             nn.Linear(2 * hidden_dim, hidden_dim),
             nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim),
@@ -33,6 +35,24 @@ class TemporalPredictor(nn.Module):
         """z_t (B, D); actions (B, K, A) in robot units, those between t and t + K -> z'_{t+K} (B, D)."""
         projections = [self.project_state(z_t), self.project_action(actions.flatten(1))]
         return z_t + self.mlp(torch.cat(projections, dim=-1))
+
+
+class Foresight(nn.Module):
+    """Where does the demonstrator go? z_t -> the robot's own state now and FORESIGHT frames ahead, without the actions.
+
+    Without them the arm's future depends on where the target is and on what was asked for, so z_t has to know both; and
+    now means that an arm whose joints were hidden has to be seen.
+    """
+
+    def __init__(self, state_dim: int, robot_state_dim: int, hidden_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(state_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, len(FORESIGHT) * robot_state_dim)
+        )
+
+    def forward(self, z_t: Tensor) -> Tensor:
+        """z_t (B, D) -> (B, F, 9), standardised per dimension."""
+        return self.mlp(z_t).unflatten(1, (len(FORESIGHT), -1))
 
 
 class InverseDynamics(nn.Module):
@@ -58,15 +78,19 @@ def covariance_loss(z: Tensor) -> Tensor:
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
 
 
-def temporal_jepa_losses(z_t: Tensor, z_next_pred: Tensor, z_next_target: Tensor) -> dict[str, Tensor]:
-    """The guide's three terms. All (B, D), B over all ranks; the target must carry no gradient.
+def temporal_jepa_losses(
+    z_t: Tensor, z_next_pred: Tensor, z_next_target: Tensor, vicreg_on: str = "both"
+) -> dict[str, Tensor]:
+    """The guide's three terms. All (rows, D), of all ranks; the target must carry no gradient.
 
-    VICReg acts on z_t, which phase 2 consumes, and on the prediction, which alone could be kept alive by the predictor.
+    VICReg acts on z_t, which phase 2 consumes ("state"), on the "prediction", or on "both": the prediction alone could
+    be kept alive by the predictor.
     """
+    regularised = {"state": [z_t], "prediction": [z_next_pred], "both": [z_t, z_next_pred]}[vicreg_on]
     return {
         "jepa_mse": F.mse_loss(z_next_pred, z_next_target),
-        "jepa_variance": (variance_loss(z_t) + variance_loss(z_next_pred)) / 2,
-        "jepa_covariance": (covariance_loss(z_t) + covariance_loss(z_next_pred)) / 2,
+        "jepa_variance": sum(variance_loss(z) for z in regularised) / len(regularised),
+        "jepa_covariance": sum(covariance_loss(z) for z in regularised) / len(regularised),
     }
 
 

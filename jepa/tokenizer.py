@@ -72,11 +72,15 @@ class Tokenizer(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, embed_dim))
         nn.init.trunc_normal_(self.cls, std=0.02)
 
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+    def forward(self, obs: dict[str, Tensor], masked: Tensor | None = None) -> Tensor:
+        """masked (B,) bool: samples whose robot token is left at zero, so that the arm must be seen."""
         dtype = self.cls.dtype
+        robot_state = self.robot_state(obs["joint_states"].to(dtype), obs["gripper_states"].to(dtype))  # (B, 1, D)
+        if masked is not None:
+            robot_state = robot_state.masked_fill(masked[:, None, None], 0.0)
         tokens = [
             self.language(obs["language"].to(dtype)).unsqueeze(1),  # (B, 1, D)
-            self.robot_state(obs["joint_states"].to(dtype), obs["gripper_states"].to(dtype)),  # (B, 1, D)
+            robot_state,
             self.agentview(obs["agentview_rgb"]),  # (B, P, D)
             self.eye_in_hand(obs["eye_in_hand_rgb"]),  # (B, P, D)
             self.cls.expand(len(obs["language"]), -1, -1),  # (B, 1, D)

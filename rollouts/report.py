@@ -15,6 +15,7 @@ import numpy as np
 
 from errors import BadInput
 from rollouts.folder import PICTURES, write_whole
+from rollouts.side_by_side import table_text
 from rollouts.video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
 
 MANY = 10  # videos; a grid of more shows them at half size
@@ -143,6 +144,9 @@ def page(directory: Path, results: dict) -> str:
         f"<h1>{title}</h1>",
         f'<p class="figure">{overall["successes"]}/{overall["trials"]} successes{_percent(overall)}</p>',
         f'<p class="soft">{_details(overall)}</p>',
+        "<h2>Side by side</h2>",
+        '<p class="soft">The same scenes, as far as they have been played when this page was made.</p>',
+        f"<pre>{html.escape(table_text(results['side_by_side']))}</pre>",
         "<h2>Tasks</h2>",
         figures_table(results["tasks"], overall),
         '<p><img src="success_rates.png" alt="Success rate of each task with its 95% interval"></p>',

@@ -72,6 +72,12 @@ def test_missing_config_key_is_named(section, key):
         ("model.image_size=100", "not a multiple of model.patch_size"),
         ("data.train_split=1.0", "expected between 0 and 1"),
         ("training.learning_rate=nan", "expected a number > 0"),
+        (
+            "training.phase1.vicreg_on=nothing",
+            "training.phase1.vicreg_on is 'nothing', expected one of both, state, pred",
+        ),
+        ("training.phase1.proprioception_masking=1.5", "proprioception_masking is 1.5, expected at most 1"),
+        ("training.phase1.rollout_length=0", "training.phase1.rollout_length is 0, expected a number > 0"),
     ],
 )
 def test_wrong_override_is_one_sentence(override, sentence):

@@ -17,13 +17,14 @@ import torch
 from test_rollouts_folder import Page
 from test_training import ROOT, SMALL, one_sentence, run
 
+import eval as offline_evaluation
 from dataloader import LanguageTable
 from errors import BadInput
 from libero_sim import make_env, make_suite, task_init_states
 from rollouts.folder import read_episodes
 from rollouts.policies import CheckpointPolicy, ReplayPolicy, training_demo, with_embeddings_of
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
-from run_libero_eval import main
+from run_libero_eval import main, make_policy, parse_arguments
 from statevla_model import load_checkpoint, read_checkpoint, save_checkpoint
 
 
@@ -254,11 +255,45 @@ def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(check
         (("--tasks", "6", "--shard", "3/2"), "--shard 3/2: expected I/N such as 3/16"),
         (("--tasks", "6", "--execute_steps", "11"), "--execute_steps 11: expected between 1 and 10"),
         (("--policy", "replay", "--demo", "no.hdf5"), "--demo no.hdf5: is of one task; choose that task with --tasks"),
+        (("--side_by_side", "0"), "--side_by_side 0: expected 0 to 0.2 metres, not 0"),
+        (("--side_by_side", "0.5"), "--side_by_side 0.5: expected 0 to 0.2 metres, not 0"),
+        (("--side_by_side", "0.05", "--shift_target", "0.05"), "--side_by_side needs --checkpoint, and chooses policy"),
+        (("--side_by_side", "0.05", "--flow_start", "zero"), "--side_by_side needs --checkpoint, and chooses policy"),
+        (("--side_by_side", "0.05", "--policy", "zero", "--checkpoint", ""), "--side_by_side needs --checkpoint"),
     ],
 )
 def test_wrong_flags_are_one_sentence(checkpoint, tmp_path, flags, sentence, monkeypatch, capsys):
     assert sentence in refused(checkpoint, *flags, "--output_dir", tmp_path / "out", at=(monkeypatch, capsys))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_flow_starts_where_the_checkpoint_says_unless_a_flag_says_otherwise(checkpoint, tmp_path, monkeypatch):
+    """A flow from zero asks for no noise: whatever the seed, the answer is the same."""
+    saved = read_checkpoint(checkpoint)
+    saved["config"]["training"]["phase2"]["flow_start"] = "zero"
+    save_checkpoint(saved, tmp_path / "from_zero.pt")
+    [task] = saved["language"]["embeddings"]
+    observation = {name: np.zeros((64, 64, 3), np.uint8) for name in saved["observation"]["cameras"]}
+    observation |= {"joint_states": np.zeros(7, np.float32), "gripper_states": np.zeros(2, np.float32)}
+
+    def answers(path, *flags):
+        monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--checkpoint", str(path), *flags])
+        policy, settings = make_policy(parse_arguments(), read_checkpoint(path), {6: task}, {})
+        rollouts = [policy.act([observation], [task], [torch.Generator().manual_seed(seed)])[0] for seed in (0, 1)]
+        offline = []
+        for seed in ("0", "1"):
+            output = tmp_path / "offline.json"
+            command = ["eval.py", "--checkpoint", str(path), "--seed", seed, "--output", str(output), *flags]
+            monkeypatch.setattr(sys, "argv", command)
+            offline_evaluation.main()
+            offline.append(json.loads(output.read_text()))
+        assert settings["flow_start"] == offline[0]["flow_start"]
+        same = np.array_equal(*rollouts)
+        assert same == (offline[0]["mse"] == offline[1]["mse"])
+        return settings["flow_start"], same
+
+    assert answers(checkpoint) == answers(tmp_path / "from_zero.pt", "--flow_start", "noise") == ("noise", False)
+    assert answers(tmp_path / "from_zero.pt") == answers(checkpoint, "--flow_start", "zero") == ("zero", True)
 
 
 def refused(checkpoint: Path, *flags: object, at: tuple) -> str:

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from action_policy import Normalizer
+from action_policy import Normalizer, StateScaling
 from config import ModelConfig, load_config
-from jepa.temporal_predictor import covariance_loss, representation_health, temporal_jepa_losses, variance_loss
+from jepa.temporal_predictor import (
+    FORESIGHT,
+    covariance_loss,
+    representation_health,
+    temporal_jepa_losses,
+    variance_loss,
+)
 from jepa.tokenizer import resize_images
 from statevla_model import StateVLA, StateVLATrainer, build_trainer, count_parameters
 
@@ -34,7 +40,7 @@ def random_observation(batch: int, image_size: int = 32) -> dict:
 
 
 def fitted(model: StateVLA) -> StateVLA:
-    model.state_normalizer.fit(torch.randn(100, model.config.state_dim))
+    model.state_scaling.fit(torch.randn(100, model.config.state_dim))
     model.policy.normalizer.fit(torch.rand(100, 6) - 0.5)
     return model
 
@@ -160,11 +166,11 @@ def test_target_is_an_exact_ema_of_tokenizer_and_encoder():
     torch.testing.assert_close(encoder.target(obs), encoder(obs))
 
 
-def phase1_batch(batch: int = 4) -> dict:
+def phase1_batch(batch: int = 4, predictions: int = 1) -> dict:
     return {
-        "obs": random_observation(batch),
-        "next_obs": random_observation(batch),
-        "actions": torch.randn(batch, 2, 7),
+        "obs": random_observation(predictions * batch),
+        "next_obs": random_observation(predictions * batch),
+        "actions": torch.randn(batch, 2 * predictions, 7),
     }
 
 
@@ -184,6 +190,164 @@ def test_phase1_loss_is_the_weighted_sum_of_its_named_terms():
     torch.testing.assert_close(losses["loss"], expected + losses["inverse_dynamics"])
 
 
+def phase1_trainer(*overrides: str) -> StateVLATrainer:
+    """In double precision, and past its first step: the predictor does not copy, the target is not the encoder."""
+    trainer = build_trainer(small_config(*(f"training.phase1.{override}" for override in overrides)), 1).double()
+    encoder = trainer.model.state_encoder
+    with torch.no_grad():
+        for parameter in (*encoder.tokenizer.parameters(), *encoder.encoder.parameters()):
+            parameter += 0.02 * torch.randn_like(parameter)
+    nn.init.normal_(encoder.predictor.mlp[-1].weight, std=0.2)
+    return trainer
+
+
+def in_double(batch: dict) -> dict:
+    return batch | {"actions": batch["actions"].double()}
+
+
+def test_every_frame_of_a_window_predicts_to_the_windows_end_on_its_own_predictions():
+    trainer, batch = phase1_trainer(), in_double(phase1_batch(4, predictions=3))
+    encoder, gap = trainer.model.state_encoder, 2
+    z = encoder(batch["obs"]).view(3, 4, 32)  # frame by frame
+    z_next = encoder.target(batch["next_obs"]).view(3, 4, 32)
+    expected = {}
+    for start in range(3):
+        predicted = z[start]
+        for frame in range(start, 3):
+            predicted = encoder.predictor(predicted, batch["actions"][:, frame * gap : (frame + 1) * gap])
+            expected[frame - start, start] = predicted, z_next[frame], z[start]
+    outputs = trainer.phase1_outputs(batch)
+    names = ("z_next_pred", "z_next_target", "z_copied")
+    for name, rows in zip(names, zip(*(expected[key] for key in sorted(expected)), strict=True), strict=True):
+        torch.testing.assert_close(outputs[name], torch.cat(rows), msg=name)
+        assert outputs[name].shape == (6 * 4, 32)  # 3 predictions from the first frame, 2 and 1 from those after it
+    assert not torch.allclose(outputs["z_next_pred"], outputs["z_copied"], atol=1e-3)
+    assert not outputs["z_next_target"].requires_grad and not outputs["z_copied"].requires_grad
+    torch.testing.assert_close(outputs["z_t"], z.flatten(0, 1))
+
+
+def test_the_heads_of_a_window_see_neighbouring_frames_and_the_actions_between():
+    trainer, batch = phase1_trainer("inverse_dynamics_weight=1.0"), in_double(phase1_batch(4, predictions=3))
+    encoder, outputs = trainer.model.state_encoder, trainer.phase1_outputs(batch)
+    for frame in range(3):
+        rows = slice(4 * frame, 4 * frame + 4)
+        one = {name: {key: value[rows] for key, value in batch[name].items()} for name in ("obs", "next_obs")}
+        told = trainer.inverse_dynamics(encoder(one["obs"]), encoder.target(one["next_obs"]))
+        torch.testing.assert_close(outputs["actions_pred"][rows], told)
+        assert torch.equal(outputs["actions"][rows], batch["actions"][:, 2 * frame : 2 * frame + 2].flatten(1))
+
+
+def test_with_one_prediction_the_losses_are_the_guides_formula():
+    trainer, batch = phase1_trainer("inverse_dynamics_weight=0.0"), in_double(phase1_batch(8))
+    encoder = trainer.model.state_encoder
+    z_t, target = encoder(batch["obs"]), encoder.target(batch["next_obs"])
+    predicted = encoder.predictor(z_t, batch["actions"])
+    variance = covariance = 0
+    for z in (z_t, predicted):
+        off_diagonal = torch.cov(z.T) * (1 - torch.eye(32))
+        covariance += (off_diagonal**2).sum() / 32 / 2
+        variance += (1 - (z.std(dim=0) ** 2 + 1e-4).sqrt()).clamp(min=0).mean() / 2
+    losses = trainer(batch)
+    torch.testing.assert_close(losses["jepa_mse"], ((predicted - target) ** 2).mean())
+    torch.testing.assert_close(losses["jepa_variance"], variance)
+    torch.testing.assert_close(losses["jepa_covariance"], covariance)
+    expected = ((predicted - target) ** 2).mean() + variance + 0.04 * covariance
+    torch.testing.assert_close(losses["loss"], expected)
+    assert losses.keys() == {"jepa_mse", "jepa_variance", "jepa_covariance", "loss"}
+
+
+@pytest.mark.parametrize("mode, share", [("train", 1.0), ("train", 0.5), ("train", 0.0), ("eval", 1.0)])
+def test_masking_hides_the_robot_state_of_that_share_of_the_samples_in_training_alone(mode, share):
+    trainer = phase1_trainer(f"proprioception_masking={share}").train(mode == "train")
+    batch = in_double(phase1_batch(32, predictions=2))
+    moved = dict(batch)
+    for name in ("obs", "next_obs"):
+        other = {"joint_states": batch[name]["joint_states"] + 1, "gripper_states": batch[name]["gripper_states"] / 2}
+        moved[name] = batch[name] | other
+    torch.manual_seed(0)
+    before = trainer.phase1_outputs(batch)
+    torch.manual_seed(0)  # the same samples are masked
+    after = trainer.phase1_outputs(moved)
+    unchanged = (before["z_t"] == after["z_t"]).all(dim=1).double().mean().item()
+    if share == 0.5:
+        assert 0.3 < unchanged < 0.7
+    else:
+        assert unchanged == (share if mode == "train" else 0)
+    assert (before["z_next_target"] != after["z_next_target"]).any(dim=1).all()  # the target always knows
+
+
+@pytest.mark.parametrize("where", ["state", "prediction", "both"])
+def test_vicreg_acts_where_the_config_says(where):
+    trainer = phase1_trainer(f"vicreg_on={where}")
+    outputs = {name: torch.randn(50, 32) for name in ("z_t", "z_next_pred", "z_next_target")}
+    outputs["z_t"] = outputs["z_t"] * 0.2
+    regularised = {"state": ["z_t"], "prediction": ["z_next_pred"], "both": ["z_t", "z_next_pred"]}[where]
+    losses = trainer.phase1_losses(outputs)
+    for name, loss in (("jepa_variance", variance_loss), ("jepa_covariance", covariance_loss)):
+        expected = torch.stack([loss(outputs[key]) for key in regularised]).mean()
+        torch.testing.assert_close(losses[name], expected)
+
+
+def test_foresight_tells_the_arms_own_future_without_the_actions_and_teaches_the_encoder_alone():
+    trainer, batch = phase1_trainer("foresight_weight=2.0"), in_double(phase1_batch(4, predictions=3))
+    batch["actions"].requires_grad_()
+    batch["robot_ahead"] = torch.randn(12, len(FORESIGHT), 9) * 3 + 1
+    trainer.robot_normalizer.fit(batch["robot_ahead"].flatten(0, 1))
+    encoder, losses = trainer.model.state_encoder, trainer(batch)
+    standardised = (batch["robot_ahead"] - batch["robot_ahead"].mean((0, 1))) / batch["robot_ahead"].std(
+        (0, 1), correction=0
+    )
+    foreseen = trainer.foresight(encoder(batch["obs"]))
+    assert foreseen.shape == (12, len(FORESIGHT), 9)
+    torch.testing.assert_close(losses["foresight"], ((foreseen - standardised) ** 2).mean(), rtol=1e-5, atol=1e-5)
+    others = losses["jepa_mse"] + losses["jepa_variance"] + 0.04 * losses["jepa_covariance"]
+    torch.testing.assert_close(losses["loss"], others + losses["inverse_dynamics"] + 2 * losses["foresight"])
+
+    losses["foresight"].backward()
+    for module in (encoder.tokenizer, encoder.encoder, trainer.foresight):
+        assert any(parameter.grad.abs().max() > 0 for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in (*encoder.target.parameters(), *encoder.predictor.parameters()))
+    assert batch["actions"].grad is None
+
+
+def test_foresight_without_fitted_statistics_is_loud():
+    trainer, batch = phase1_trainer("foresight_weight=1.0"), in_double(phase1_batch(4))
+    batch["robot_ahead"] = torch.randn(4, len(FORESIGHT), 9)
+    assert trainer(batch)["loss"].isnan()
+
+
+def test_a_head_without_weight_is_not_there():
+    trainer = build_trainer(small_config("training.phase1.inverse_dynamics_weight=0.0"), 1)
+    assert trainer.foresight is None and trainer.inverse_dynamics is None
+    assert "foresight" not in trainer(phase1_batch())
+    assert not [name for name in trainer.state_dict() if not name.startswith("model.")]
+
+
+@pytest.mark.parametrize("state_dim", [32, 24])
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_a_norm_of_the_state_sets_its_size_at_initialisation(norm, state_dim):
+    config = small_config(f"model.state_norm={norm}", f"model.state_dim={state_dim}")
+    z = build_trainer(config, 1).model.double().encode(random_observation(6))
+    size = z.square().mean(dim=1)
+    assert z.shape == (6, state_dim)
+    if norm == "none":
+        assert (size - 1).abs().min() > 0.05
+        return
+    torch.testing.assert_close(size, torch.ones_like(size), rtol=0.01, atol=0)
+    assert (z.mean(dim=1).abs().max() < 1e-6) == (norm == "layer")
+
+
+def test_the_predictors_dropout_acts_in_training_alone():
+    trainer, plain = phase1_trainer("predictor_dropout=0.5"), phase1_trainer()
+    predictor, reference = trainer.model.state_encoder.predictor, plain.model.state_encoder.predictor
+    reference.load_state_dict(predictor.state_dict())
+    z_t, actions = torch.randn(4, 32).double(), torch.randn(4, 2, 7).double()
+    assert not torch.allclose(predictor(z_t, actions), predictor(z_t, actions))
+    assert torch.equal(reference(z_t, actions), reference(z_t, actions))
+    trainer.eval()
+    assert torch.equal(predictor(z_t, actions), reference(z_t, actions))
+
+
 # ------------------------------------------------------------------------------------------------ phase 2's losses
 
 
@@ -195,6 +359,23 @@ def test_phase2_trains_policy_and_gripper_alone():
     torch.testing.assert_close(losses["action_loss"], losses["pos_rot_loss"] + losses["gripper_loss"])
     assert all(p.grad is not None for m in (trainer.model.policy, trainer.model.gripper) for p in m.parameters())
     assert all(p.grad is None and not p.requires_grad for p in trainer.model.state_encoder.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_phase2_trains_tokenizer_and_encoder_where_they_are_not_frozen(frozen):
+    trainer = build_trainer(small_config(f"training.phase2.freeze_encoder={str(frozen).lower()}"), 2)
+    fitted(trainer.model)
+    actions = torch.cat([torch.rand(4, 10, 6) - 0.5, torch.ones(4, 10, 1)], dim=-1)
+    trainer({"obs": random_observation(4), "actions": actions})["loss"].backward()
+    encoder = trainer.model.state_encoder
+    for module in (encoder.tokenizer, encoder.encoder):
+        assert module.training != frozen
+        for name, parameter in module.named_parameters():
+            assert (parameter.grad is None) == frozen, name
+            assert frozen or parameter.grad.abs().max() > 0, name
+    for module in (encoder.target, encoder.predictor):
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.parameters())
+    assert all(parameter.grad is not None for parameter in trainer.model.policy.parameters())
 
 
 def test_the_frozen_encoder_stays_in_eval_mode():
@@ -273,6 +454,57 @@ def test_normalizer_inverts_itself_and_leaves_a_constant_dimension_alone():
     torch.testing.assert_close(normalized[:, :5].std(dim=0, correction=0), torch.ones(5), atol=1e-4, rtol=0)
     torch.testing.assert_close(normalized[:, 5], torch.zeros(200))
     torch.testing.assert_close(normalizer.unnormalize(normalized), values)
+
+
+def tilted_states(stds: list[float], rows: int = 2_000) -> torch.Tensor:
+    """States whose variance lies along rotated axes: no dimension has one of `stds` for itself."""
+    rotation = torch.linalg.qr(torch.randn(len(stds), len(stds), dtype=torch.float64)).Q
+    return (torch.randn(rows, len(stds), dtype=torch.float64) * torch.tensor(stds)) @ rotation + 3
+
+
+def test_whitened_states_have_unit_variance_in_every_direction():
+    states = tilted_states([2.0, 1.0, 0.5, 0.1, 0.05])
+    scaling = StateScaling(5).double()
+    scaling.fit(states, "whiten")
+    whitened = scaling(states)
+    torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(5).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.eye(5).double(), atol=1e-4, rtol=0)
+
+
+def test_whitening_does_not_blow_up_directions_without_variance():
+    states = tilted_states([2.0, 1.0, 2e-3, 0.0])  # 2e-3: a variance of 1e-6 of the largest
+    scaling = StateScaling(4).double()
+    scaling.fit(states, "whiten")
+    stds = torch.linalg.svdvals(states - states.mean(dim=0)) / len(states) ** 0.5
+    gains = torch.linalg.svdvals(scaling.transform)
+    at_most = 1 / (StateScaling.FLOOR**0.5 * stds[0])
+    torch.testing.assert_close(gains, torch.stack([at_most, at_most, 1 / stds[1], 1 / stds[0]]), rtol=1e-4, atol=0)
+
+
+def test_standardised_states_have_unit_variance_in_every_dimension_but_constant_ones():
+    states = tilted_states([2.0, 1.0, 0.5, 0.1])
+    states[:, 2] = 7.0
+    scaling = StateScaling(4).double()
+    scaling.fit(states, "standardise")
+    scaled = scaling(states)
+    torch.testing.assert_close(scaled.mean(dim=0), torch.zeros(4).double(), atol=1e-5, rtol=0)
+    expected = torch.tensor([1.0, 1.0, 0.0, 1.0]).double()
+    torch.testing.assert_close(scaled.std(dim=0, correction=0), expected, atol=1e-5, rtol=0)
+    moved = states.clone()
+    moved[:, 2] += 0.3
+    torch.testing.assert_close((scaling(moved) - scaled)[:, 2], torch.full((len(states),), 0.3).double())
+    torch.testing.assert_close((scaling(moved) - scaled)[:, [0, 1, 3]], torch.zeros(len(states), 3).double())
+    reference = Normalizer(4).double()  # the actions' own
+    reference.fit(states)
+    torch.testing.assert_close(scaled, reference.normalize(states), atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_left_alone_where_they_are_not_to_be_scaled_and_lost_where_nothing_was_fitted():
+    states = torch.randn(50, 4) * 3 + 1
+    scaling = StateScaling(4)
+    assert scaling(states).isnan().all()
+    scaling.fit(states, "none")
+    assert torch.equal(scaling(states), states)
 
 
 def test_the_same_generator_gives_the_same_chunk_and_zero_start_needs_none():

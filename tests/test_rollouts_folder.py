@@ -1,6 +1,7 @@
 """What an evaluation keeps on disk, what it says about it, and how parts are joined. No simulator is needed."""
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ from test_training import ROOT, one_sentence, run
 from errors import BadInput
 from rollouts.folder import EvaluationFolder, merge, read_episodes
 from rollouts.report import write_report
+from rollouts.side_by_side import conditions, side_by_side, table_text
 from rollouts.statistics import exact_mcnemar, figures_text, summarise, wilson_interval
 from rollouts.video import write_mp4, write_png
 from rollouts.worker import Episode
@@ -132,6 +134,8 @@ def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     assert results["overall"] == json.loads(json.dumps(summarise(whole)))
     assert results["title"] == "libero_object, all 2 tasks x all 3 init states, flow started from noise"
     assert "overall: 4/6 successes = 66.7%, 95% interval 30.0 to 90.3%" in said
+    assert re.search(r"^policy, flow from noise +4 of 6 \(30 to 90%\) +-$", said, re.MULTILINE)
+    assert results["side_by_side"]["policy, flow from noise"]["init states"]["trials"] == 6
     assert (tmp_path / "all/failures.png").exists()
 
 
@@ -207,6 +211,157 @@ def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
     assert "not a results.json of run_libero_eval.py" in one_sentence(wrong)
 
 
+# ---------------------------------------------------------------------------------------------------- side by side
+
+
+POLICY = {"execute_steps": 10, "sample_steps": 4}
+INIT, SHIFTED = "init states", "target shifted by up to 50 mm"
+
+
+def results_in(directory: Path, successes: int, trials: int = 4, **changes) -> dict:
+    """A finished evaluation as its neighbours find it. `flow_start=None` and such: the setting is not there."""
+    settings = {name: value for name, value in (SETTINGS | POLICY | changes).items() if value is not None}
+    results = {
+        "settings": settings,
+        "overall": summarise([episode(6, trial, success=trial < successes) for trial in range(trials)]),
+    }
+    directory.mkdir(parents=True)
+    (directory / "results.json").write_text(json.dumps(results))
+    return results
+
+
+BLIND = {"flow_start": None, "weights_sha256": None, "execute_steps": None, "sample_steps": None}
+
+
+def played(table: dict) -> dict[str, dict[str, tuple[int, int]]]:
+    return {
+        row: {column: (cell["successes"], cell["trials"]) for column, cell in cells.items()}
+        for row, cells in table.items()
+    }
+
+
+def test_neighbouring_evaluations_of_the_same_scenes_stand_side_by_side(tmp_path):
+    own = results_in(tmp_path / "own", 3)
+    results_in(tmp_path / "own_shifted", 2, shift_target=0.05)
+    results_in(tmp_path / "from_zero", 4, flow_start="zero")
+    results_in(tmp_path / "replay_shifted", 1, policy="replay", shift_target=0.05, **BLIND)
+    standing = results_in(tmp_path / "standing", 0, policy="zero", **BLIND)
+    expected = {
+        "policy, flow from noise": {INIT: (3, 4), SHIFTED: (2, 4)},
+        "policy, flow from zero": {INIT: (4, 4)},
+        "one demo, replayed blindly": {SHIFTED: (1, 4)},
+        "standing still": {INIT: (0, 4)},
+    }
+    table = side_by_side(tmp_path / "own", own)
+    assert played(table) == expected
+    assert table["policy, flow from noise"][SHIFTED]["interval"] == pytest.approx(wilson_interval(2, 4))
+    assert played(side_by_side(tmp_path / "standing", standing)) == expected  # whoever looks
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task_suite": "libero_goal"}, {"instructions": {"6": "pick up the butter"}}, {"num_trials": 2},
+        {"max_steps": 100}, {"seed": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+@pytest.mark.parametrize("policy", ["checkpoint", "replay"])
+def test_evaluations_of_other_scenes_are_no_neighbours(tmp_path, change, policy):
+    own = results_in(tmp_path / "own", 3)
+    what = {"flow_start": "zero"} if policy == "checkpoint" else BLIND
+    results_in(tmp_path / "other", 1, policy=policy, **what, **change)
+    assert played(side_by_side(tmp_path / "own", own)) == {"policy, flow from noise": {INIT: (3, 4)}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights_sha256": "def"}, {"execute_steps": 5}, {"sample_steps": 8}, {"image_size": 128}],
+    ids=lambda change: next(iter(change)),
+)
+def test_evaluations_of_other_policies_are_no_neighbours(tmp_path, change):
+    own = results_in(tmp_path / "own", 3)
+    results_in(tmp_path / "other", 1, flow_start="zero", **change)
+    results_in(tmp_path / "replay", 2, policy="replay", **BLIND)
+    assert played(side_by_side(tmp_path / "own", own)) == {
+        "policy, flow from noise": {INIT: (3, 4)},
+        "one demo, replayed blindly": {INIT: (2, 4)},
+    }
+
+
+def test_beside_a_baseline_stand_the_evaluations_of_one_policy(tmp_path):
+    own = results_in(tmp_path / "own", 0, policy="zero", **BLIND)
+    results_in(tmp_path / "a", 1, flow_start="zero")
+    results_in(tmp_path / "b", 2, weights_sha256="def")
+    results_in(tmp_path / "c", 3, shift_target=0.05)
+    assert played(side_by_side(tmp_path / "own", own)) == {
+        "policy, flow from zero": {INIT: (1, 4)},
+        "policy, flow from noise": {SHIFTED: (3, 4)},
+        "standing still": {INIT: (0, 4)},
+    }
+
+
+def test_an_evaluation_counts_before_an_equal_one_beside_it_and_not_at_all_without_a_trial(tmp_path):
+    results_in(tmp_path / "a", 4)
+    results_in(tmp_path / "b", 0, trials=0, flow_start="zero")
+    own = results_in(tmp_path / "own", 1)
+    assert played(side_by_side(tmp_path / "own", own)) == {"policy, flow from noise": {INIT: (1, 4)}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"settings": {',
+        "[]",
+        "{}",
+        "3",
+        '{"settings": {}, "overall": {}}',
+        '{"settings": [], "overall": {}}',
+        '{"settings": null, "overall": {}}',
+        json.dumps({"settings": {key: SETTINGS[key] for key in SETTINGS if key != "policy"}, "overall": {}}),
+        json.dumps({"settings": SETTINGS | BLIND | {"policy": "zero"}, "overall": {}}),
+        b"\xff",
+    ],
+)
+def test_neighbours_that_cannot_be_read_are_left_out(tmp_path, content):
+    own = results_in(tmp_path / "own", 3)
+    results_in(tmp_path / "z", 1, flow_start="zero")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/results.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("a file, no folder")
+    (tmp_path / "b/results.json").mkdir(parents=True)
+    assert side_by_side(tmp_path / "own", own).keys() == {"policy, flow from noise", "policy, flow from zero"}
+
+
+def test_what_nobody_has_played_is_a_dash(tmp_path):
+    own = results_in(tmp_path / "own", 3)
+    head, *rows = table_text(side_by_side(tmp_path / "own", own)).splitlines()
+    assert re.split("  +", head) == ["successes (95% interval)", "init states", "target shifted"]
+    assert [re.split("  +", row) for row in rows] == [
+        ["policy, flow from noise", "3 of 4 (30 to 95%)", "-"],
+        ["policy, flow from zero", "-", "-"],
+        ["one demo, replayed blindly", "-", "-"],
+        ["standing still", "-", "-"],
+    ]
+    results_in(tmp_path / "shifted", 0, shift_target=0.05, policy="zero", **BLIND)
+    head, *rows = table_text(side_by_side(tmp_path / "own", own)).splitlines()
+    assert re.split("  +", head) == ["successes (95% interval)", INIT, SHIFTED]
+    assert re.split("  +", rows[-1]) == ["standing still", "-", "0 of 4 (0 to 49%)"]
+    assert len({len(line) for line in (head, *rows)}) == 1  # columns are aligned
+
+
+def test_the_conditions_side_by_side_are_the_cells_of_the_table(tmp_path):
+    asked = dict(conditions(0.05))
+    assert len(asked) == 8
+    for name, flags in asked.items():
+        settings = {} if flags["policy"] == "checkpoint" else BLIND
+        own = results_in(tmp_path / name, 1, **(settings | flags))
+    table = side_by_side(tmp_path / name, own)
+    assert len(table) == 4 and all(row.keys() == {INIT, SHIFTED} for row in table.values())
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 
@@ -249,6 +404,7 @@ def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
         "title": describe(SETTINGS, 4), "overall": summarise(episodes), "tasks": tasks, "episodes": episodes,
         "settings": SETTINGS, "checkpoint": "<best>.pt", "checkpoint_epoch": 3,
     }  # fmt: skip
+    results["side_by_side"] = side_by_side(tmp_path, results)
     page = Page(write_report(tmp_path, results).read_text())
     assert set(page.links) == {
         "success_rates.png", "task3.mp4", "failures.png", "episodes/task3_trial0_success.mp4",
@@ -257,3 +413,4 @@ def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
     assert all((tmp_path / link).stat().st_size > 0 for link in page.links)
     assert said in page.text and "killed by SIGKILL" in page.text and "take <this> & that" in page.text
     assert "2/3 successes = 66.7%" in page.text
+    assert table_text(results["side_by_side"]) in page.text and "2 of 3 (21 to 94%)" in page.text

@@ -1,6 +1,7 @@
 """train.py and eval.py as processes: checkpoints, resume, two processes with gloo, and bad input."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from libero_files import write_task_file
 from test_model import fitted, phase1_batch, small_config
 from torch.nn.parallel import DistributedDataParallel
 
+from config import parse_config
 from dataloader import gather_rows
 from errors import BadInput
+from jepa.temporal_predictor import FORESIGHT
 from statevla_model import StateVLATrainer, build_trainer, load_checkpoint, read_checkpoint, save_checkpoint
 from train import PHASE_DIRECTORIES
 
@@ -208,15 +211,93 @@ def test_bfloat16_and_recomputed_activations_train_to_nearly_the_same_losses(run
 def test_resume_continues_the_same_loss_curve(runs, data, tmp_path, phase, folder):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
     run("train.py", "--phase", phase, "--checkpoint", runs / folder / "checkpoint_epoch_2.pt", *both)
-    whole, resumed = (read_checkpoint(root / folder / "checkpoint_latest.pt") for root in (runs, tmp_path))
+    assert_same_last_epoch(runs / folder, tmp_path / folder)
+
+
+def assert_same_last_epoch(whole_run: Path, resumed_run: Path) -> None:
+    """Bit for bit, of a run and of one that was resumed for its last epoch."""
+    whole, resumed = (read_checkpoint(folder / "checkpoint_latest.pt") for folder in (whole_run, resumed_run))
     for name, value in whole["model_state_dict"].items():
         torch.testing.assert_close(value, resumed["model_state_dict"][name], rtol=0, atol=0, equal_nan=True, msg=name)
     assert whole["best_loss"] == resumed["best_loss"]
     for split in ("train", "validation"):
-        lines = [line for line in metrics(runs / folder, split) if line["epoch"] == 3]
-        again = metrics(tmp_path / folder, split)
+        lines = [line for line in metrics(whole_run, split) if line["epoch"] == whole["epoch"]]
+        again = metrics(resumed_run, split)
+        assert len(lines) > 0
         assert [line["loss"] for line in lines] == [line["loss"] for line in again]
         assert [line["step"] for line in lines] == [line["step"] for line in again]
+
+
+def test_windows_foresight_masking_and_dropout_train_and_resume(data, tmp_path):
+    changes = {
+        "rollout_length": 2, "foresight_weight": 1, "proprioception_masking": 0.5, "predictor_dropout": 0.1,
+        "num_epochs": 2,
+    }  # fmt: skip
+    both = settings(data__data_directory=data, **{f"training__phase1__{key}": value for key, value in changes.items()})
+    whole, resumed = (("--set", f"training.checkpoint_directory={tmp_path / name}") for name in ("whole", "resumed"))
+    folder = PHASE_DIRECTORIES[1]
+    run("train.py", "--phase", 1, *both, *whole)
+    for split in ("train", "validation"):
+        lines = metrics(tmp_path / "whole" / folder, split)
+        assert {"foresight", "jepa_mse", "jepa_variance", "jepa_covariance"} <= lines[0].keys()
+        assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
+    losses = [line["loss"] for line in metrics(tmp_path / "whole" / folder, "train")]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    run(
+        "train.py", "--phase", 1, "--checkpoint", tmp_path / "whole" / folder / "checkpoint_epoch_1.pt", *both, *resumed
+    )
+    assert_same_last_epoch(tmp_path / "whole" / folder, tmp_path / "resumed" / folder)
+
+
+@pytest.fixture(scope="module")
+def joint(data, tmp_path_factory) -> Path:
+    """No phase 1, and a phase 2 that trains the encoder on."""
+    directory = tmp_path_factory.mktemp("joint")
+    both = settings(**JOINT, data__data_directory=data, training__checkpoint_directory=directory)
+    run("train.py", "--phase", 1, *both)
+    encoder = directory / "phase1_temporal_jepa/checkpoint_best.pt"
+    run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both)
+    return directory
+
+
+JOINT = {
+    "training__phase1__num_epochs": 0, "training__phase2__num_epochs": 2, "training__phase2__freeze_encoder": "false",
+}  # fmt: skip
+
+
+def test_a_phase_of_no_epochs_keeps_the_untrained_model(joint):
+    best, latest = (
+        read_checkpoint(joint / f"phase1_temporal_jepa/checkpoint_{name}.pt") for name in ("best", "latest")
+    )
+    assert (best["epoch"], best["step"], best["phase"]) == (0, 0, 1)
+    config = parse_config(best["config"], "checkpoint")
+    torch.manual_seed(config.training.seed)
+    untrained = build_trainer(config, 1).state_dict()
+    assert untrained.keys() == best["model_state_dict"].keys() == latest["model_state_dict"].keys()
+    for name, value in untrained.items():
+        for found in (best, latest):
+            torch.testing.assert_close(found["model_state_dict"][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    [line] = metrics(joint / "phase1_temporal_jepa", "validation")
+    assert best["loss"] == latest["best_loss"] == line["loss"]
+    assert not metrics(joint / "phase1_temporal_jepa", "train")
+
+
+def test_phase2_trains_the_encoder_on_where_it_is_not_frozen_and_resumes(joint, data, tmp_path):
+    before = read_checkpoint(joint / "phase1_temporal_jepa/checkpoint_best.pt")["model_state_dict"]
+    after = read_checkpoint(joint / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
+    state_encoder = "model.state_encoder."
+    trained = tuple(f"{state_encoder}{part}." for part in ("tokenizer", "encoder"))
+    names = [name for name in before if name.startswith(state_encoder)]
+    assert any(name.startswith(trained) for name in names) and not all(name.startswith(trained) for name in names)
+    for name in names:
+        assert torch.equal(before[name], after[name]) != name.startswith(trained), name
+    assert not (joint / "frozen_states").exists()
+    losses = [line["loss"] for line in metrics(joint / "phase2_flow_matching", "train")]
+    assert all(map(math.isfinite, losses)) and sum(losses[-4:]) < sum(losses[:4])
+
+    both = settings(**JOINT, data__data_directory=data, training__checkpoint_directory=tmp_path)
+    run("train.py", "--phase", 2, "--checkpoint", joint / "phase2_flow_matching/checkpoint_epoch_1.pt", *both)
+    assert_same_last_epoch(joint / "phase2_flow_matching", tmp_path / "phase2_flow_matching")
 
 
 def test_a_resumed_run_takes_its_own_weight_decay_and_says_so(runs, data, tmp_path):
@@ -261,14 +342,17 @@ def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> No
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    trainer = build_trainer(small_config(), 1).double()
-    batch = phase1_batch(8)
-    own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    trainer = build_trainer(small_config("training.phase1.foresight_weight=1.0"), 1).double()
+    batch = phase1_batch(8, predictions=2)
+    samples = torch.arange(8).chunk(ranks)[rank]
+    own = torch.cat([samples, 8 + samples])  # both frames of each
     share = {
         "obs": {name: value[own] for name, value in batch["obs"].items()},
         "next_obs": {name: value[own] for name, value in batch["next_obs"].items()},
-        "actions": batch["actions"][own].double(),
+        "actions": batch["actions"][samples].double(),
+        "robot_ahead": torch.randn(16, len(FORESIGHT), 9)[own],
     }
+    trainer.robot_normalizer.fit(torch.randn(100, 9))
     ddp_trainer = DistributedDataParallel(trainer)
     ddp_trainer(share)["loss"].backward()
     gradients = {name: p.grad for name, p in trainer.named_parameters() if p.requires_grad}
@@ -309,7 +393,7 @@ def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, d
         read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
         for root in (runs, tmp_path)
     ]
-    for name in ("model.state_normalizer.mean", "model.state_normalizer.std", "model.policy.normalizer.mean"):
+    for name in ("model.state_scaling.mean", "model.state_scaling.transform", "model.policy.normalizer.mean"):
         torch.testing.assert_close(state[0][name], state[1][name], rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,276 @@
+"""What makes a frozen encoder useful? Trains every row of the tables in docs/learning.md on the same demonstrations
+with the same number of steps, and measures each in the same way.
+
+    python benchmarks/learning.py                           all rows; what is there already is not computed again
+    python benchmarks/learning.py --rows best,plain --seeds 0
+    python benchmarks/learning.py --quick                   a few steps of each: shows that it runs, measures nothing
+
+Claims (every seed, with rollouts) compare where z comes from. Ingredients (first seed, no rollouts) are the best recipe
+with one thing changed. The best recipe is conf/quickstart.yaml. Demonstrations, runs and figures of every row stay
+under --directory; the tables are written to benchmarks/results/learning.json.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from measure import REPO, RESULTS, arguments, machine, print_table
+
+CONFIG = "conf/quickstart.yaml"
+TASKS = "0,4,6"  # of libero_object
+SHIFT = 0.05  # metres that the target is moved by at most, in the demonstrations and in half of the rollouts
+DEMOS_PER_TASK, TRIALS = 20, 10  # TRIALS episodes a task from the init states, as many with the target shifted
+PHASES = {1: "phase1_temporal_jepa", 2: "phase2_flow_matching"}
+BASELINES = ("replay", "zero")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what differs from the best recipe."""
+
+    description: str
+    phase1: tuple[str, ...] = ()  # --set arguments of phase 1
+    phase2: tuple[str, ...] = ()  # further ones of phase 2
+    encoder_of: str | None = None  # a row whose phase 1 is taken over
+    claim: bool = False
+
+
+def recipe(**values: object) -> tuple[str, ...]:
+    return tuple(f"training.phase1.{key}={value}" for key, value in values.items())
+
+
+PLAIN = (
+    "model.prediction_gap=1",
+    *recipe(
+        vicreg_on="both", variance_weight=1.0, covariance_weight=0.04, inverse_dynamics_weight=0, foresight_weight=0,
+        proprioception_masking=0,
+    ),
+)  # fmt: skip
+TRAIN_ALL = ("training.phase2.freeze_encoder=false",)
+ROWS = {
+    "random": Row("frozen, untrained", recipe(num_epochs=0), claim=True),
+    "plain": Row("frozen, the guide's plain recipe", PLAIN, claim=True),
+    "best": Row("frozen, the best recipe", claim=True),
+    "end_to_end": Row("trained by the policy's loss alone", phase2=TRAIN_ALL, encoder_of="random", claim=True),
+    "fine_tuned": Row("the best recipe, then trained on", phase2=TRAIN_ALL, encoder_of="best", claim=True),
+    "gap_1": Row("predicts 1 frame ahead, not 5", ("model.prediction_gap=1",)),
+    "rollout_4": Row("four predictions in a row", ("training.batch_size=16", *recipe(rollout_length=4, num_epochs=2))),
+    "vicreg_on_both": Row("VICReg on prediction and z_t", recipe(vicreg_on="both")),
+    "vicreg_on_prediction": Row("VICReg on the prediction", recipe(vicreg_on="prediction")),
+    "guide_weights": Row("VICReg 1.0 and 0.04", recipe(variance_weight=1.0, covariance_weight=0.04)),
+    "rms_norm": Row("RMSNorm before VICReg", ("model.state_norm=rms",)),
+    "no_inverse": Row("no inverse dynamics", recipe(inverse_dynamics_weight=0)),
+    "no_foresight": Row("no foresight", recipe(foresight_weight=0)),
+    "dropout": Row("predictor dropout 0.1", recipe(predictor_dropout=0.1)),
+    "no_masking": Row("proprioception never masked", recipe(proprioception_masking=0)),
+    "image_shift": Row("pictures shifted by up to 2 pixels", ("training.image_shift=2",), ("training.image_shift=0",)),
+    "constant_rate": Row(
+        "no warm-up, constant rate", ("training.warmup_steps=0", "training.learning_rate_schedule=constant")
+    ),
+    "slow_target": Row("EMA from 0.996, not 0.98", ("training.ema_momentum=0.996",)),
+    "whitened": Row("z whitened", phase2=("training.phase2.state_scaling=whiten",), encoder_of="best"),
+    "unscaled": Row("z as it is", phase2=("training.phase2.state_scaling=none",), encoder_of="best"),
+}
+
+
+def main() -> None:
+    settings = arguments(
+        __doc__,
+        rows={"help": "comma-separated names of rows (default: all)"},
+        seeds={"default": "0,1,2", "help": "of the claims; ingredients take the first (default: %(default)s)"},
+        directory={"default": "runs/learning", "help": "demonstrations and runs (default: %(default)s)"},
+    )
+    directory = (REPO / settings.directory / ("quick" if settings.quick else "")).resolve()
+    names = settings.rows.split(",") if settings.rows else list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        sys.exit(f"error: --rows {unknown[0]}: no such row; known are {', '.join(ROWS)}")
+    seeds = [int(seed) for seed in settings.seeds.split(",")]
+    collect(directory / "data", settings.quick)
+    for seed in seeds:  # a whole table early, its repetitions later
+        for name in names:
+            if ROWS[name].claim or seed == seeds[0]:
+                print(f"== {name}, seed {seed}", flush=True)
+                Run(name, seed, directory, settings.quick).measure()
+    baselines(directory, settings.quick)
+    results = {"machine": machine(), "tasks": TASKS, "demos_per_task": DEMOS_PER_TASK, "trials": TRIALS, "shift": SHIFT}
+    results |= {"rows": {name: summary(name, seeds, directory, settings.quick) for name in ROWS}}
+    results["baselines"] = {policy: {scene: rollouts(directory / "baselines" / f"{policy}_{scene}") for scene in SCENES}
+                            for policy in BASELINES}  # fmt: skip
+    show(results)
+    if not settings.quick:
+        (RESULTS / "learning.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def collect(data: Path, quick: bool) -> None:
+    """The demonstrations that every row trains on, with shifted targets."""
+    demos = 2 if quick else DEMOS_PER_TASK
+    script(
+        "collect_demos.py", "--config", CONFIG, "--data_directory", data, "--tasks", TASKS,
+        "--demos_per_task", demos, "--image_size", 64, "--visual_mesh_ratio", 0.2, "--shift_target", SHIFT,
+    )  # fmt: skip
+    script("embed_language.py", "--config", CONFIG, "--data_directory", data, "--encoder", "offline")
+
+
+SCENES = {"init_states": 0.0, "shifted": SHIFT}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed, in a folder of its own. What has left its file is not done again."""
+
+    name: str
+    seed: int
+    directory: Path
+    quick: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.directory / f"{self.name}_seed{self.seed}"
+
+    def measure(self) -> None:
+        """Phase 1, its report, phase 2, its offline error and, for a claim, rollouts."""
+        row = ROWS[self.name]
+        encoder = Run(row.encoder_of or self.name, self.seed, self.directory, self.quick)
+        encoder.train(1)
+        checkpoint = encoder.folder / PHASES[1] / "checkpoint_latest.pt"
+        self.train(2, "--phase1_checkpoint", checkpoint)
+        if not row.claim:
+            return
+        for flow_start in ("noise", "zero"):
+            for scene, shift in SCENES.items():
+                roll_out(
+                    self.folder / f"{flow_start}_{scene}", self.quick, shift,
+                    "--checkpoint", self.folder / PHASES[2] / "checkpoint_latest.pt", "--flow_start", flow_start,
+                )  # fmt: skip
+
+    def train(self, phase: int, *start: object) -> None:
+        """Trains a phase and evaluates it offline."""
+        report = self.folder / f"phase{phase}.json"
+        if report.exists():
+            return
+        began = time.perf_counter()
+        script("train.py", "--config", CONFIG, "--phase", phase, *start, *self.changes(phase))
+        minutes = (time.perf_counter() - began) / 60
+        script("eval.py", "--checkpoint", self.folder / PHASES[phase] / "checkpoint_latest.pt", "--output", report)
+        report.write_text(json.dumps(json.loads(report.read_text()) | {"training_minutes": minutes}))
+
+    def changes(self, phase: int) -> list[str]:
+        row, encoder_row = ROWS[self.name], ROWS[ROWS[self.name].encoder_of or self.name]
+        changes = [
+            f"data.data_directory={self.directory / 'data'}",
+            f"data.demos_per_task={DEMOS_PER_TASK}",
+            f"training.checkpoint_directory={self.folder}",
+            f"training.seed={self.seed}",
+            *encoder_row.phase1,
+            *(row.phase2 if phase == 2 else ()),
+        ]
+        if self.quick:
+            changes += ["training.batch_size=8", "training.phase2.num_epochs=1", "model.embed_dim=16"]
+            changes += ["model.state_dim=16", "model.encoder_depth=1", "model.policy_embed_dim=16"]
+            changes += [] if "training.phase1.num_epochs=0" in changes else ["training.phase1.num_epochs=1"]
+        return [text for change in changes for text in ("--set", change)]
+
+
+def baselines(directory: Path, quick: bool) -> None:
+    """What blind policies get in the same episodes."""
+    checkpoint = directory / "best_seed0" / PHASES[2] / "checkpoint_latest.pt"
+    if checkpoint.exists():  # it says which demonstrations may be replayed
+        for policy in BASELINES:
+            for scene, shift in SCENES.items():
+                folder = directory / "baselines" / f"{policy}_{scene}"
+                roll_out(folder, quick, shift, "--checkpoint", checkpoint, "--policy", policy)
+
+
+def roll_out(folder: Path, quick: bool, shift: float, *flags: object) -> None:
+    if not (folder / "results.json").exists():
+        trials = ["--num_trials", 1, "--max_steps", 20] if quick else ["--num_trials", TRIALS]
+        script(
+            "run_libero_eval.py", "--tasks", TASKS, *trials, "--shift_target", shift, "--output_dir", folder, *flags
+        )  # fmt: skip
+
+
+def script(name: str, *flags: object) -> None:
+    """Runs one of the project's own scripts, as a reader would."""
+    command = [sys.executable, name, *map(str, flags)]
+    if subprocess.run(command, cwd=REPO).returncode:
+        sys.exit(f"error: {' '.join(command)} failed")
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def summary(name: str, seeds: list[int], directory: Path, quick: bool) -> dict:
+    """The figures of a row, one of each seed that has been run."""
+    row, figures = ROWS[name], {"description": ROWS[name].description, "claim": ROWS[name].claim, "seeds": {}}
+    for seed in seeds:
+        run = Run(name, seed, directory, quick)
+        encoder = Run(row.encoder_of or name, seed, directory, quick)
+        if not (run.folder / "phase2.json").exists():
+            continue
+        z, actions = (json.loads((run_.folder / f"phase{n}.json").read_text()) for run_, n in ((encoder, 1), (run, 2)))
+        figures["seeds"][seed] = {
+            "effective_rank": z["effective_rank"],
+            "z_std": z["z_std"],
+            "prediction": z["prediction"],
+            "probes": z["probes"],
+            "pose_mse": actions["mse_pose_mean"],
+            "gripper_accuracy": actions["gripper_accuracy"],
+            "minutes": [z["training_minutes"], actions["training_minutes"]],
+            "rollouts": {
+                f"{start}_{scene}": rollouts(run.folder / f"{start}_{scene}")
+                for start in ("noise", "zero")
+                for scene in SCENES
+            },
+        }
+    return figures
+
+
+def rollouts(folder: Path) -> list[int] | None:
+    """[successes, trials]."""
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    overall = json.loads(path.read_text())["overall"]
+    return [overall["successes"], overall["trials"]]
+
+
+def show(results: dict) -> None:
+    heads = ["row", "rank", "target mm", "hand mm", "20 ahead", "pose MSE", "gripper"]
+    starts = [f"{start}_{scene}" for start in ("noise", "zero") for scene in SCENES]
+    lines = []
+    for row in results["rows"].values():
+        runs = list(row["seeds"].values())
+        if not runs:
+            continue
+        probes = [run["probes"].get("z", {}) for run in runs]
+        line = [
+            row["description"],
+            _mean([run["effective_rank"] for run in runs], ".0f"),
+            _mean([one["target before the grasp"]["mlp"]["mm"] for one in probes if one], ".0f"),
+            _mean([one["end_effector"]["mlp"]["mm"] for one in probes if one], ".0f"),
+            _mean([run["prediction"]["20"] for run in runs if "20" in run["prediction"]], ".2f"),
+            _mean([run["pose_mse"] for run in runs], ".4f"),
+            _mean([run["gripper_accuracy"] for run in runs], ".3f"),
+        ]
+        lines.append(line + [_counts([run["rollouts"][start] for run in runs]) for start in starts])
+    for policy, scenes in results["baselines"].items():
+        counts = [_counts([scenes[start.split("_", 1)[1]]]) for start in starts]
+        lines.append([{"replay": "one demo, replayed blindly", "zero": "standing still"}[policy], *[""] * 6, *counts])
+    print_table("means over the seeds; successes of all seeds", heads + starts, lines)
+
+
+def _mean(values: list[float], spec: str) -> str:
+    return format(statistics.fmean(values), spec) if values else "-"
+
+
+def _counts(counts: list[list[int] | None]) -> str:
+    played = [count for count in counts if count]
+    return f"{sum(count[0] for count in played)}/{sum(count[1] for count in played)}" if played else "-"
+
+
+if __name__ == "__main__":
+    main()
