@@ -165,11 +165,11 @@ class StateVLATrainer(nn.Module):
         self.inverse_dynamics = self.foresight = None
         encoder, state_dim = model.state_encoder, model.config.state_dim
         hidden_dim = encoder.predictor.project_state.out_features
-        if inverse_dynamics_weight > 0:
+        if phase == 1 and inverse_dynamics_weight > 0:
             self.weights["inverse_dynamics"] = inverse_dynamics_weight
             chunk_dim = model.config.prediction_gap * model.config.action_dim
             self.inverse_dynamics = InverseDynamics(state_dim, chunk_dim, hidden_dim)
-        if foresight_weight > 0:
+        if phase == 1 and foresight_weight > 0:
             self.weights["foresight"] = foresight_weight
             self.foresight = Foresight(state_dim, model.config.robot_state_dim, hidden_dim)
             self.robot_normalizer = Normalizer(model.config.robot_state_dim)

@@ -41,13 +41,24 @@ def test_probes_find_a_planted_position_and_nothing_in_noise():
     noise = torch.randn(2000, 32)
     linear = noise + torch.nn.functional.pad(position, (0, 29)) @ torch.randn(32, 32) * 400
     bent = torch.cat([(position * 15).sin(), (position * 15).cos(), noise[:, :4] * 0.01], dim=1)
-    found = probe(linear, position, split=1500)
+    one_task = torch.zeros(2000)
+    found = probe(linear, position, one_task, split=1500)
     assert found["linear"]["mm"] < 8 and min(found["linear"]["r2"]) > 0.98
     assert found["mm_of_mean"] == pytest.approx(1000 * position[1500:].norm(dim=1).mean().item(), rel=0.02)
-    curved = probe(bent, position, split=1500)
+    curved = probe(bent, position, one_task, split=1500)
     assert curved["mlp"]["mm"] < 0.3 * curved["linear"]["mm"]
-    nothing = probe(noise, position, split=1500)
+    nothing = probe(noise, position, one_task, split=1500)
     assert max(nothing["linear"]["r2"]) < 0.05
+
+
+def test_telling_the_tasks_apart_earns_nothing():
+    torch.manual_seed(0)
+    task = torch.arange(2000) % 4
+    position = task[:, None] * 0.2 + torch.randn(2000, 2) * 0.01  # tasks lie 20 cm apart, their targets move by 1 cm
+    z = torch.nn.functional.one_hot(task, 4) + torch.randn(2000, 4) * 0.001
+    found = probe(z, position, task, split=1500)
+    assert max(found["linear"]["r2"]) < 0.05
+    assert found["linear"]["mm"] == pytest.approx(found["mm_of_mean"], rel=0.05) and 10 < found["mm_of_mean"] < 15
 
 
 def test_probes_ignore_frames_without_truth_and_frames_left_out():
@@ -57,12 +68,12 @@ def test_probes_ignore_frames_without_truth_and_frames_left_out():
     truth[50] = torch.nan
     among = torch.ones(400, dtype=torch.bool)
     truth[320:], among[320:] = 1e6, False
-    assert probe(z, truth, 300, among)["linear"]["mm"] < 20  # of a spread of 1,250
+    assert probe(z, truth, torch.zeros(400), 300, among)["linear"]["mm"] < 20  # of a spread of 1,250
 
 
 def test_a_coordinate_that_does_not_vary_has_no_r2():
     z = torch.randn(100, 4)
-    assert probe(z, torch.zeros(100, 1), split=80)["linear"]["r2"] == [None]
+    assert probe(z, torch.zeros(100, 1), torch.zeros(100), split=80)["linear"]["r2"] == [None]
 
 
 def test_predicting_no_change_has_exactly_the_error_of_copying(collected_demos):

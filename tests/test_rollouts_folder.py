@@ -220,7 +220,9 @@ INIT, SHIFTED = "init states", "target shifted by up to 50 mm"
 
 def results_in(directory: Path, successes: int, trials: int = 4, **changes) -> dict:
     """A finished evaluation as its neighbours find it. `flow_start=None` and such: the setting is not there."""
-    settings = {name: value for name, value in (SETTINGS | POLICY | changes).items() if value is not None}
+    settings = {
+        name: value for name, value in (SETTINGS | POLICY | changes).items() if value is not None or name == "shard"
+    }
     results = {
         "settings": settings,
         "overall": summarise([episode(6, trial, success=trial < successes) for trial in range(trials)]),
