@@ -72,6 +72,7 @@ class Phase2Config:
     freeze_encoder: bool
     store_states: bool
     state_scaling: str
+    state_noise: float
     flow_start: str
 
 
@@ -136,6 +137,7 @@ NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
     "training.phase1.inverse_dynamics_weight", "training.phase1.foresight_weight",
     "training.phase1.proprioception_masking", "training.phase1.predictor_dropout",
     "training.phase1.num_epochs", "training.phase2.num_epochs",
+    "training.phase2.state_noise",
 }  # fmt: skip
 
 

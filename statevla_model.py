@@ -154,6 +154,7 @@ class StateVLATrainer(nn.Module):
         proprioception_masking: float = 0.0,
         vicreg_on: str = "both",
         freeze_encoder: bool = True,
+        state_noise: float = 0.0,
     ):
         super().__init__()
         if phase not in (1, 2):
@@ -161,7 +162,7 @@ class StateVLATrainer(nn.Module):
         self.model, self.phase = model, phase
         self.weights = {"jepa_mse": 1.0, "jepa_variance": variance_weight, "jepa_covariance": covariance_weight}
         self.proprioception_masking, self.vicreg_on = proprioception_masking, vicreg_on
-        self.freeze_encoder = freeze_encoder
+        self.freeze_encoder, self.state_noise = freeze_encoder, state_noise
         self.inverse_dynamics = self.foresight = None
         encoder, state_dim = model.state_encoder, model.config.state_dim
         hidden_dim = encoder.predictor.project_state.out_features
@@ -256,6 +257,8 @@ class StateVLATrainer(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
                 z_t = self.model.encode(batch["obs"])
         z_t = self.model.state_scaling(z_t)
+        if self.training and self.state_noise:  # a policy that sees each frame many times would know it by heart
+            z_t = z_t + self.state_noise * torch.randn_like(z_t)
         actions = batch["actions"]
         losses = {
             "pos_rot_loss": self.model.policy.loss(z_t, actions[..., :POSE_DIM]),
@@ -301,6 +304,7 @@ def build_trainer(config: Config, phase: int) -> StateVLATrainer:
         proprioception_masking=recipe.proprioception_masking,
         vicreg_on=recipe.vicreg_on,
         freeze_encoder=config.training.phase2.freeze_encoder,
+        state_noise=config.training.phase2.state_noise,
     )
 
 

@@ -18,7 +18,17 @@ import subprocess
 import sys
 
 import torch
-from measure import REPO, arguments, compared, interleaved, peak_memory_gb, print_table, ratio_text, write_results
+from measure import (
+    NO_FORESIGHT,
+    REPO,
+    arguments,
+    compared,
+    interleaved,
+    peak_memory_gb,
+    print_table,
+    ratio_text,
+    write_results,
+)
 from peers import PEERS, with_mixer
 
 from config import load_config
@@ -149,7 +159,9 @@ def memory_in_a_fresh_process(batch: int, quick: bool) -> dict:
 
 def phase1_step(batch: int, quick: bool) -> dict:
     """One whole step of phase 1 on made-up observations: losses, backward, AdamW, target."""
-    config = load_config(REPO / "conf/config.yaml", ["model.encoder_depth=2", "model.image_size=32"] if quick else [])
+    config = load_config(
+        REPO / "conf/config.yaml", [*(["model.encoder_depth=2", "model.image_size=32"] if quick else []), NO_FORESIGHT]
+    )
     trainer = build_trainer(config, phase=1)
     optimizer = make_optimizer(trainer, 1e-4, 0.05)
     before = peak_memory_gb()

@@ -10,7 +10,7 @@ are two), the scan by its formula, bytes from the shapes. The second table is ar
 from dataclasses import dataclass
 
 import torch
-from measure import REPO, arguments, print_table, write_results
+from measure import NO_FORESIGHT, REPO, arguments, print_table, write_results
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, load_config
@@ -121,7 +121,7 @@ def main() -> None:
         achieved={"type": float, "default": Assumed.achieved, "help": "share of the peak (default: %(default)s)"},
         price={"type": float, "default": Assumed.price, "help": "per GPU-hour (default: %(default)s)"},
     )
-    config = load_config(settings.config, ["model.encoder_depth=1"] if settings.quick else [])
+    config = load_config(settings.config, [*(["model.encoder_depth=1"] if settings.quick else []), NO_FORESIGHT])
     mamba.choose_mamba_backend("torch", torch.device("cpu"))
     trainer = build_trainer(config, phase=1)
     counts = count(trainer, config, settings.source_size)

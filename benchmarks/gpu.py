@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from flops import count
-from measure import REPO, peak_memory_gb, print_table, seconds, spread, write_results
+from measure import NO_FORESIGHT, REPO, peak_memory_gb, print_table, seconds, spread, write_results
 from torch import Tensor
 
 from config import Config, load_config
@@ -66,7 +66,7 @@ def main() -> None:
 
 def guide(quick: bool, *changes: str) -> Config:
     tiny = ["model.encoder_depth=2", "model.image_size=32", "model.embed_dim=64", "model.state_dim=64"] if quick else []
-    return load_config(REPO / "conf/config.yaml", [*tiny, *changes])
+    return load_config(REPO / "conf/config.yaml", [*tiny, NO_FORESIGHT, *changes])
 
 
 def backends() -> list[str]:

@@ -21,6 +21,7 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("OUT", REPO / "benchmarks/results"))
+NO_FORESIGHT = "training.phase1.foresight_weight=0"  # made-up batches hold no future; the head's cost is nil
 PACKAGES = ("numpy", "h5py", "transformers", "mambapy", "mamba-ssm", "causal-conv1d")
 sys.path.insert(0, str(REPO))  # the benchmarks are run as `python benchmarks/NAME.py` and measure the code next door
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measure import REPO, arguments, compared, interleaved, print_table, ratio_text, spread, write_results
+from measure import NO_FORESIGHT, REPO, arguments, compared, interleaved, print_table, ratio_text, spread, write_results
 from synthetic_demos import write_demos
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,7 +123,7 @@ def time_all_reduce(quick: bool) -> None:
     """A step of phase 1 with DDP's all-reduce and, inside no_sync, without."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    config = load_config(REPO / QUICK_START, ["model.encoder_depth=1"] if quick else [])
+    config = load_config(REPO / QUICK_START, [*(["model.encoder_depth=1"] if quick else []), NO_FORESIGHT])
     choose_mamba_backend("auto", torch.device("cpu"))
     trainer = build_trainer(config, phase=1)
     ddp_trainer = DistributedDataParallel(trainer, gradient_as_bucket_view=True)

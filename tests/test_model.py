@@ -21,7 +21,8 @@ from statevla_model import StateVLA, StateVLATrainer, build_trainer, count_param
 SMALL = [
     "model.image_size=32", "model.embed_dim=32", "model.state_dim=32", "model.encoder_depth=2",
     "model.policy_embed_dim=32", "training.phase1.temporal_predictor_hidden_dim=48",
-    "training.phase1.inverse_dynamics_weight=1.0", "model.prediction_gap=2",
+    "training.phase1.inverse_dynamics_weight=1.0", "training.phase1.foresight_weight=0.0",
+    "training.phase1.proprioception_masking=0.0", "model.prediction_gap=2",
 ]  # fmt: skip
 
 
