@@ -84,7 +84,7 @@ libero-object-cpu: install
 	@$(RUN) train.py $(CPU) --phase 1
 	@$(RUN) eval.py --checkpoint $(CPU_RUNS)/phase1_temporal_jepa/checkpoint_latest.pt
 	@$(RUN) train.py $(CPU) --phase 2 --phase1_checkpoint $(CPU_RUNS)/phase1_temporal_jepa/checkpoint_latest.pt
-	@$(RUN) run_libero_eval.py --checkpoint $(CPU_RUNS)/phase2_flow_matching/checkpoint_best.pt --num_trials 10 \
+	@$(RUN) run_libero_eval.py --checkpoint $(CPU_RUNS)/phase2_flow_matching/checkpoint_latest.pt --num_trials 10 \
 	  --side_by_side 0.05 --output_dir $(CPU_RUNS)/rollouts
 
 clean-demo:

@@ -58,7 +58,8 @@ def main() -> None:
         if observation[key] != value:
             raise BadInput(f"{config.data.data_directory}: {key} is {observation[key]}, the checkpoint expects {value}")
     held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
-    evaluate = {1: evaluate_representation, 2: evaluate_actions}[checkpoint["phase"]]
+    of_encoder = checkpoint["phase"] == 1 or arguments.representation
+    evaluate = evaluate_representation if of_encoder else evaluate_actions
     result = evaluate(model, checkpoint, config, demos, held_out, arguments, device)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
@@ -118,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Phase 2: offline MSE on the held-out demos. Phase 1: what the representation z knows of them."
     )
     parser.add_argument("--checkpoint", required=True, help="checkpoint of either phase")
+    parser.add_argument(
+        "--representation", action="store_true", help="report what z knows with a phase-2 checkpoint too"
+    )
     parser.add_argument("--data_directory", help="folder of *_demo.hdf5 files (default: the checkpoint's)")
     parser.add_argument("--batch_size", type=int, help="samples a forward pass (default: the checkpoint's)")
     parser.add_argument("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")

@@ -379,6 +379,19 @@ def test_phase2_trains_tokenizer_and_encoder_where_they_are_not_frozen(frozen):
     assert all(parameter.grad is not None for parameter in trainer.model.policy.parameters())
 
 
+def test_noise_on_z_acts_in_training_alone():
+    trainer = build_trainer(small_config("training.phase2.state_noise=0.5"), 2)
+    fitted(trainer.model)
+    states, seen = torch.randn(2000, 32), []
+    trainer.model.gripper.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for mode in (True, False):
+        trainer.train(mode)
+        trainer({"z_t": states, "actions": torch.randn(2000, 10, 7).sign()})
+    scaled = trainer.model.state_scaling(states)
+    assert (seen[0] - scaled).std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.equal(seen[1], scaled)
+
+
 def test_the_frozen_encoder_stays_in_eval_mode():
     trainer = build_trainer(small_config(), 2).train()
     assert not any(module.training for module in trainer.model.state_encoder.modules())

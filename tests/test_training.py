@@ -38,6 +38,7 @@ SMALL = {
     "training.log_interval": 1,
     "training.save_interval": 1,
     "training.learning_rate": 1e-3,
+    "training.phase1.proprioception_masking": 0,  # who is masked is drawn by each rank for itself
     "training.phase1.learning_rate": "null",
     "training.phase2.learning_rate": "null",
     "training.device": "cpu",
@@ -275,6 +276,8 @@ def test_a_phase_of_no_epochs_keeps_the_untrained_model(joint):
     untrained = build_trainer(config, 1).state_dict()
     assert untrained.keys() == best["model_state_dict"].keys() == latest["model_state_dict"].keys()
     for name, value in untrained.items():
+        if name.startswith("robot_normalizer."):  # fitted to the demonstrations, as in any run
+            continue
         for found in (best, latest):
             torch.testing.assert_close(found["model_state_dict"][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
     [line] = metrics(joint / "phase1_temporal_jepa", "validation")
