@@ -17,7 +17,7 @@ from errors import BadInput, exits_on_bad_input
 PANELS = {  # title -> the metrics of one panel, by their names in metrics.jsonl
     "prediction (MSE)": ("jepa_mse", "jepa_copy_mse"),
     "VICReg": ("jepa_variance", "jepa_covariance"),
-    "inverse dynamics (MSE)": ("inverse_dynamics",),
+    "actions and arm from z (MSE)": ("inverse_dynamics", "foresight"),
     "mean std of z": ("z_std",),
     "effective rank of z": ("effective_rank",),
     "flow matching (MSE)": ("pos_rot_loss",),
