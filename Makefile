@@ -4,7 +4,7 @@
 #   make test    the tests
 #
 # make lint checks the style, make bench measures how fast all of it is, make table prints the component table,
-# make clean-demo forgets what the demo made.
+# make clean-demo forgets what the demo made, make libero-object-cpu trains one policy for ten tasks.
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes.
 
 SHELL := /bin/bash
@@ -74,7 +74,7 @@ $(ROLLOUTS)/.done: | $(PHASE2)/.done
 	  --num_trials 20 --save_video all --output_dir $(ROLLOUTS) | tee $(ROLLOUTS)/summary.txt
 	@touch $@
 
-# One policy for all ten tasks (figures in docs/learning.md): about three hours on two CPU cores.
+# One policy for all ten tasks (figures in docs/learning.md): about two hours on two CPU cores.
 CPU := --config conf/libero_object_cpu.yaml
 CPU_RUNS := checkpoints/libero_object_cpu
 

@@ -83,39 +83,32 @@ def main() -> None:
 
 def check_all_sides(arguments: argparse.Namespace) -> None:
     """Raises BadInput for what would stop a later one of the eight evaluations, before the first is played."""
-    suite = make_suite(arguments.task_suite)
-    task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
-    check_targets(suite, task_ids)
-    instructions = {
-        task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
-    }
-    init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
     replay = copy.copy(arguments)
-    replay.policy = "replay"
-    check_numbers(replay, min(len(states) for states in init_states.values()))
+    vars(replay).update(policy="replay", shift_target=arguments.side_by_side)
+    _, init_states, instructions = asked_for(replay)
     make_policy(replay, read_checkpoint(arguments.checkpoint, phase=2), instructions, init_states)
 
 
-def check_targets(suite, task_ids: Sequence[int]) -> None:
-    for task_id in task_ids:
-        if not target_is_an_object(suite, task_id):
-            raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Plays what is missing of one evaluation, and reports it."""
-    # What is asked for: tasks, their init states and instructions, and who acts.
+def asked_for(arguments: argparse.Namespace) -> tuple:
+    """The suite and, by task id, init states and instructions. Raises BadInput for what can't be had."""
     suite = make_suite(arguments.task_suite)
     task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
     for task_id in task_ids:
         bddl_path(suite, task_id)  # raises here and now where a task's file is missing
-    if arguments.shift_target:
-        check_targets(suite, task_ids)
+        if arguments.shift_target and not target_is_an_object(suite, task_id):
+            raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
     init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
     instructions = {
         task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
     }
     check_numbers(arguments, min(len(states) for states in init_states.values()))
+    return suite, init_states, instructions
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Plays what is missing of one evaluation, and reports it."""
+    # What is asked for: tasks, their init states and instructions, and who acts.
+    suite, init_states, instructions = asked_for(arguments)
     checkpoint = read_checkpoint(arguments.checkpoint, phase=2) if arguments.checkpoint else None
     policy, settings = make_policy(arguments, checkpoint, instructions, init_states)
     settings |= {
@@ -134,7 +127,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         Episode(
             arguments.task_suite, task_id, trial, episode_seed(arguments.task_suite, task_id, trial, arguments.seed)
         )
-        for task_id in task_ids
+        for task_id in init_states
         for trial in range(arguments.num_trials)
     ]
     episodes = shard_of(episodes, arguments.shard)
@@ -268,7 +261,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.side_by_side is not None:
         if not 0 < arguments.side_by_side <= LARGEST_SHIFT:
             raise BadInput(f"--side_by_side {arguments.side_by_side:g}: expected 0 to {LARGEST_SHIFT} metres, not 0")
-        if not arguments.checkpoint or arguments.shift_target or arguments.flow_start or arguments.demo:
+        chosen = arguments.policy != "checkpoint" or arguments.shift_target or arguments.flow_start or arguments.demo
+        if not arguments.checkpoint or chosen:
             raise BadInput("--side_by_side needs --checkpoint, and chooses policy, flow start and shift itself")
     if arguments.demo and arguments.policy != "replay":
         raise BadInput("--demo belongs to --policy replay")
