@@ -7,7 +7,10 @@ with the same number of steps, and measures each in the same way.
 
 Claims (every seed, with rollouts) compare where z comes from. Ingredients (first seed, no rollouts) are the best recipe
 with one thing changed. The best recipe is conf/quickstart.yaml. Demonstrations, runs and figures of every row stay
-under --directory; the tables are written to benchmarks/results/learning.json.
+under --directory; the tables, of all that is there, are written to benchmarks/results/learning.json.
+
+All rows take some six hours of one core. Two cores are used best by two processes of one thread: run, with
+OMP_NUM_THREADS=1, `--rows plain,random,end_to_end` beside `--rows best,fine_tuned` and share the others out likewise.
 """
 
 import json
@@ -23,7 +26,8 @@ from measure import REPO, RESULTS, arguments, machine, print_table
 CONFIG = "conf/quickstart.yaml"
 TASKS = "0,4,6"  # of libero_object
 SHIFT = 0.05  # metres that the target is moved by at most, in the demonstrations and in half of the rollouts
-DEMOS_PER_TASK, TRIALS = 20, 10  # TRIALS episodes a task from the init states, as many with the target shifted
+DEMOS_PER_TASK = 20
+SCENES = {"init_states": (0.0, 5), "shifted": (SHIFT, 10)}  # metres, episodes a task
 PHASES = {1: "phase1_temporal_jepa", 2: "phase2_flow_matching"}
 BASELINES = ("replay", "zero")
 
@@ -37,6 +41,7 @@ class Row:
     phase2: tuple[str, ...] = ()  # further ones of phase 2
     encoder_of: str | None = None  # a row whose phase 1 is taken over
     claim: bool = False
+    flow_starts: tuple[str, ...] = ("noise",)  # of a claim's rollouts
 
 
 def recipe(**values: object) -> tuple[str, ...]:
@@ -54,7 +59,7 @@ TRAIN_ALL = ("training.phase2.freeze_encoder=false",)
 ROWS = {
     "random": Row("frozen, untrained", recipe(num_epochs=0), claim=True),
     "plain": Row("frozen, the guide's plain recipe", PLAIN, claim=True),
-    "best": Row("frozen, the best recipe", claim=True),
+    "best": Row("frozen, the best recipe", claim=True, flow_starts=("noise", "zero")),
     "end_to_end": Row("trained by the policy's loss alone", phase2=TRAIN_ALL, encoder_of="random", claim=True),
     "fine_tuned": Row("the best recipe, then trained on", phase2=TRAIN_ALL, encoder_of="best", claim=True),
     "gap_1": Row("predicts 1 frame ahead, not 5", ("model.prediction_gap=1",)),
@@ -72,6 +77,7 @@ ROWS = {
         "no warm-up, constant rate", ("training.warmup_steps=0", "training.learning_rate_schedule=constant")
     ),
     "slow_target": Row("EMA from 0.996, not 0.98", ("training.ema_momentum=0.996",)),
+    "no_state_noise": Row("no noise on z", phase2=("training.phase2.state_noise=0",), encoder_of="best"),
     "whitened": Row("z whitened", phase2=("training.phase2.state_scaling=whiten",), encoder_of="best"),
     "unscaled": Row("z as it is", phase2=("training.phase2.state_scaling=none",), encoder_of="best"),
 }
@@ -95,8 +101,9 @@ def main() -> None:
             if ROWS[name].claim or seed == seeds[0]:
                 print(f"== {name}, seed {seed}", flush=True)
                 Run(name, seed, directory, settings.quick).measure()
-    baselines(directory, settings.quick)
-    results = {"machine": machine(), "tasks": TASKS, "demos_per_task": DEMOS_PER_TASK, "trials": TRIALS, "shift": SHIFT}
+    if "best" in names:
+        baselines(directory, settings.quick)
+    results = {"machine": machine(), "tasks": TASKS, "demos_per_task": DEMOS_PER_TASK, "scenes": SCENES}
     results |= {"rows": {name: summary(name, seeds, directory, settings.quick) for name in ROWS}}
     results["baselines"] = {policy: {scene: rollouts(directory / "baselines" / f"{policy}_{scene}") for scene in SCENES}
                             for policy in BASELINES}  # fmt: skip
@@ -113,9 +120,6 @@ def collect(data: Path, quick: bool) -> None:
         "--demos_per_task", demos, "--image_size", 64, "--visual_mesh_ratio", 0.2, "--shift_target", SHIFT,
     )  # fmt: skip
     script("embed_language.py", "--config", CONFIG, "--data_directory", data, "--encoder", "offline")
-
-
-SCENES = {"init_states": 0.0, "shifted": SHIFT}
 
 
 @dataclass(frozen=True)
@@ -140,10 +144,10 @@ class Run:
         self.train(2, "--phase1_checkpoint", checkpoint)
         if not row.claim:
             return
-        for flow_start in ("noise", "zero"):
-            for scene, shift in SCENES.items():
+        for flow_start in row.flow_starts:
+            for scene in SCENES:
                 roll_out(
-                    self.folder / f"{flow_start}_{scene}", self.quick, shift,
+                    self.folder / f"{flow_start}_{scene}", self.quick, scene,
                     "--checkpoint", self.folder / PHASES[2] / "checkpoint_latest.pt", "--flow_start", flow_start,
                 )  # fmt: skip
 
@@ -180,16 +184,18 @@ def baselines(directory: Path, quick: bool) -> None:
     checkpoint = directory / "best_seed0" / PHASES[2] / "checkpoint_latest.pt"
     if checkpoint.exists():  # it says which demonstrations may be replayed
         for policy in BASELINES:
-            for scene, shift in SCENES.items():
+            for scene in SCENES:
                 folder = directory / "baselines" / f"{policy}_{scene}"
-                roll_out(folder, quick, shift, "--checkpoint", checkpoint, "--policy", policy)
+                roll_out(folder, quick, scene, "--checkpoint", checkpoint, "--policy", policy)
 
 
-def roll_out(folder: Path, quick: bool, shift: float, *flags: object) -> None:
-    if not (folder / "results.json").exists():
-        trials = ["--num_trials", 1, "--max_steps", 20] if quick else ["--num_trials", TRIALS]
+def roll_out(folder: Path, quick: bool, scene: str, *flags: object) -> None:
+    """One evaluation; an interrupted one goes on where it stopped."""
+    if rollouts(folder) is None:
+        shift, trials = SCENES[scene]
+        number = ["--num_trials", 1, "--max_steps", 20] if quick else ["--num_trials", trials]
         script(
-            "run_libero_eval.py", "--tasks", TASKS, *trials, "--shift_target", shift, "--output_dir", folder, *flags
+            "run_libero_eval.py", "--tasks", TASKS, *number, "--shift_target", shift, "--output_dir", folder, *flags
         )  # fmt: skip
 
 
