@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,8 +80,59 @@ def main() -> None:
     choose_mamba_backend(config.training.mamba_backend, device)
 
     # Data: whole demos of each task train or are held out.
-    reach = config.model.prediction_gap * config.training.phase1.rollout_length  # frames from a window's first to last
-    min_actions = reach if phase == 1 else config.model.action_seq_len
+    data = load_data(config, phase)
+
+    # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
+    torch.manual_seed(config.training.seed)
+    trainer = build_trainer(config, phase)
+    if source:
+        check_same_run(source, source_path, config, data, resumes=bool(resumed))
+    if resumed:
+        load_weights(trainer, resumed["model_state_dict"], source_path)
+    elif source:
+        load_encoder(trainer.model, source, source_path)
+    trainer.to(device)
+    optimizer = make_optimizer(
+        trainer,
+        phase_settings(config, phase).learning_rate or config.training.learning_rate,
+        config.training.weight_decay,
+    )
+    if resumed:
+        restore_optimizer(optimizer, resumed["optimizer_state_dict"])
+    trains = sum(parameter.numel() for parameter in trained_by(trainer))
+    report(f"phase {phase}: {trains:,} parameters train, {count_parameters(trainer) - trains:,} are frozen")
+
+    # Batches. What z and actions are normalised with is measured on them once and is kept in the checkpoint.
+    make_batches = {1: phase1_batches, 2: phase2_batches}[phase]
+    batches, held_out_batches = make_batches(trainer, data, config, device, fit_statistics=not resumed)
+    report(
+        f"phase {phase}: {len(batches.rows):,} training samples, {len(batches):,} steps an epoch "
+        f"on {dist.get_world_size()} process(es)"
+    )
+
+    training = Training(trainer, optimizer, batches, held_out_batches, config, data, device)
+    try:
+        training.run(resumed, arguments.checkpoint)
+    finally:
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """The demonstrations of a run, how they are split, and what they were recorded with."""
+
+    demos: list[Demo]  # in the order of their rows
+    train_demos: list[Demo]
+    held_out_demos: list[Demo]
+    observation: dict
+    language: LanguageTable
+
+
+def load_data(config: Config, phase: int) -> Data:
+    min_actions = phase1_reach(config) if phase == 1 else config.model.action_seq_len
     demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed)
     tasks = sorted({demo.task for demo in demos})
@@ -88,170 +140,183 @@ def main() -> None:
     forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
     report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
     report(f"data: obs[t] was recorded {observation['obs_alignment']} actions[t]{forced}")
+    return Data(demos, train_demos, held_out_demos, observation, language)
 
-    # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
-    torch.manual_seed(config.training.seed)
-    trainer = build_trainer(config, phase)
-    if source:
-        check_same_run(source, source_path, config, observation, language, held_out_demos, resumes=bool(resumed))
-    if resumed:
-        load_weights(trainer, resumed["model_state_dict"], source_path)
-    elif source:
-        load_encoder(trainer.model, source, source_path)
-    trainer.to(device)
-    trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
-    frozen = count_parameters(trainer) - sum(parameter.numel() for parameter in trainable)
-    report(f"phase {phase}: {count_parameters(trainer) - frozen:,} parameters train, {frozen:,} are frozen")
 
-    # Batches. The frozen encoder of phase 2 sees every frame once; from then on epochs run on its states z_t.
-    low_dimensional, batch_size = LowDimensional(demos, language, device), config.training.batch_size
-    frames = functools.cache(lambda: open_frames(demos, config.data, config.model.image_size, device))
-    if phase == 1:
-        train_rows, held_out_rows = transition_rows(train_demos, reach), transition_rows(held_out_demos, reach)
-        options = {
-            "low_dimensional": low_dimensional,
-            "num_actions": reach,
-            "gap": config.model.prediction_gap,
-            "rollout_length": config.training.phase1.rollout_length,
-            "ahead": FORESIGHT if trainer.foresight else (),
-            "frames": frames(),
-        }
-        if trainer.foresight and not resumed:
-            now = low_dimensional.robot_ahead(frame_rows(train_demos).to(device), frames=[0])
-            trainer.robot_normalizer.fit(now.squeeze(1))
-    else:
-        chunk_length = config.model.action_seq_len
-        train_rows, held_out_rows = chunk_rows(train_demos, chunk_length), chunk_rows(held_out_demos, chunk_length)
-        options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
-        # Where pictures or encoder change from step to step no state can be kept: z is needed once, for its statistics.
-        recipe = config.training.phase2
-        if recipe.store_states and recipe.freeze_encoder and not config.training.image_shift:
-            states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
-            states = frozen_states(trainer.model, demos, low_dimensional, frames, batch_size, states_directory)
-            options["states"] = states
-        else:
-            options["frames"] = frames()
-            states = None if resumed else encode_all(trainer.model, demos, low_dimensional, frames(), batch_size)
-        if not resumed:
-            trainer.model.state_scaling.fit(states[frame_rows(train_demos)], recipe.state_scaling)
-            trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in train_demos]))
-    batches = Batches(train_rows, batch_size=batch_size, seed=config.training.seed, **options)
-    held_out_batches = Batches(held_out_rows, batch_size=batch_size, **options)
-    report(
-        f"phase {phase}: {len(train_rows):,} training samples, {len(batches):,} steps an epoch "
-        f"on {dist.get_world_size()} process(es)"
-    )
+def phase1_reach(config: Config) -> int:
+    """Frames from the first to the last of a sample of phase 1."""
+    return config.model.prediction_gap * config.training.phase1.rollout_length
 
-    # What a checkpoint keeps beside the guide's six keys: all that an evaluation needs, so that it needs no other file.
-    facts = {
-        "config": config.to_dict(),
-        "phase": phase,
-        "observation": observation,
-        "language": {"encoder": language.encoder, "embeddings": language.embeddings},
-        "held_out_demos": [demo.name for demo in held_out_demos],
+
+def phase1_batches(
+    trainer: StateVLATrainer, data: Data, config: Config, device: torch.device, fit_statistics: bool
+) -> tuple[Batches, Batches]:
+    """Training and held-out samples of phase 1: frames, the actions between them, the robot's state ahead."""
+    low_dimensional, reach = LowDimensional(data.demos, data.language, device), phase1_reach(config)
+    if trainer.foresight and fit_statistics:
+        now = low_dimensional.robot_ahead(frame_rows(data.train_demos).to(device), frames=[0])
+        trainer.robot_normalizer.fit(now.squeeze(1))
+    options = {
+        "low_dimensional": low_dimensional,
+        "num_actions": reach,
+        "gap": config.model.prediction_gap,
+        "rollout_length": config.training.phase1.rollout_length,
+        "ahead": FORESIGHT if trainer.foresight else (),
+        "frames": open_frames(data.demos, config.data, config.model.image_size, device),
     }
-    optimizer = make_optimizer(
-        trainer,
-        phase_settings(config, phase).learning_rate or config.training.learning_rate,
-        config.training.weight_decay,
+    rows = (transition_rows(demos, reach) for demos in (data.train_demos, data.held_out_demos))
+    return both_batches(*rows, config, options)
+
+
+def phase2_batches(
+    trainer: StateVLATrainer, data: Data, config: Config, device: torch.device, fit_statistics: bool
+) -> tuple[Batches, Batches]:
+    """Training and held-out samples of phase 2: a state z_t, or the frame to make it from, and the actions to come.
+
+    A frozen encoder sees every frame once, epochs run on its states. Where pictures or encoder change from step to step
+    no state can be kept: z is needed once, for its statistics."""
+    low_dimensional, chunk_length = LowDimensional(data.demos, data.language, device), config.model.action_seq_len
+    options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
+    frames = functools.cache(lambda: open_frames(data.demos, config.data, config.model.image_size, device))
+    recipe, batch_size, states = config.training.phase2, config.training.batch_size, None
+    if recipe.store_states and recipe.freeze_encoder and not config.training.image_shift:
+        states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
+        states = frozen_states(trainer.model, data.demos, low_dimensional, frames, batch_size, states_directory)
+        options["states"] = states
+    else:
+        options["frames"] = frames()
+        if fit_statistics:
+            states = encode_all(trainer.model, data.demos, low_dimensional, frames(), batch_size)
+    if fit_statistics:
+        trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], recipe.state_scaling)
+        trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
+    rows = (chunk_rows(demos, chunk_length) for demos in (data.train_demos, data.held_out_demos))
+    return both_batches(*rows, config, options)
+
+
+def both_batches(train_rows: Tensor, held_out_rows: Tensor, config: Config, options: dict) -> tuple[Batches, Batches]:
+    """Training samples in an order that changes with the epoch, held-out ones as they are."""
+    batch_size = config.training.batch_size
+    return (
+        Batches(train_rows, batch_size=batch_size, seed=config.training.seed, **options),
+        Batches(held_out_rows, batch_size=batch_size, **options),
     )
-    if resumed:
-        of_this_run = [{key: group[key] for key in ("weight_decay", "fused")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(resumed["optimizer_state_dict"])
-        for group, settings in zip(optimizer.param_groups, of_this_run, strict=True):
-            group.update(settings)  # load_state_dict brings those of the run before
-    try:
-        train(trainer, optimizer, batches, held_out_batches, config, facts, resumed, arguments.checkpoint, device)
-    finally:
-        dist.destroy_process_group()
 
 
-def train(
-    trainer: StateVLATrainer,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    held_out_batches: Batches,
-    config: Config,
-    facts: dict,
-    resumed: dict | None,
-    resumed_from: str | None,
-    device: torch.device,
-) -> None:
-    """The loop of both phases: epochs of steps, each epoch ending with validation and checkpoints. A phase of 0 epochs
-    is the untrained model, validated and kept like any other."""
-    phase, settings = trainer.phase, config.training
-    num_epochs = phase_settings(config, phase).num_epochs
-    total_steps = num_epochs * len(batches)
-    first_epoch = resumed["epoch"] if resumed else 0
-    best_loss = resumed["best_loss"] if resumed else math.inf
-    step = first_epoch * len(batches)
-    base_learning_rate = optimizer.defaults["lr"]
-    trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(settings.precision, device))
-    log = RunLog(config, phase, resumed_from)
-    ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
-    if device.type != "mps":
-        ddp_trainer = DistributedDataParallel(
-            trainer,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
+# ----------------------------------------------------------------------------------------------------------- loop
+
+
+class Training:
+    """The loop of both phases: epochs of steps, each epoch ending with validation and checkpoints."""
+
+    def __init__(
+        self,
+        trainer: StateVLATrainer,
+        optimizer: torch.optim.Optimizer,
+        batches: Batches,
+        held_out_batches: Batches,
+        config: Config,
+        data: Data,
+        device: torch.device,
+    ):
+        self.trainer, self.optimizer, self.config, self.device = trainer, optimizer, config, device
+        self.batches, self.held_out_batches = batches, held_out_batches
+        self.phase, self.settings = trainer.phase, config.training
+        self.num_epochs = phase_settings(config, trainer.phase).num_epochs
+        self.total_steps = self.num_epochs * len(batches)
+        self.step, self.best_loss = 0, math.inf
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=uses_bfloat16(config.training.precision, device)
         )
+        self.ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
+        if device.type != "mps":
+            self.ddp_trainer = DistributedDataParallel(
+                trainer,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+        # What a checkpoint keeps beside the guide's six keys: an evaluation needs no other file.
+        self.facts = {
+            "config": config.to_dict(),
+            "phase": trainer.phase,
+            "observation": data.observation,
+            "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
+            "held_out_demos": [demo.name for demo in data.held_out_demos],
+        }
 
-    def end_epoch(epoch: int) -> None:
-        nonlocal best_loss
-        training_ended = time.perf_counter()
-        seed_epoch(settings.seed, 0)  # the noise of validation is the same in every epoch
-        with autocast:
-            metrics = validate(trainer, held_out_batches, device)
-        log.write_validation(epoch, step, metrics)
-        warn_of_collapse(metrics, config.model.state_dim)
-        is_best = metrics["loss"] < best_loss
-        best_loss = min(best_loss, metrics["loss"])
-        if is_first_rank():
-            checkpoint = facts | {
-                "epoch": epoch,
-                "step": step,
-                "loss": metrics["loss"],
-                "best_loss": best_loss,
-                "model_state_dict": trainer.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-            }
-            save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
-            if is_best:
-                save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
-            if epoch and epoch % settings.save_interval == 0:
-                save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch}.pt")
-        dist.barrier()
-        log.leave_out(time.perf_counter() - training_ended)
+    def run(self, resumed: dict | None, resumed_from: str | None) -> None:
+        """Trains from the first epoch, or from where `resumed` ended. A phase of 0 epochs is the untrained model,
+        validated and kept like any other."""
+        first_epoch = resumed["epoch"] if resumed else 0
+        self.best_loss = resumed["best_loss"] if resumed else math.inf
+        self.step = first_epoch * len(self.batches)
+        self.log = RunLog(self.config, self.phase, resumed_from)
+        if self.num_epochs == 0 and not resumed:
+            self.end_epoch(0)
+        for epoch in range(first_epoch, self.num_epochs):
+            self.train_epoch(epoch)
+            self.end_epoch(epoch + 1)
+        done = f"phase {self.phase}: done after {self.step:,} steps"
+        report(f"{done}, best validation loss {self.best_loss:.4f}, see {self.log.directory}")
+        self.log.close()
 
-    if num_epochs == 0 and not resumed:
-        end_epoch(0)
-    for epoch in range(first_epoch, num_epochs):
-        batches.set_epoch(epoch)
-        seed_epoch(settings.seed, epoch)
-        progress = tqdm(batches, desc=f"phase {phase} epoch {epoch + 1}/{num_epochs}", disable=not is_first_rank())
+    def train_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+        seed_epoch(self.settings.seed, epoch)
+        title = f"phase {self.phase} epoch {epoch + 1}/{self.num_epochs}"
+        progress = tqdm(self.batches, desc=title, disable=not is_first_rank())
         for batch in progress:
-            learning_rate = base_learning_rate * learning_rate_factor(step, total_steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            if settings.image_shift:
-                batch = shift_pictures(batch, settings.image_shift, config.model.image_size)
-            with autocast:
-                losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
-            losses["loss"].backward()
-            gradient_norm = clip_grad_norm_(trainable, settings.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if phase == 1:
-                trainer.update_target(ema_momentum(step, total_steps, config))
-            step += 1
-            log.add(losses | {"gradient_norm": gradient_norm})
-            if step % settings.log_interval == 0 or step == total_steps:
-                means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
+            losses = self.take_step(batch)
+            self.log.add(losses)
+            if self.step % self.settings.log_interval == 0 or self.step == self.total_steps:
+                learning_rate = self.optimizer.param_groups[0]["lr"]
+                means = self.log.write_training(epoch + 1, self.step, learning_rate, self.batches.waited)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-        end_epoch(epoch + 1)
-    report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
-    log.close()
+
+    def take_step(self, batch: dict) -> dict[str, Tensor]:
+        """One step of the optimizer, and in phase 1 of the target encoder. Returns losses and gradient norm."""
+        factor = learning_rate_factor(self.step, self.total_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"] * factor
+        if self.settings.image_shift:
+            batch = shift_pictures(batch, self.settings.image_shift, self.config.model.image_size)
+        with self.autocast:
+            losses = self.ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
+        losses["loss"].backward()
+        gradient_norm = clip_grad_norm_(trained_by(self.trainer), self.settings.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.phase == 1:
+            self.trainer.update_target(ema_momentum(self.step, self.total_steps, self.config))
+        self.step += 1
+        return losses | {"gradient_norm": gradient_norm}
+
+    def end_epoch(self, epoch: int) -> None:
+        """Validation and checkpoints after `epoch` epochs."""
+        began = time.perf_counter()
+        seed_epoch(self.settings.seed, 0)  # the noise of validation is the same in every epoch
+        with self.autocast:
+            metrics = validate(self.trainer, self.held_out_batches, self.device)
+        self.log.write_validation(epoch, self.step, metrics)
+        warn_of_collapse(metrics, self.config.model.state_dim)
+        is_best = metrics["loss"] < self.best_loss
+        self.best_loss = min(self.best_loss, metrics["loss"])
+        if is_first_rank():
+            checkpoint = self.facts | {
+                "epoch": epoch,
+                "step": self.step,
+                "loss": metrics["loss"],
+                "best_loss": self.best_loss,
+                "model_state_dict": self.trainer.state_dict(),
+                "optimizer_state_dict": self.optimizer.state_dict(),
+            }
+            save_checkpoint(checkpoint, self.log.directory / "checkpoint_latest.pt")
+            if is_best:
+                save_checkpoint(checkpoint, self.log.directory / "checkpoint_best.pt")
+            if epoch and epoch % self.settings.save_interval == 0:
+                save_checkpoint(checkpoint, self.log.directory / f"checkpoint_epoch_{epoch}.pt")
+        dist.barrier()
+        self.log.leave_out(time.perf_counter() - began)
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -294,9 +359,7 @@ def check_same_run(
     checkpoint: dict,
     path: str,
     config: Config,
-    observation: dict,
-    language: LanguageTable,
-    held_out_demos: list[Demo],
+    data: Data,
     resumes: bool,
 ) -> None:
     """Raises BadInput where the weights of a checkpoint don't fit this run's model, pictures, language or split.
@@ -308,7 +371,7 @@ def check_same_run(
         )
         if before != now:
             raise BadInput(f"{path}: training.phase2.freeze_encoder is {before}, a resumed run cannot have {now}")
-    now = {"model": config.to_dict()["model"], "observation": observation}
+    now = {"model": config.to_dict()["model"], "observation": data.observation}
     before = {"model": checkpoint["config"]["model"], "observation": checkpoint["observation"]}
     of_policy = () if resumes else ("action_seq_len", "policy_layers", "policy_embed_dim")
     for section in now:
@@ -322,8 +385,8 @@ def check_same_run(
             if settings[key] != earlier.get(key):
                 report(f"note: training.{key} was {earlier.get(key)} and is now {settings[key]}")
     trained_with = LanguageTable(**checkpoint["language"])
-    same_language(language, trained_with, config.data.data_directory)
-    unseen, held_out = set(checkpoint["held_out_demos"]), {demo.name for demo in held_out_demos}
+    same_language(data.language, trained_with, config.data.data_directory)
+    unseen, held_out = set(checkpoint["held_out_demos"]), {demo.name for demo in data.held_out_demos}
     if resumes and unseen != held_out:
         raise BadInput(
             f"{path}: it held out {len(unseen)} other demos than this run would; "
@@ -372,14 +435,27 @@ def seed_epoch(seed: int, epoch: int) -> None:
 # ------------------------------------------------------------------------------------------- optimizer, schedules
 
 
+def trained_by(trainer: StateVLATrainer) -> list[Tensor]:
+    """The parameters that the trainer's phase trains."""
+    return [parameter for parameter in trainer.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(trainer: StateVLATrainer, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW. Biases, norms and what Mamba marks `_no_weight_decay` (A_log and D) are not decayed."""
-    trainable = [parameter for parameter in trainer.parameters() if parameter.requires_grad]
+    trainable = trained_by(trainer)
     kept = [p for p in trainable if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
     kept_ids = {id(p) for p in kept}
     decayed = [p for p in trainable if id(p) not in kept_ids]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=trainable[0].device.type in ("cuda", "cpu"))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The moments of an earlier run, under the settings of this one."""
+    of_this_run = [{key: group[key] for key in ("weight_decay", "fused")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, of_this_run, strict=True):
+        group.update(settings)  # load_state_dict brings those of the run before
 
 
 def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
@@ -472,10 +548,13 @@ class RunLog:
         if config.wandb.mode != "disabled":
             import wandb
 
-            self.wandb_run = wandb.init(
-                project=config.wandb.project, mode=config.wandb.mode, config=config.to_dict(), dir=self.directory,
-                name=PHASE_DIRECTORIES[phase],
-            )  # fmt: skip
+            try:
+                self.wandb_run = wandb.init(
+                    project=config.wandb.project, mode=config.wandb.mode, config=config.to_dict(), dir=self.directory,
+                    name=PHASE_DIRECTORIES[phase],
+                )  # fmt: skip
+            except wandb.Error as problem:
+                raise BadInput(f"wandb.mode is {config.wandb.mode}, but wandb says: {problem}") from None
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds one step's values; nothing is copied from the device until a line is due."""

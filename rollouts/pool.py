@@ -121,81 +121,111 @@ def play_all(
 
     Raises BadInput where no environment can be built at all, or where a worker cannot write its pictures.
     """
-    waiting = Waiting(episodes)
-    workers: list[Worker] = []
-    environment_worked = False
-
-    def employ(worker: Worker | None = None) -> None:
-        """Gives the worker, or a new one, its next episode; without one it goes."""
-        attempt = waiting.next_for(worker.task_id if worker else None, [other.task_id for other in workers])
-        if attempt is not None:
-            if worker is None:
-                worker = Worker(rollouts)
-                workers.append(worker)
-            worker.begin(attempt, init_state_of(attempt.episode), episode_timeout)
-        elif worker is not None:
-            dismiss(worker)
-
-    def dismiss(worker: Worker) -> None:
-        workers.remove(worker)
-        worker.kill()
-
-    def crashed(worker: Worker, how: str) -> dict | None:
-        """The record of an episode that has crashed for the last time; before that it is tried again."""
-        attempt = worker.attempt
-        dismiss(worker)
-        if attempt.number < TRIES:
-            waiting.again(Attempt(attempt.episode, attempt.number + 1, how))
-            employ()
-            return None
-        employ()
-        return record(attempt, {"success": False, "steps": None}, [], how)
-
+    staff = Staff(episodes, init_state_of, rollouts, episode_timeout)
     try:
         for _ in range(min(num_workers, len(episodes))):
-            employ()
-        while workers:
+            staff.employ()
+        while staff.workers:
             asking: list[tuple[Worker, dict]] = []
-            first_deadline = min(worker.deadline for worker in workers)
-            ready = wait([worker.pipe for worker in workers], timeout=max(first_deadline - time.monotonic(), 0))
-            for worker in [worker for worker in workers if worker.pipe in ready]:
+            for worker in staff.ready():
                 kind, content = _receive(worker.pipe)
                 if kind == "observation":
-                    environment_worked = True
+                    staff.environment_worked = True
                     asking.append((worker, content))
-                elif kind == "finished":
-                    finished = record(worker.attempt, content, worker.decision_ms, None)
-                    employ(worker)
-                    yield finished
-                elif kind == "bad input" or (kind == "no environment" and not environment_worked):
-                    raise BadInput(content)
-                else:
-                    how = content if kind == "no environment" else worker.last_words()
-                    if (given_up := crashed(worker, how)) is not None:
-                        yield given_up
+                elif (over := staff.hear(worker, kind, content)) is not None:
+                    yield over
             if asking:
-                start = time.perf_counter()
-                chunks = policy.act(
-                    [obs for _, obs in asking],
-                    [instruction_of(worker.attempt.episode) for worker, _ in asking],
-                    [worker.generator for worker, _ in asking],
-                )
-                passes = math.ceil(len(asking) / policy.rows)
-                ms = 1000 * (time.perf_counter() - start) / passes
-                for (worker, _), chunk in zip(asking, chunks, strict=True):
-                    if policy.looks:  # a baseline decides nothing
-                        worker.decision_ms.append(round(ms, 3))
-                    worker.send(chunk)
-            for worker in [worker for worker in workers if worker.deadline < time.monotonic()]:
-                worker.process.send_signal(signal.SIGUSR1)  # faulthandler prints where it hangs
-                time.sleep(0.2)
-                worker.process.kill()
-                how = f"not finished within --episode_timeout {episode_timeout:g} seconds\n{worker.last_words()}"
-                if (given_up := crashed(worker, how)) is not None:
-                    yield given_up
+                answer(asking, policy, instruction_of)
+            for worker in staff.late():
+                if (over := staff.stop(worker)) is not None:
+                    yield over
     finally:
-        for worker in workers:
+        for worker in staff.workers:
             worker.kill()
+
+
+def answer(asking: list[tuple[Worker, dict]], policy, instruction_of: Callable[[Episode], str]) -> None:
+    """One decision of the policy for all workers that wait for one."""
+    start = time.perf_counter()
+    chunks = policy.act(
+        [obs for _, obs in asking],
+        [instruction_of(worker.attempt.episode) for worker, _ in asking],
+        [worker.generator for worker, _ in asking],
+    )
+    passes = math.ceil(len(asking) / policy.rows)
+    ms = 1000 * (time.perf_counter() - start) / passes
+    for (worker, _), chunk in zip(asking, chunks, strict=True):
+        if policy.looks:  # a baseline decides nothing
+            worker.decision_ms.append(round(ms, 3))
+        worker.send(chunk)
+
+
+class Staff:
+    """The workers, and the episodes that they have yet to play."""
+
+    def __init__(
+        self,
+        episodes: Sequence[Episode],
+        init_state_of: Callable[[Episode], np.ndarray],
+        rollouts: Rollouts,
+        episode_timeout: float,
+    ):
+        self.waiting, self.workers = Waiting(episodes), []
+        self.init_state_of, self.rollouts, self.episode_timeout = init_state_of, rollouts, episode_timeout
+        self.environment_worked = False  # since one could be built, a later failure is that worker's alone
+
+    def employ(self, worker: Worker | None = None) -> None:
+        """Gives the worker, or a new one, its next episode; without one it goes."""
+        attempt = self.waiting.next_for(worker.task_id if worker else None, [other.task_id for other in self.workers])
+        if attempt is not None:
+            if worker is None:
+                worker = Worker(self.rollouts)
+                self.workers.append(worker)
+            worker.begin(attempt, self.init_state_of(attempt.episode), self.episode_timeout)
+        elif worker is not None:
+            self.dismiss(worker)
+
+    def dismiss(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        worker.kill()
+
+    def ready(self) -> list[Worker]:
+        """Those that have sent something, waited for until the first is late."""
+        first_deadline = min(worker.deadline for worker in self.workers)
+        ready = wait([worker.pipe for worker in self.workers], timeout=max(first_deadline - time.monotonic(), 0))
+        return [worker for worker in self.workers if worker.pipe in ready]
+
+    def late(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.deadline < time.monotonic()]
+
+    def hear(self, worker: Worker, kind: str, content) -> dict | None:
+        """What a worker says that asks for no action. Returns the record of an episode that is over."""
+        if kind == "finished":
+            finished = record(worker.attempt, content, worker.decision_ms, None)
+            self.employ(worker)
+            return finished
+        if kind == "bad input" or (kind == "no environment" and not self.environment_worked):
+            raise BadInput(content)
+        return self.crashed(worker, content if kind == "no environment" else worker.last_words())
+
+    def stop(self, worker: Worker) -> dict | None:
+        """Ends a worker that hangs. Returns the record of its episode if that has been tried often enough."""
+        worker.process.send_signal(signal.SIGUSR1)  # faulthandler prints where it hangs
+        time.sleep(0.2)
+        worker.process.kill()
+        how = f"not finished within --episode_timeout {self.episode_timeout:g} seconds"
+        return self.crashed(worker, f"{how}\n{worker.last_words()}")
+
+    def crashed(self, worker: Worker, how: str) -> dict | None:
+        """The record of an episode that has crashed for the last time; before that it is tried again."""
+        attempt = worker.attempt
+        self.dismiss(worker)
+        if attempt.number < TRIES:
+            self.waiting.again(Attempt(attempt.episode, attempt.number + 1, how))
+            self.employ()
+            return None
+        self.employ()
+        return record(attempt, {"success": False, "steps": None}, [], how)
 
 
 def _receive(pipe: Connection) -> tuple:

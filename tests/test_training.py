@@ -45,9 +45,9 @@ SMALL = {
 }
 
 
-def run(*command: object, expect: int = 0) -> subprocess.CompletedProcess:
+def run(*command: object, expect: int = 0, **variables: str) -> subprocess.CompletedProcess:
     """Runs a script of the repo with one thread (two would only wait for each other on models this small)."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -336,6 +336,13 @@ def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
         *settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes),
     )
     assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_online_without_an_account_is_one_sentence(data, tmp_path):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, wandb__mode="online")
+    nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
+    said = one_sentence(run("train.py", "--phase", 1, *both, expect=2, **nobody))
+    assert "wandb.mode is online, but wandb says: " in said and "wandb login" in said
 
 
 # --------------------------------------------------------------------------------------------------- two processes
