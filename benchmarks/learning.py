@@ -135,13 +135,32 @@ class Run:
     def folder(self) -> Path:
         return self.directory / f"{self.name}_seed{self.seed}"
 
+    @property
+    def trains_encoder(self) -> bool:
+        """In phase 2, too."""
+        return ROWS[self.name].phase2 == TRAIN_ALL
+
+    @property
+    def representation(self) -> Path:
+        """The report on the encoder as the policy uses it."""
+        if self.trains_encoder:
+            return self.folder / "representation.json"
+        return self.encoder.folder / "phase1.json"
+
+    @property
+    def encoder(self) -> "Run":
+        """The run whose phase 1 this one starts from."""
+        return Run(ROWS[self.name].encoder_of or self.name, self.seed, self.directory, self.quick)
+
     def measure(self) -> None:
         """Phase 1, its report, phase 2, its offline error and, for a claim, rollouts."""
         row = ROWS[self.name]
-        encoder = Run(row.encoder_of or self.name, self.seed, self.directory, self.quick)
-        encoder.train(1)
-        checkpoint = encoder.folder / PHASES[1] / "checkpoint_latest.pt"
+        self.encoder.train(1)
+        checkpoint = self.encoder.folder / PHASES[1] / "checkpoint_latest.pt"
         self.train(2, "--phase1_checkpoint", checkpoint)
+        if self.trains_encoder and not self.representation.exists():
+            trained = self.folder / PHASES[2] / "checkpoint_latest.pt"
+            script("eval.py", "--checkpoint", trained, "--representation", "--output", self.representation)
         if not row.claim:
             return
         for flow_start in row.flow_starts:
@@ -163,7 +182,7 @@ class Run:
         report.write_text(json.dumps(json.loads(report.read_text()) | {"training_minutes": minutes}))
 
     def changes(self, phase: int) -> list[str]:
-        row, encoder_row = ROWS[self.name], ROWS[ROWS[self.name].encoder_of or self.name]
+        row, encoder_row = ROWS[self.name], ROWS[self.encoder.name]
         changes = [
             f"data.data_directory={self.directory / 'data'}",
             f"data.demos_per_task={DEMOS}",
@@ -211,21 +230,21 @@ def script(name: str, *flags: object) -> None:
 
 def summary(name: str, seeds: list[int], directory: Path, quick: bool) -> dict:
     """The figures of a row, one of each seed that has been run."""
-    row, figures = ROWS[name], {"description": ROWS[name].description, "claim": ROWS[name].claim, "seeds": {}}
+    figures = {"description": ROWS[name].description, "claim": ROWS[name].claim, "seeds": {}}
     for seed in seeds:
         run = Run(name, seed, directory, quick)
-        encoder = Run(row.encoder_of or name, seed, directory, quick)
-        if not (run.folder / "phase2.json").exists():
+        reports = run.encoder.folder / "phase1.json", run.folder / "phase2.json", run.representation
+        if not all(path.exists() for path in reports):
             continue
-        z, actions = (json.loads((run_.folder / f"phase{n}.json").read_text()) for run_, n in ((encoder, 1), (run, 2)))
+        phase1, actions, z = (json.loads(path.read_text()) for path in reports)
         figures["seeds"][seed] = {
             "effective_rank": z["effective_rank"],
             "z_std": z["z_std"],
-            "prediction": z["prediction"],
+            "prediction": {} if run.trains_encoder else z["prediction"],  # the predictor has not followed
             "probes": z["probes"],
             "pose_mse": actions["mse_pose_mean"],
             "gripper_accuracy": actions["gripper_accuracy"],
-            "minutes": [z["training_minutes"], actions["training_minutes"]],
+            "minutes": [phase1["training_minutes"], actions["training_minutes"]],
             "rollouts": {
                 f"{start}_{scene}": rollouts(run.folder / f"{start}_{scene}")
                 for start in ("noise", "zero")
