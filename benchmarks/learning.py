@@ -104,7 +104,7 @@ def main() -> None:
     if "best" in names:
         baselines(directory, settings.quick)
     results = {"machine": machine(), "task": TASK, "demos": DEMOS, "scenes": SCENES}
-    results |= {"rows": {name: summary(name, seeds, directory, settings.quick) for name in ROWS}}
+    results |= {"rows": {name: summary(name, directory, settings.quick) for name in ROWS}}
     results["baselines"] = {policy: {scene: rollouts(directory / "baselines" / f"{policy}_{scene}") for scene in SCENES}
                             for policy in BASELINES}  # fmt: skip
     show(results)
@@ -228,10 +228,10 @@ def script(name: str, *flags: object) -> None:
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def summary(name: str, seeds: list[int], directory: Path, quick: bool) -> dict:
-    """The figures of a row, one of each seed that has been run."""
+def summary(name: str, directory: Path, quick: bool) -> dict:
+    """The figures of a row with every seed that has been run, now or before."""
     figures = {"description": ROWS[name].description, "claim": ROWS[name].claim, "seeds": {}}
-    for seed in seeds:
+    for seed in sorted(int(folder.name.rpartition("_seed")[2]) for folder in directory.glob(f"{name}_seed*")):
         run = Run(name, seed, directory, quick)
         reports = run.encoder.folder / "phase1.json", run.folder / "phase2.json", run.representation
         if not all(path.exists() for path in reports):

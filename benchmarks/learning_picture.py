@@ -1,0 +1,97 @@
+"""Draws docs/learning.png from benchmarks/results/learning.json: where z comes from, and what each ingredient does.
+
+python benchmarks/learning_picture.py [--output docs/learning.png]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from measure import REPO, RESULTS
+
+sys.path.insert(0, str(REPO))
+from rollouts.statistics import wilson_interval
+
+FROZEN, TRAINED, CHANGED = "#4477aa", "#ee8866", "#999999"
+TARGET = "target before the grasp"
+ERRORS = {
+    f"{TARGET}, from z, mm": lambda run: run["probes"]["z"][TARGET]["mlp"]["mm"],
+    "the policy's pose MSE": lambda run: run["pose_mse"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "learning.json", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=REPO / "docs/learning.png", help="default: docs/learning.png")
+    settings = parser.parse_args()
+    if not settings.results.is_file():
+        raise SystemExit(f"error: {settings.results}: no such file; run benchmarks/learning.py")
+    results = json.loads(settings.results.read_text())
+    claims = {name: row for name, row in results["rows"].items() if row["claim"] and row["seeds"]}
+    ingredients = {name: row for name, row in results["rows"].items() if not row["claim"] and row["seeds"]}
+    figure, (success, *errors) = plt.subplots(
+        1, 3, figsize=(13, 1.3 + 0.3 * max(len(claims), len(ingredients) + 1)), dpi=110, layout="constrained",
+        width_ratios=[1.1, 1, 1],
+    )  # fmt: skip
+    draw_successes(success, claims, results["baselines"]["replay"]["shifted"])
+    for axes, (title, error_of) in zip(errors, ERRORS.items(), strict=True):
+        draw_errors(axes, {"best": results["rows"]["best"]} | ingredients, error_of, title)
+    errors[1].set_yticklabels([])
+    figure.savefig(settings.output)
+    print(f"{settings.output}: {len(claims)} claims, {len(ingredients)} ingredients")
+
+
+def draw_successes(axes: plt.Axes, claims: dict, replay: list[int] | None) -> None:
+    """Episodes solved with shifted targets, all seeds together with their interval and each seed as a dot."""
+    for place, row in enumerate(reversed(claims.values())):
+        counts = [run["rollouts"]["noise_shifted"] for run in row["seeds"].values() if run["rollouts"]["noise_shifted"]]
+        if not counts:
+            continue
+        successes, trials = (sum(column) for column in zip(*counts, strict=True))
+        low, high = wilson_interval(successes, trials)
+        rate = successes / trials
+        axes.barh(place, 100 * rate, color=FROZEN if "frozen" in row["description"] else TRAINED, height=0.6)
+        axes.errorbar(
+            100 * rate, place, xerr=[[100 * (rate - low)], [100 * (high - rate)]], color="black", lw=1, capsize=2
+        )
+        axes.plot([100 * count[0] / count[1] for count in counts], [place] * len(counts), "o", ms=4, mfc="white", c="k")
+    if replay:
+        axes.axvline(100 * replay[0] / replay[1], color="black", ls=":", lw=1)
+        axes.text(100 * replay[0] / replay[1] + 1, len(claims) - 0.55, "replay of a demonstration", fontsize=8)
+    axes.set_yticks(range(len(claims)), [row["description"] for row in reversed(claims.values())])
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.6, len(claims) - 0.25)
+    axes.set_title("solved with shifted targets, %", fontsize=10)
+    tidy(axes)
+
+
+def draw_errors(axes: plt.Axes, rows: dict, error_of: Callable[[dict], float], title: str) -> None:
+    """A figure of each row on held-out demos; the shade is the span of the best recipe's seeds."""
+    best = [error_of(run) for run in rows["best"]["seeds"].values()]
+    axes.axvspan(min(best), max(best), color=FROZEN, alpha=0.15, lw=0)
+    for place, (name, row) in enumerate(reversed(rows.items())):
+        errors = [error_of(run) for run in row["seeds"].values()]
+        axes.barh(place, statistics.fmean(errors), color=FROZEN if name == "best" else CHANGED, height=0.6)
+    axes.set_yticks(range(len(rows)), [row["description"] for row in reversed(rows.values())])
+    axes.set_title(title, fontsize=10)
+    tidy(axes)
+
+
+def tidy(axes: plt.Axes) -> None:
+    axes.grid(axis="x", color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+if __name__ == "__main__":
+    main()
