@@ -21,10 +21,15 @@ from rollouts.statistics import wilson_interval
 
 FROZEN, TRAINED, CHANGED = "#4477aa", "#ee8866", "#999999"
 TARGET = "target before the grasp"
-ERRORS = {
+FIGURES = {  # of an ingredient's run
     f"{TARGET}, from z, mm": lambda run: run["probes"]["z"][TARGET]["mlp"]["mm"],
     "the policy's pose MSE": lambda run: run["pose_mse"],
+    "solved with shifted targets, %": lambda run: percent(run["rollouts"]["noise_shifted"]),
 }
+
+
+def percent(counts: list[int] | None) -> float | None:
+    return 100 * counts[0] / counts[1] if counts else None
 
 
 def main() -> None:
@@ -37,14 +42,14 @@ def main() -> None:
     results = json.loads(settings.results.read_text())
     claims = {name: row for name, row in results["rows"].items() if row["claim"] and row["seeds"]}
     ingredients = {name: row for name, row in results["rows"].items() if not row["claim"] and row["seeds"]}
-    figure, (success, *errors) = plt.subplots(
-        1, 3, figsize=(13, 1.3 + 0.3 * max(len(claims), len(ingredients) + 1)), dpi=110, layout="constrained",
-        width_ratios=[1.1, 1, 1],
-    )  # fmt: skip
-    draw_successes(success, claims, results["baselines"]["replay"]["shifted"])
-    for axes, (title, error_of) in zip(errors, ERRORS.items(), strict=True):
-        draw_errors(axes, {"best": results["rows"]["best"]} | ingredients, error_of, title)
-    errors[1].set_yticklabels([])
+    figure = plt.figure(figsize=(13, 3.9 + 0.27 * len(ingredients)), dpi=110, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.3 + 0.27 * len(ingredients)])
+    above.suptitle("where z comes from: episodes solved with shifted targets, %; dots are seeds", fontsize=11)
+    below.suptitle("the best recipe with one thing changed; the shade spans its own seeds", fontsize=11)
+    draw_successes(above.subplots(), claims, results["baselines"]["replay"]["shifted"])
+    panels = below.subplots(1, len(FIGURES), sharey=True)
+    for axes, (title, figure_of) in zip(panels, FIGURES.items(), strict=True):
+        draw_figures(axes, {"best": results["rows"]["best"]} | ingredients, figure_of, title)
     figure.savefig(settings.output)
     print(f"{settings.output}: {len(claims)} claims, {len(ingredients)} ingredients")
 
@@ -69,17 +74,17 @@ def draw_successes(axes: plt.Axes, claims: dict, replay: list[int] | None) -> No
     axes.set_yticks(range(len(claims)), [row["description"] for row in reversed(claims.values())])
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.6, len(claims) - 0.25)
-    axes.set_title("solved with shifted targets, %", fontsize=10)
     tidy(axes)
 
 
-def draw_errors(axes: plt.Axes, rows: dict, error_of: Callable[[dict], float], title: str) -> None:
-    """A figure of each row on held-out demos; the shade is the span of the best recipe's seeds."""
-    best = [error_of(run) for run in rows["best"]["seeds"].values()]
+def draw_figures(axes: plt.Axes, rows: dict, figure_of: Callable[[dict], float | None], title: str) -> None:
+    """A figure of each row; the shade is the span of the best recipe's seeds."""
+    best = [figure_of(run) for run in rows["best"]["seeds"].values()]
     axes.axvspan(min(best), max(best), color=FROZEN, alpha=0.15, lw=0)
     for place, (name, row) in enumerate(reversed(rows.items())):
-        errors = [error_of(run) for run in row["seeds"].values()]
-        axes.barh(place, statistics.fmean(errors), color=FROZEN if name == "best" else CHANGED, height=0.6)
+        figures = [figure for run in row["seeds"].values() if (figure := figure_of(run)) is not None]
+        if figures:
+            axes.barh(place, statistics.fmean(figures), color=FROZEN if name == "best" else CHANGED, height=0.6)
     axes.set_yticks(range(len(rows)), [row["description"] for row in reversed(rows.values())])
     axes.set_title(title, fontsize=10)
     tidy(axes)
