@@ -63,6 +63,7 @@ class Phase1Config:
     inverse_dynamics_weight: float
     foresight_weight: float
     proprioception_masking: float
+    image_shift: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Phase2Config:
     learning_rate: float | None
     freeze_encoder: bool
     store_states: bool
+    image_shift: int
     state_scaling: str
     state_noise: float
     flow_start: str
@@ -93,7 +95,6 @@ class TrainingConfig:
     mamba_backend: str
     precision: str
     activation_checkpointing: bool
-    image_shift: int
     checkpoint_directory: str
     phase1: Phase1Config
     phase2: Phase2Config
@@ -133,11 +134,11 @@ CHOICES = {
 }
 NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
     "data.split_seed", "training.weight_decay", "training.ema_momentum", "training.warmup_steps", "training.seed",
-    "training.image_shift", "training.phase1.variance_weight", "training.phase1.covariance_weight",
+    "training.phase1.variance_weight", "training.phase1.covariance_weight",
     "training.phase1.inverse_dynamics_weight", "training.phase1.foresight_weight",
     "training.phase1.proprioception_masking", "training.phase1.predictor_dropout",
-    "training.phase1.num_epochs", "training.phase2.num_epochs",
-    "training.phase2.state_noise",
+    "training.phase1.num_epochs", "training.phase1.image_shift",
+    "training.phase2.num_epochs", "training.phase2.image_shift", "training.phase2.state_noise",
 }  # fmt: skip
 
 

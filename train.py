@@ -179,7 +179,7 @@ def phase2_batches(
     options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
     frames = functools.cache(lambda: open_frames(data.demos, config.data, config.model.image_size, device))
     recipe, batch_size, states = config.training.phase2, config.training.batch_size, None
-    if recipe.store_states and recipe.freeze_encoder and not config.training.image_shift:
+    if recipe.store_states and recipe.freeze_encoder and not recipe.image_shift:
         states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
         states = frozen_states(trainer.model, data.demos, low_dimensional, frames, batch_size, states_directory)
         options["states"] = states
@@ -222,7 +222,8 @@ class Training:
         self.trainer, self.optimizer, self.config, self.device = trainer, optimizer, config, device
         self.batches, self.held_out_batches = batches, held_out_batches
         self.phase, self.settings = trainer.phase, config.training
-        self.num_epochs = phase_settings(config, trainer.phase).num_epochs
+        self.recipe = phase_settings(config, trainer.phase)
+        self.num_epochs = self.recipe.num_epochs
         self.total_steps = self.num_epochs * len(batches)
         self.step, self.best_loss = 0, math.inf
         self.autocast = torch.autocast(
@@ -278,8 +279,8 @@ class Training:
         factor = learning_rate_factor(self.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimizer.defaults["lr"] * factor
-        if self.settings.image_shift:
-            batch = shift_pictures(batch, self.settings.image_shift, self.config.model.image_size)
+        if self.recipe.image_shift:
+            batch = shift_pictures(batch, self.recipe.image_shift, self.config.model.image_size)
         with self.autocast:
             losses = self.ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
         losses["loss"].backward()

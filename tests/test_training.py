@@ -186,10 +186,11 @@ def test_phase2_reads_no_picture_once_the_states_are_stored(runs, data, tmp_path
     (tmp_path / "runs/frozen_states" / states.name).write_bytes(states.read_bytes())
     both = settings(data__data_directory=tmp_path, training__checkpoint_directory=tmp_path / "runs")
     encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
-    said = run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both).stdout
+    phase1_shifts = ("--set", "training.phase1.image_shift=2")  # no matter here
+    said = run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both, *phase1_shifts).stdout
     assert "read from" in said
     assert not (tmp_path / "frame_cache").exists()
-    run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both, "--set", "training.image_shift=2")
+    run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both, "--set", "training.phase2.image_shift=2")
     assert (tmp_path / "frame_cache").exists()  # shifted pictures are encoded anew: the stored states do not fit them
 
 

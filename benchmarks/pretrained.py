@@ -1,0 +1,79 @@
+"""The figures of checkpoints/pretrained/libero_object_cpu.pt in docs/learning.md, written to
+benchmarks/results/libero_object_cpu.json: offline error, what z knows, and 100 episodes each of the policy (flow from
+noise and from zero), of a demonstration replayed blindly and of standing still, on the suite's init states and with
+the target shifted by up to 5 cm.
+
+    python benchmarks/pretrained.py                     an interrupted one goes on where it stopped
+    python benchmarks/pretrained.py --checkpoint FILE   another policy for all ten tasks
+
+It needs the demonstrations that the policy was trained on (`make libero-object-cpu` collects them).
+"""
+
+import json
+import subprocess
+import sys
+
+from measure import REPO, RESULTS, arguments, machine, print_table
+
+SHIFT = 0.05  # metres
+CELLS = [f"{row}_{scene}" for row in ("policy_from_noise", "policy_from_zero", "replay", "zero")
+         for scene in ("init_states", "shifted")]  # fmt: skip
+SAME_IN_ALL = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio", "seed")
+
+
+def main() -> None:
+    settings = arguments(
+        __doc__,
+        checkpoint={"default": "checkpoints/pretrained/libero_object_cpu.pt", "help": "default: %(default)s"},
+        data_directory={"default": "data/libero_object_cpu", "help": "demonstrations (default: %(default)s)"},
+        output_dir={"default": "results/libero_object_cpu", "help": "the evaluations (default: %(default)s)"},
+    )
+    folder = REPO / settings.output_dir / ("quick" if settings.quick else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = ("--checkpoint", settings.checkpoint, "--set", f"data.data_directory={settings.data_directory}")
+    script("eval.py", *policy, "--output", folder / "offline.json")
+    script("eval.py", *policy, "--representation", "--output", folder / "representation.json")
+    episodes = ("--num_trials", 1, "--max_steps", 20) if settings.quick else ("--num_trials", 10)
+    script("run_libero_eval.py", *policy, *episodes, "--side_by_side", SHIFT, "--output_dir", folder)
+    played = {cell: json.loads((folder / cell / "results.json").read_text()) for cell in CELLS}
+    results = {
+        "machine": machine(),
+        "shift": SHIFT,
+        "settings": {key: played[CELLS[0]]["settings"].get(key) for key in SAME_IN_ALL},
+        "offline": json.loads((folder / "offline.json").read_text()),
+        "representation": json.loads((folder / "representation.json").read_text()),
+        "rollouts": {cell: counts(one) for cell, one in played.items()},
+    }
+    show(results["rollouts"])
+    if not settings.quick:
+        (RESULTS / "libero_object_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def counts(results: dict) -> dict:
+    """Successes of all and of each task, and the steps of every episode (null where it failed)."""
+    overall = {key: results["overall"][key] for key in ("successes", "trials", "crashed", "interval")}
+    tasks = {}
+    for episode in results["episodes"]:
+        tasks.setdefault(episode["task_id"], []).append(episode["steps"] if episode["success"] else None)
+    return overall | {"steps_to_success": tasks}
+
+
+def show(rollouts: dict[str, dict]) -> None:
+    tasks = sorted(rollouts[CELLS[0]]["steps_to_success"])
+    lines = []
+    for task in tasks:
+        steps = [rollouts[cell]["steps_to_success"].get(task, []) for cell in CELLS]
+        lines.append([task, *(f"{sum(step is not None for step in one)}/{len(one)}" for one in steps)])
+    lines.append(["all", *(f"{rollouts[cell]['successes']}/{rollouts[cell]['trials']}" for cell in CELLS)])
+    print_table(f"targets shifted by up to {1000 * SHIFT:g} mm", ["task", *CELLS], lines)
+
+
+def script(name: str, *flags: object) -> None:
+    """Runs one of the project's own scripts, as a reader would."""
+    command = [sys.executable, name, *map(str, flags)]
+    if subprocess.run(command, cwd=REPO).returncode:
+        sys.exit(f"error: {' '.join(command)} failed")
+
+
+if __name__ == "__main__":
+    main()
