@@ -49,7 +49,9 @@ def main() -> None:
     draw_successes(above.subplots(), claims, results["baselines"]["replay"]["shifted"])
     panels = below.subplots(1, len(FIGURES), sharey=True)
     for axes, (title, figure_of) in zip(panels, FIGURES.items(), strict=True):
-        draw_figures(axes, {"best": results["rows"]["best"]} | ingredients, figure_of, title)
+        draw_figures(
+            axes, {name: results["rows"][name] for name in ("best", "unshifted")} | ingredients, figure_of, title
+        )
     figure.savefig(settings.output)
     print(f"{settings.output}: {len(claims)} claims, {len(ingredients)} ingredients")
 
@@ -79,12 +81,12 @@ def draw_successes(axes: plt.Axes, claims: dict, replay: list[int] | None) -> No
 
 def draw_figures(axes: plt.Axes, rows: dict, figure_of: Callable[[dict], float | None], title: str) -> None:
     """A figure of each row; the shade is the span of the best recipe's seeds."""
-    best = [figure_of(run) for run in rows["best"]["seeds"].values()]
-    axes.axvspan(min(best), max(best), color=FROZEN, alpha=0.15, lw=0)
-    for place, (name, row) in enumerate(reversed(rows.items())):
+    recipe = [figure_of(run) for run in rows["unshifted"]["seeds"].values()]
+    axes.axvspan(min(recipe), max(recipe), color=FROZEN, alpha=0.15, lw=0)
+    for place, row in enumerate(reversed(rows.values())):
         figures = [figure for run in row["seeds"].values() if (figure := figure_of(run)) is not None]
         if figures:
-            axes.barh(place, statistics.fmean(figures), color=FROZEN if name == "best" else CHANGED, height=0.6)
+            axes.barh(place, statistics.fmean(figures), color=FROZEN if row["claim"] else CHANGED, height=0.6)
     axes.set_yticks(range(len(rows)), [row["description"] for row in reversed(rows.values())])
     axes.set_title(title, fontsize=10)
     tidy(axes)
