@@ -45,7 +45,7 @@ def main() -> None:
     figure = plt.figure(figsize=(13, 3.9 + 0.27 * len(ingredients)), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.3 + 0.27 * len(ingredients)])
     above.suptitle("where z comes from: episodes solved with shifted targets, %; dots are seeds", fontsize=11)
-    below.suptitle("the best recipe with one thing changed; the shade spans its own seeds", fontsize=11)
+    below.suptitle("the recipe without shifted pictures, one thing changed; the shade spans its own seeds", fontsize=11)
     draw_successes(above.subplots(), claims, results["baselines"]["replay"]["shifted"])
     panels = below.subplots(1, len(FIGURES), sharey=True)
     for axes, (title, figure_of) in zip(panels, FIGURES.items(), strict=True):
