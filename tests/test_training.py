@@ -206,6 +206,19 @@ def test_bfloat16_and_recomputed_activations_train_to_nearly_the_same_losses(run
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+def test_phase1_trains_on_shifted_pictures_and_validates_on_whole_ones(runs, data, tmp_path):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    still = ("--set", "training.learning_rate=1e-12", "--set", "training.phase1.num_epochs=1")  # weights hardly move
+    validation, training = {}, {}
+    for shift in (0, 8):
+        run("train.py", "--phase", 1, *both, *still, "--set", f"training.phase1.image_shift={shift}")
+        folder = tmp_path / "phase1_temporal_jepa"
+        validation[shift] = [line["jepa_mse"] for line in metrics(folder, "validation")]
+        training[shift] = [line["jepa_mse"] for line in metrics(folder, "train")]
+    assert validation[8] == pytest.approx(validation[0], rel=1e-3)
+    assert training[8] != pytest.approx(training[0], rel=1e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
