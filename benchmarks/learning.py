@@ -16,13 +16,12 @@ OMP_NUM_THREADS=1, `--rows plain,random,end_to_end` beside `--rows unshifted,fin
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import REPO, RESULTS, arguments, machine, print_table
+from measure import REPO, RESULTS, arguments, machine, print_table, script
 
 CONFIG = "conf/quickstart.yaml"
 TASK = 2  # of libero_object, the salad dressing: a demonstration replayed blindly fails when the target has moved
@@ -230,13 +229,6 @@ def roll_out(folder: Path, quick: bool, scene: str, *flags: object) -> None:
         script(
             "run_libero_eval.py", "--tasks", TASK, *number, "--shift_target", shift, "--output_dir", folder, *flags
         )  # fmt: skip
-
-
-def script(name: str, *flags: object) -> None:
-    """Runs one of the project's own scripts, as a reader would."""
-    command = [sys.executable, name, *map(str, flags)]
-    if subprocess.run(command, cwd=REPO).returncode:
-        sys.exit(f"error: {' '.join(command)} failed")
 
 
 # --------------------------------------------------------------------------------------------------------- figures

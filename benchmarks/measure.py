@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,13 @@ def arguments(docstring: str, **options: dict) -> argparse.Namespace:
     for name, settings in options.items():
         parser.add_argument(f"--{name}", **settings)
     return parser.parse_args()
+
+
+def script(name: str, *flags: object) -> None:
+    """Runs one of the project's own scripts, as a reader would."""
+    command = [sys.executable, name, *map(str, flags)]
+    if subprocess.run(command, cwd=REPO).returncode:
+        sys.exit(f"error: {' '.join(command)} failed")
 
 
 def machine() -> dict:

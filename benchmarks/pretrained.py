@@ -10,10 +10,8 @@ It needs the demonstrations that the policy was trained on (`make libero-object-
 """
 
 import json
-import subprocess
-import sys
 
-from measure import REPO, RESULTS, arguments, machine, print_table
+from measure import REPO, RESULTS, arguments, machine, print_table, script
 
 SHIFT = 0.05  # metres
 CELLS = [f"{row}_{scene}" for row in ("policy_from_noise", "policy_from_zero", "replay", "zero")
@@ -66,13 +64,6 @@ def show(rollouts: dict[str, dict]) -> None:
         lines.append([task, *(f"{sum(step is not None for step in one)}/{len(one)}" for one in steps)])
     lines.append(["all", *(f"{rollouts[cell]['successes']}/{rollouts[cell]['trials']}" for cell in CELLS)])
     print_table(f"targets shifted by up to {1000 * SHIFT:g} mm", ["task", *CELLS], lines)
-
-
-def script(name: str, *flags: object) -> None:
-    """Runs one of the project's own scripts, as a reader would."""
-    command = [sys.executable, name, *map(str, flags)]
-    if subprocess.run(command, cwd=REPO).returncode:
-        sys.exit(f"error: {' '.join(command)} failed")
 
 
 if __name__ == "__main__":
