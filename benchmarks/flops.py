@@ -22,10 +22,10 @@ SCAN_FLOPS = 7  # per token, channel and state: delta A, exp, decay h, x B, +, C
 
 @dataclass(frozen=True)
 class Assumed:
-    """A GPU of the H100 kind in a rented cluster. Measure `achieved` first: everything below is proportional to it."""
+    """An H100 in a rented cluster. `achieved` is measured (gpu_throughput.json): everything below is proportional to it."""
 
     peak: float = 989e12  # bf16 FLOP/s without sparsity, data sheet
-    achieved: float = 0.10  # share of it in a training step; small matrices (D = 256) leave most of a GPU idle
+    achieved: float = 0.03  # share of it in a training step of this batch, bf16; 0.05 at a batch of 256
     price: float = 3.0  # per GPU and hour
     gpus_per_node: int = 8
     inside: float = 400e9  # bytes/s between the GPUs of a node, NVLink, achieved
