@@ -30,10 +30,10 @@ from tqdm import tqdm
 from config import load_config
 from errors import BadInput, exits_on_bad_input
 from libero_sim import SIM_KEYS, SIMULATOR_ERRORS, LiberoEnv, import_libero, make_env, make_suite, parse_task_ids
-from scripted_expert import SETTLE_STEPS, ScriptedExpert
+from scripted_expert import ScriptedExpert
 
 TASK_SUITE = "libero_object"
-LONGEST_EPISODE = 250  # steps; LIBERO's own longest demo of this suite has 254
+LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
 SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
 UNFINISHED = ".unfinished"  # folder of the demos whose task is not complete yet
 
@@ -48,11 +48,13 @@ class Settings:
     start_noise: float
     seed: int
     shift_target: float = 0.0
+    missed_grasps: float = 0.0
 
 
 @dataclass
 class Episode:
-    """A solved episode. Frame t is what the robot saw before actions[t]; there is one frame more than actions."""
+    """A solved episode, as far as it is recorded. Frame t is what the robot saw before actions[t]; there is one frame
+    more than actions."""
 
     actions: np.ndarray  # (T, 7)
     states: np.ndarray  # (T, S) before each action
@@ -70,9 +72,15 @@ def play_episode(env: LiberoEnv, task_id: int, attempt: int, settings: Settings)
     env.add_start_noise(rng, settings.start_noise)
     if settings.shift_target:
         env.shift_target(rng, settings.shift_target)
+    expert = ScriptedExpert(env, rng)
+    for action in expert.settle():
+        env.step(action)
+    if begins_after_a_miss(attempt, settings.missed_grasps):
+        for action in expert.missed_grasp():
+            env.step(action)
     actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
     solved_steps = 0
-    for action in itertools.islice(ScriptedExpert(env, rng).actions(), LONGEST_EPISODE):
+    for action in itertools.islice(expert.actions(), LONGEST_DEMO):
         states.append(env.state())
         solved = env.step(action)
         actions.append(action)
@@ -84,11 +92,16 @@ def play_episode(env: LiberoEnv, task_id: int, attempt: int, settings: Settings)
     return None
 
 
+def begins_after_a_miss(attempt: int, share: float) -> bool:
+    """Which attempts are recorded from a missed grasp on: `share` of them, spread evenly."""
+    return int((attempt + 1) * share) > int(attempt * share)
+
+
 def write_demo(demo: h5py.Group, env: LiberoEnv, episode: Episode, obs_alignment: str) -> None:
-    """Draws an episode and writes it in LIBERO's layout, without the first steps in which the objects settle."""
+    """Draws an episode and writes it in LIBERO's layout."""
     from robosuite.utils.transform_utils import quat2axisangle
 
-    steps = range(SETTLE_STEPS, len(episode.actions))
+    steps = range(len(episode.actions))
     frames = [t + 1 if obs_alignment == "after" else t for t in steps]
     env_obs = [episode.proprioception[t] for t in frames]
     ee_pos = np.stack([o["robot0_eef_pos"] for o in env_obs])
@@ -98,7 +111,7 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, episode: Episode, obs_alignment
     only_the_last = np.zeros(len(steps), dtype=np.uint8)
     only_the_last[-1] = 1
 
-    demo["actions"], demo["states"] = episode.actions[SETTLE_STEPS:], episode.states[SETTLE_STEPS:]
+    demo["actions"], demo["states"] = episode.actions, episode.states
     demo["robot_states"], demo["rewards"], demo["dones"] = robot_states, only_the_last, only_the_last
     demo["obs/joint_states"], demo["obs/gripper_states"] = joints, fingers
     demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/ee_states"] = ee_pos, ee_ori, np.hstack([ee_pos, ee_ori])
@@ -115,7 +128,7 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, episode: Episode, obs_alignment
             dataset[i] = pictures[SIM_KEYS[name]]
     demo.attrs["num_samples"] = len(steps)
     demo.attrs["model_file"] = env.model_xml
-    demo.attrs["init_state"] = episode.states[SETTLE_STEPS]
+    demo.attrs["init_state"] = episode.states[0]
 
 
 class Worker:
@@ -188,7 +201,7 @@ def check_settings(path: Path, group, settings: Settings) -> None:
     except (AttributeError, KeyError, ValueError):
         raise BadInput(f"{path}: not a file of collect_demos.py; choose another --data_directory") from None
     for name, value in asdict(settings).items():
-        before = found.get(name, Settings.shift_target if name == "shift_target" else None)  # it came later
+        before = found.get(name, getattr(Settings, name, None))  # those with a default came later
         if before != value:
             raise BadInput(
                 f"{path}: was collected with {name} {before}, not {value};"
@@ -409,6 +422,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--start_noise", type=float, default=0.02, help="standard deviation of the arm's start joints in rad")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
         help="move the target object by up to this in x and y, so that it stands elsewhere in every demo")
+    add("--missed_grasps", type=float, default=0.0, metavar="SHARE",
+        help="share of the demos that begin after a grasp that missed, where the expert notices and tries again; the "
+        "miss itself is not recorded")
     # fmt: on
     return parser.parse_args(arguments)
 
@@ -426,6 +442,8 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"--start_noise {args.start_noise}: expected 0 to 1 rad")
     if not 0 <= args.shift_target <= 0.2:
         raise BadInput(f"--shift_target {args.shift_target}: expected 0 to 0.2 metres")
+    if not 0 <= args.missed_grasps <= 1:
+        raise BadInput(f"--missed_grasps {args.missed_grasps}: expected a share of the demos, 0 to 1")
     if args.seed < 0:
         raise BadInput(f"--seed {args.seed}: expected 0 or more")
     if str(folder).startswith("/path/to"):
@@ -448,8 +466,9 @@ def main() -> None:
     wanted = getattr(args, "demos_per_task", data.demos_per_task)
     check_arguments(args, folder, wanted)
     settings = Settings(
-        args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target
-    )
+        args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
+        args.missed_grasps,
+    )  # fmt: skip
 
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)

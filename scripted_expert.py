@@ -5,6 +5,7 @@ actions as a policy: OSC_POSE deltas in [-1, 1] (1 is 0.05 m or 0.5 rad per step
 Lengths are in metres, angles in rad, times in steps of 1/20 s; z points up.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ RETREAT_STEPS = 40  # from letting go until the expert gives up waiting for succ
 WIDEST_GRASP = 0.074  # the fingers open to 0.08
 TRAVEL_HEIGHT = 0.16  # of the hand on its way over the other objects
 CLEAR_OF_RIM = 0.165  # lowest height of the carried object's bottom on its way to the basket
+MISSED_BY = 0.02, 0.05  # from the middle of the grasp that was missed on purpose
+UNNOTICED_STEPS = 70  # after it, at most: long enough to be over the basket with nothing in the hand
 ACTION_NOISE = 0.05
 BOX_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 
@@ -37,7 +40,8 @@ class Grasp:
 class ScriptedExpert:
     """The expert of one episode; its gains, heights and aim are drawn from `rng`, so no two episodes look alike.
 
-    Use after `env.reset()`: `for action in expert.actions(): env.step(action)`.
+    Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
+    `env.step`.
     """
 
     def __init__(self, env: LiberoEnv, rng: np.random.Generator):
@@ -53,36 +57,54 @@ class ScriptedExpert:
         self.carry_height = CLEAR_OF_RIM + rng.uniform(0, 0.04)
         self.slow_noise = np.zeros(6)
 
-    def actions(self) -> Iterator[np.ndarray]:
-        """Yields actions (7,) without end; whoever steps decides when the episode is over."""
+    def settle(self) -> Iterator[np.ndarray]:
+        """The hand waits until the objects have dropped onto the floor."""
         for _ in range(SETTLE_STEPS):
             yield np.array([0, 0, 0, 0, 0, 0, OPEN])
         _, rotation = self._hand()
         self.upright, self.upright_yaw = _pointing_down(rotation), self._closing_yaw()
+
+    def missed_grasp(self) -> Iterator[np.ndarray]:
+        """A grasp beside the target, which it may push over, and what one does who has not noticed: lift, go to the
+        basket, let go of nothing. Ends at a random moment after the fingers have closed."""
+        direction, distance = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(*MISSED_BY)
         while True:
-            yield from self._pick()
+            yield from self._grasp(distance * np.array([np.cos(direction), np.sin(direction)]))
+            if not self._fingers_hold_target():
+                break
+            distance += 0.01  # a large object, caught all the same
+        unnoticed = itertools.chain(self._lift(), self._let_go_over_basket())
+        yield from itertools.islice(unnoticed, self.rng.integers(UNNOTICED_STEPS + 1))
+
+    def actions(self) -> Iterator[np.ndarray]:
+        """Yields actions (7,) without end; whoever steps decides when the episode is over."""
+        while True:
+            yield from self._grasp()
+            yield from self._lift()
             yield from self._place()
             self.aim_offset = self.rng.normal(0, 0.003, 2)  # slipped, or beside the basket: once more
 
     # The parts of an episode. Each yields actions until its goal is reached or its time is up.
 
-    def _pick(self) -> Iterator[np.ndarray]:
-        """Above the object, down, close, up."""
+    def _grasp(self, missed_by=(0.0, 0.0)) -> Iterator[np.ndarray]:
+        """Above the object, or `missed_by` (2,) beside it, down, close."""
         grasp = self._plan_grasp()
         for _ in range(80):
             hand, _ = self._hand()
-            goal = np.append(grasp.xy + 2 * self.aim_offset, max(grasp.top, grasp.height) + self.hover)
+            goal = np.append(grasp.xy + missed_by + 2 * self.aim_offset, max(grasp.top, grasp.height) + self.hover)
             distance = np.linalg.norm((goal - hand)[:2])
             if distance < 0.018 and abs(goal[2] - hand[2]) < 0.03:
                 break
             if distance > 0.06:
                 goal[2] = max(goal[2], TRAVEL_HEIGHT)
+            if distance > 0.018 and hand[2] < grasp.top + 0.02:
+                goal[:2] = hand[:2]  # beside the object after a miss: up before anything else
             yield self._towards(goal, grasp.rotation, OPEN)
 
         grasp = self._plan_grasp()
         for _ in range(45):
             hand, _ = self._hand()
-            goal = np.append(grasp.xy + 0.5 * self.aim_offset, grasp.height)
+            goal = np.append(grasp.xy + missed_by + 0.5 * self.aim_offset, grasp.height)
             if abs(goal[2] - hand[2]) < 0.006:
                 break
             if np.linalg.norm((goal - hand)[:2]) > 0.012 and hand[2] > grasp.top + 0.03:
@@ -93,14 +115,16 @@ class ScriptedExpert:
         for _ in range(CLOSING_STEPS):
             goal = np.append(closing_at[:2], grasp.height)
             yield self._towards(goal, grasp.rotation, CLOSED, noise=0.1, fastest=0.3)
+        self.grasp, self.closed_at = grasp, closing_at
+        self.hand_over_bottom = self._hand()[0][2] - grasp.bottom  # of the object in it
 
-        hand, _ = self._hand()
-        self.hand_over_bottom = hand[2] - grasp.bottom  # of the object in it
+    def _lift(self) -> Iterator[np.ndarray]:
+        """Straight up, until what is in the hand clears the basket's rim."""
         for _ in range(60):
-            goal = np.append(closing_at[:2], self.carry_height + self.hand_over_bottom)
+            goal = np.append(self.closed_at[:2], self.carry_height + self.hand_over_bottom)
             if self._hand()[0][2] > goal[2] - 0.03:
                 break
-            yield self._towards(goal, grasp.rotation, CLOSED, noise=0.7)
+            yield self._towards(goal, self.grasp.rotation, CLOSED, noise=0.7)
 
     def _place(self) -> Iterator[np.ndarray]:
         """Over the basket, a little down, open, up. Returns at once when the object is not or no longer in the hand."""
@@ -126,6 +150,13 @@ class ScriptedExpert:
             yield self._towards(retreat, self.upright, OPEN, noise=0.5)
         while self.env.check_success():
             yield self._towards(retreat, self.upright, OPEN, noise=0.5)
+
+    def _let_go_over_basket(self) -> Iterator[np.ndarray]:
+        """As `_place`, with nothing in the hand."""
+        goal = np.append(self._object_position(self.basket)[:2] + self.drop_offset, self._hand()[0][2])
+        for gripper, steps in ((CLOSED, 40), (OPEN, UNNOTICED_STEPS)):
+            for _ in range(steps):
+                yield self._towards(goal, self.upright, gripper)
 
     def _towards(self, goal, rotation, gripper: float, noise: float = 1.0, fastest: float = 1.0) -> np.ndarray:
         """Proportional control of the hand to position `goal` (3,) and `rotation` (3, 3), as one noisy action (7,)."""
@@ -206,6 +237,11 @@ class ScriptedExpert:
         fingers = self.env.sim.data.qpos[self.env.domain.robots[0]._ref_gripper_joint_pos_indexes]
         distance = np.linalg.norm(self._object_position(self.target) - self._hand()[0])
         return bool(np.abs(fingers).sum() > 0.004 and distance < 0.16)
+
+    def _fingers_hold_target(self) -> bool:
+        """Whether both fingers touch it: unlike `_holds_target`, told apart from another object in the hand."""
+        domain = self.env.domain
+        return bool(domain._check_grasp(domain.robots[0].gripper, domain.objects_dict[self.target]))
 
     def _collision_boxes(self, name: str) -> np.ndarray:
         """(n, 8, 3) world corners of an object's collision boxes; other shapes count as a cube inside their sphere."""

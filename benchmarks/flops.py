@@ -22,7 +22,7 @@ SCAN_FLOPS = 7  # per token, channel and state: delta A, exp, decay h, x B, +, C
 
 @dataclass(frozen=True)
 class Assumed:
-    """An H100 in a rented cluster. `achieved` is measured (gpu_throughput.json): everything below is proportional to it."""
+    """An H100 in a rented cluster. `achieved` is measured (gpu_throughput.json), all below is proportional to it."""
 
     peak: float = 989e12  # bf16 FLOP/s without sparsity, data sheet
     achieved: float = 0.03  # share of it in a training step of this batch, bf16; 0.05 at a batch of 256

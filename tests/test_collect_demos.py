@@ -18,7 +18,15 @@ import torch
 from test_dataloader import batches_of, load, samples_of
 
 import collect_demos
-from collect_demos import Settings, TaskDemos, Worker, collector_text, play_episode, write_demo
+from collect_demos import (
+    Settings,
+    TaskDemos,
+    Worker,
+    begins_after_a_miss,
+    collector_text,
+    play_episode,
+    write_demo,
+)
 from config import load_config
 from dataloader import LanguageTable, frame_rows
 from errors import BadInput
@@ -151,6 +159,29 @@ def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, tmp_pat
         np.testing.assert_array_equal(file["before/obs/joint_states"][:], file["before/states"][:, 1:8])
 
 
+def test_a_demo_after_a_missed_grasp_shows_the_second_attempt_alone(env):
+    whole = play_episode(env, TASK, attempt=0, settings=SETTINGS)
+    after_a_miss = play_episode(env, TASK, attempt=0, settings=replace(SETTINGS, missed_grasps=1.0))
+    seconds = [episode.states[0][0] for episode in (whole, after_a_miss)]
+    assert seconds[0] == pytest.approx(SETTLE_STEPS / 20) and seconds[1] > seconds[0] + 40 / 20
+    assert len(after_a_miss.actions) <= collect_demos.LONGEST_DEMO
+    first_closed = np.flatnonzero(after_a_miss.actions[:, 6] == 1)[0]
+    assert first_closed > 20  # it lets go at once and comes down on the target again before it closes
+    heights = []
+    for episode in (whole, after_a_miss):
+        env.sim.set_state_from_flattened(episode.states[0])
+        env.sim.forward()
+        heights.append(float(env.sim.data.get_body_xpos("butter_1_main")[2]))
+    assert heights[1] == pytest.approx(heights[0], abs=0.03)  # the target is on the floor, not in the hand
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0), (0.3, 6), (0.4, 8), (1.0, 20)])
+def test_missed_grasps_are_spread_evenly_over_the_attempts(share, expected):
+    chosen = [begins_after_a_miss(attempt, share) for attempt in range(20)]
+    assert sum(chosen) == expected
+    assert abs(sum(chosen[:10]) - expected / 2) <= 0.5
+
+
 def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(collected_demos, tmp_path):
     """Undisturbed, of two workers: the fixture. Here one worker, killed after its first demo and started again."""
     arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
@@ -194,11 +225,14 @@ def test_failed_attempts_are_never_written(env, tmp_path, monkeypatch):
         def __init__(self, env, rng):
             pass
 
+        def settle(self):
+            return ()
+
         def actions(self):
             return itertools.repeat(np.array([0, 0, 0, 0, 0, 0, -1.0]))
 
     monkeypatch.setattr(collect_demos, "ScriptedExpert", IdleExpert)
-    monkeypatch.setattr(collect_demos, "LONGEST_EPISODE", 20)
+    monkeypatch.setattr(collect_demos, "LONGEST_DEMO", 20)
     monkeypatch.setattr(Worker, "env", env)
     monkeypatch.setattr(Worker, "task_id", TASK)
     assert Worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5") == 0
@@ -256,7 +290,9 @@ def test_more_demos_are_added_to_a_finished_file(suite, tmp_path):
         assert file["data"].attrs["total"] == 8 + 9 + 7
 
 
-@pytest.mark.parametrize("name, value", [("image_size", 32), ("seed", 1), ("visual_mesh_ratio", 1.0)])
+@pytest.mark.parametrize(
+    "name, value", [("image_size", 32), ("seed", 1), ("visual_mesh_ratio", 1.0), ("missed_grasps", 0.5)]
+)
 def test_files_of_other_settings_are_not_added_to(suite, collected_demos, name, value):
     with pytest.raises(BadInput, match=f"{NAME}_demo.hdf5: was collected with {name} .*, not {value}"):
         TaskDemos(suite, TASK, collected_demos, wanted=3, settings=replace(SETTINGS, **{name: value}))
@@ -276,6 +312,7 @@ def test_files_of_others_are_left_alone(suite, tmp_path):
         (["--demos_per_task", "0"], "--demos_per_task 0: expected at least 1"),
         (["--image_size", "8"], "--image_size 8: expected 16 to 1024 pixels"),
         (["--visual_mesh_ratio", "1.5"], "--visual_mesh_ratio 1.5: expected above 0 and at most 1"),
+        (["--missed_grasps", "1.5"], "--missed_grasps 1.5: expected a share of the demos, 0 to 1"),
         (["--data_directory", REPO / "collect_demos.py"], "collect_demos.py: the data directory is a file"),
         (["--data_directory", "/proc/demos"], "/proc/demos: the data directory cannot be made"),
         (["--set", "data.demos_per_tusk=3"], "--set data.demos_per_tusk=3: no such key; did you mean"),
