@@ -38,7 +38,8 @@ SMALL = {
     "training.log_interval": 1,
     "training.save_interval": 1,
     "training.learning_rate": 1e-3,
-    "training.phase1.proprioception_masking": 0,  # who is masked is drawn by each rank for itself
+    "training.phase1.proprioception_masking": 0,  # who is masked is drawn by each rank for itself,
+    "training.phase1.image_shift": 0,  # and how far pictures are shifted
     "training.phase1.learning_rate": "null",
     "training.phase2.learning_rate": "null",
     "training.device": "cpu",
