@@ -19,6 +19,8 @@ from errors import BadInput
 from rollouts.worker import STAND_STILL
 from statevla_model import RecordedDecision, StateVLA
 
+ARM_JOINTS = slice(1, 8)  # of a flattened state, whose [0] is the time
+SAME_START = 0.2  # rad: a demo whose arm starts further from an episode's start begins in the middle of its task
 CUDA_BATCH = 16  # rows of every forward pass on a GPU, however many environments have asked
 
 
@@ -126,7 +128,8 @@ def training_demo(
     instruction: str, data_directory: str, held_out_demos: Sequence[str], init_states: np.ndarray
 ) -> tuple[Path, str]:
     """Of a task's demonstrations that the checkpoint was trained on, the one that starts most like the task's init
-    states (n, S): file and key. Which demo is replayed decides much, and a baseline should be a strong one."""
+    states (n, S): file and key. Which demo is replayed decides much, and a baseline should be a strong one, so one that
+    begins after a missed grasp, its arm elsewhere, is out of the question."""
     for path in find_task_files(data_directory):
         try:
             with h5py.File(path, "r") as file:
@@ -142,7 +145,11 @@ def training_demo(
         usual = init_states.mean(axis=0)
         if any(start.shape != usual.shape for start in starts.values()):
             raise BadInput(f"{path}: key states is of another scene than the suite's; name a demo with --demo")
-        distance = {key: np.linalg.norm((start - usual)[1:]) for key, start in starts.items()}  # [0] is the time
+        distance = {
+            key: np.linalg.norm((start - usual)[1:])
+            for key, start in starts.items()
+            if np.abs((start - usual)[ARM_JOINTS]).max() < SAME_START
+        }
         if distance:
             return path, min(distance, key=distance.get)
     raise BadInput(f"{data_directory}: has no training demo of '{instruction}' to replay; name one with --demo")

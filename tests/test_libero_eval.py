@@ -214,12 +214,17 @@ def test_a_batch_is_answered_as_each_observation_by_itself(checkpoint):
 
 def test_a_replay_is_one_training_demo_from_its_first_action(checkpoint, collected_demos):
     held_out = read_checkpoint(checkpoint)["held_out_demos"]
-    butter, init_states = "pick up the butter and place it in the basket", np.zeros((2, 110))
+    butter = "pick up the butter and place it in the basket"
+    init_states = task_init_states(make_suite("libero_object"), 6)
     path, key = training_demo(butter, collected_demos, held_out, init_states)
     assert f"{path.name}/{key}" not in held_out and path.parent == collected_demos
     with h5py.File(path) as file:
         last_start = file["data/demo_1/states"][0]
     assert training_demo(butter, collected_demos, [], np.stack([last_start, last_start]))[1] == "demo_1"
+    elsewhere = last_start.copy()
+    elsewhere[3] += 0.5  # rad: no demo's arm starts there, as it does in one that begins after a missed grasp
+    with pytest.raises(BadInput, match=f"no training demo of '{butter}' to replay"):
+        training_demo(butter, collected_demos, [], elsewhere[None])
     with pytest.raises(BadInput, match="no training demo of 'open the drawer' to replay; name one with --demo"):
         training_demo("open the drawer", collected_demos, held_out, init_states)
     demo = np.random.default_rng(0).uniform(-1, 1, (5, 7))
