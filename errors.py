@@ -1,27 +1,53 @@
 """What every script does with bad input: one sentence on stderr and exit code 2, no traceback."""
 
+import errno
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class BadInput(Exception):
     """The user's mistake in one sentence: which file or key, what was found, what was expected."""
 
 
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED", "Unable to allocate", "bad_alloc")
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Python and numpy raise MemoryError, a system call OSError, and torch RuntimeErrors of many wordings: its own on a
+    GPU and on the CPU, cuBLAS's and cuDNN's where they had no room for their workspace."""
+    if isinstance(problem, OSError):
+        return problem.errno == errno.ENOMEM
+    return isinstance(problem, MemoryError) or any(sign in str(problem) for sign in OUT_OF_MEMORY)
+
+
+@contextmanager
+def out_of_memory_named(sentence: str) -> Iterator[None]:
+    """Running out of memory in the block is BadInput with this sentence, which says what of it was asked for and what
+    to ask for instead."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise BadInput(sentence) from None
+
+
 def exits_on_bad_input(main):
-    """Wraps a script's main(): BadInput and running out of memory become one sentence and exit code 2."""
+    """Wraps a script's main(): BadInput and running out of memory become one sentence and exit code 2, Ctrl-C one
+    sentence and 130, as shells have it."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            with out_of_memory_named("out of memory; other programs on this machine or GPU may hold it"):
+                return main(*args, **kwargs)
         except BadInput as mistake:
             print(f"error: {mistake}", file=sys.stderr)
             sys.exit(2)
-        except RuntimeError as problem:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on the CPU
-            if "out of memory" not in str(problem) and "can't allocate memory" not in str(problem):
-                raise
-            print("error: out of memory; try a smaller batch, for example --batch_size 32", file=sys.stderr)
-            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped

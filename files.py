@@ -1,21 +1,112 @@
-"""How files are written here: whole or not at all, so that an interruption leaves what was there before."""
+"""How files are written here: whole or not at all, so that an interruption leaves what was there before, and by one
+process at a time."""
 
+import fcntl
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from errors import BadInput
+
+
+@contextmanager
+def replaced_whole(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A name for a new file, in the folder of `path` or in `scratch` on the same disk, that no other writer has. When
+    the block ends without an error, the file written there takes the place of `path`, safe on the disk by then."""
+    part = (scratch or path.parent) / f"{path.name}.{os.getpid()}_{secrets.token_hex(3)}.part"
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose bytes take the place of `path` when the block ends without an error, safe on the disk by then."""
-    part = path.with_name(f"{path.name}.part")
+    """`replaced_whole` as a stream of bytes."""
+    with replaced_whole(path) as part, part.open("wb") as stream:
+        yield stream
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name is on the disk when its folder is. Some file systems know no such thing."""
     try:
-        with part.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
     finally:
-        part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+class Lock:
+    """A lock file that this process alone holds until `release()` or its own end, however that comes: the operating
+    system frees it then. Usable as a context manager.
+
+    Raises BadInput, `busy` and who it is, where another process holds it, or, with `wait`, prints that and waits. Raises
+    OSError where the file cannot be made. Where the file system cannot lock, it says so and goes on unlocked: everything
+    here is written whole under a name of the writer's own, so that two writers waste work and never mix.
+    """
+
+    def __init__(self, path: Path, busy: str, wait: bool = False):
+        self.path = path
+        while True:
+            self._file = path.open("a+")
+            try:
+                self._take(busy, wait)
+            except BaseException:
+                self._file.close()
+                raise
+            if self._is_in_place():
+                break
+            self._file.close()  # whoever held it has released and with it deleted it: the next one makes a new file
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def _take(self, busy: str, wait: bool) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip()
+            sentence = f"{busy} ({holder})" if holder else busy
+            if not wait:
+                raise BadInput(sentence) from None
+            print(f"{sentence}: waiting for it", flush=True)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as problem:  # Lustre without flock, some network and FUSE file systems
+            print(f"note: {self.path.parent} cannot lock files ({problem.strerror}); start no second process on it")
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        if not self._file.closed:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.release()
+
+
+def expanded(path: str) -> str:
+    """~ and ~name as their home folders, wherever a path comes from: a config, --set or a flag. Shells do it only at
+    the beginning of a word."""
+    return os.path.expanduser(path)
