@@ -29,7 +29,7 @@ class Normalizer(nn.Module):
 
     def fit(self, values: Tensor) -> None:
         """values (n, dim): those of the training demos alone."""
-        values = values.double()
+        values = values.cpu().double()  # Apple's GPUs have no float64
         std = values.std(dim=0, correction=0)
         self.mean.copy_(values.mean(dim=0).float())
         self.std.copy_(torch.where(std < CONSTANT_STD, 1.0, std).float())
@@ -57,7 +57,7 @@ class StateScaling(nn.Module):
 
     def fit(self, states: Tensor, kind: str = "standardise") -> None:
         """states (n, dim): those of the training demos alone."""
-        states = states.double()
+        states = states.cpu().double()
         mean, variance = states.mean(dim=0), states.var(dim=0, correction=0)
         if kind == "standardise":
             transform = torch.diag(torch.where(variance < CONSTANT_STD**2, 1.0, variance).rsqrt())

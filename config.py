@@ -1,8 +1,10 @@
-"""The settings of a run. conf/*.yaml is read strictly: a missing, unknown or mistyped key stops the program by name.
+"""The settings of a run. conf/*.yaml is read strictly: an unknown or mistyped key stops the program by name.
 
 The values live in conf/config.yaml, each with its comment; this file only says which keys there are and of which type.
+Any other YAML file lists what it changes of conf/config.yaml.
 """
 
+import argparse
 import copy
 import difflib
 import math
@@ -14,6 +16,10 @@ from pathlib import Path
 import yaml
 
 from errors import BadInput
+from files import expanded
+
+DEFAULTS = Path(__file__).parent / "conf/config.yaml"
+LARGEST_SEED = 2**63 - 1  # what every generator takes
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class DataConfig:
     split_seed: int
     cache: str
     cache_directory: str | None
+    language_embeddings: str | None
 
 
 @dataclass(frozen=True)
@@ -142,38 +149,113 @@ NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
 }  # fmt: skip
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `--set a.b.c=value` overrides. Raises BadInput naming the key at fault."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such config file; conf/config.yaml is the one to start from")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise BadInput(f"{path}: not readable as YAML ({' '.join(str(problem).split())})") from None
-    return parse_config(tree, str(path), overrides)
+PATHS = (  # ~ is one's home in them
+    "data.data_directory", "data.cache_directory", "data.language_embeddings", "training.checkpoint_directory",
+)  # fmt: skip
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """--config and --set, the same in every script that reads settings."""
+    parser.add_argument(
+        "--config", action="append", default=[], type=expanded, metavar="FILE",
+        help="YAML file of changes to conf/config.yaml; may be repeated, the later one wins (default: none)",
+    )  # fmt: skip
+    add_set_flag(parser)
+
+
+def add_set_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override one setting, e.g. training.phase1.num_epochs=5; may be repeated",
+    )  # fmt: skip
+
+
+def load_config(paths: str | Path | typing.Sequence[str | Path] = (), overrides: typing.Sequence[str] = ()) -> Config:
+    """conf/config.yaml, changed by one YAML file after the other and then by `--set a.b.c=value` overrides.
+
+    Raises BadInput naming the file and the key at fault."""
+    tree = _read_yaml(DEFAULTS)
+    config = parse_config(tree, str(DEFAULTS))
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        if Path(path).is_file() and DEFAULTS.samefile(path):
+            continue
+        _change(tree, _read_yaml(Path(path)), "", str(path))
+        config = parse_config(tree, str(path))
+    return parse_config(tree, "--set", overrides) if overrides else config
 
 
 def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) -> Config:
-    """Builds a Config from a nested dictionary. `source` is the file that errors name."""
+    """Builds a Config from a nested dictionary that has every key. `source` is the file that errors name."""
     tree = copy.deepcopy(tree)
     config = _build(Config, tree, "", source)
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise BadInput(f"--set {override}: expected section.key=value, for example training.phase1.num_epochs=5")
-        node, *rest = tree, *key.split(".")
-        for part in rest[:-1]:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or rest[-1] not in node or isinstance(node[rest[-1]], dict):
-            raise BadInput(f"--set {override}: no such key{_suggestion(key, _leaves(tree))}")
-        try:
-            node[rest[-1]] = yaml.safe_load(text) if text else text
-        except yaml.YAMLError:
-            raise BadInput(f"--set {override}: the value is not readable as YAML") from None
-        config = _build(Config, tree, "", f"--set {override}")
+        _override(tree, override)
+        source = f"--set {override}"
+        config = _build(Config, tree, "", source)
+    for key in PATHS:
+        section, name = key.split(".")
+        if (path := tree[section][name]) is not None:
+            tree[section][name] = expanded(path)
+    config = _build(Config, tree, "", source)
     _check_consistency(config, source)
     return config
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice in a section; PyYAML takes the last one and forgets the others."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise BadInput(f"{path}: no such config file; conf/config.yaml is the one to start from")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise BadInput(f"{path}: not readable as YAML ({' '.join(str(problem).split())})") from None
+    return {} if tree is None else tree
+
+
+def _change(tree: dict, changes: dict, prefix: str, source: str) -> None:
+    """Puts the values of `changes` into `tree`, section by section."""
+    if not isinstance(changes, dict):
+        raise BadInput(f"{source}: {prefix.rstrip('.') or 'the file'} must be a section of keys, found {changes!r}")
+    for key, value in changes.items():
+        if key not in tree:
+            raise BadInput(f"{source}: unknown key {prefix}{key}{_suggestion(str(key), list(tree))}")
+        if isinstance(tree[key], dict):
+            _change(tree[key], value, f"{prefix}{key}.", source)
+        else:
+            tree[key] = value
+
+
+def _override(tree: dict, override: str) -> None:
+    """Applies one --set. A text stays as it was typed, with every # and colon that a path may have."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise BadInput(f"--set {override}: expected section.key=value, for example training.phase1.num_epochs=5")
+    *sections, name = key.split(".")
+    node, kind = tree, Config
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+        kind = typing.get_type_hints(kind).get(section) if is_dataclass(kind) else None
+    if not isinstance(node, dict) or name not in node or isinstance(node[name], dict):
+        raise BadInput(f"--set {override}: no such key{_suggestion(key, _leaves(tree))}")
+    accepted = _accepted(typing.get_type_hints(kind)[name])
+    if str in accepted:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        is_null = types.NoneType in accepted and text in ("null", "~")
+        node[name] = text[1:-1] if quoted else None if is_null else text
+        return
+    try:
+        node[name] = yaml.safe_load(text) if text else text
+    except yaml.YAMLError:
+        raise BadInput(f"--set {override}: the value is not readable as YAML") from None
 
 
 def _build(cls, tree, prefix: str, source: str):
@@ -187,14 +269,14 @@ def _build(cls, tree, prefix: str, source: str):
             raise BadInput(f"{source}: unknown key {prefix}{key}{_suggestion(str(key), names)}")
     for name in names:
         if name not in tree:
-            raise BadInput(f"{source}: key {prefix}{name} is missing; conf/config.yaml has every key with its comment")
+            raise BadInput(f"{source}: key {prefix}{name} is missing")
     return cls(**{name: _value(tree[name], hints[name], prefix + name, source) for name in names})
 
 
 def _value(value, expected, key: str, source: str):
     if is_dataclass(expected):
         return _build(expected, value, key + ".", source)
-    accepted = expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
+    accepted = _accepted(expected)
     if float in accepted and isinstance(value, str):  # YAML 1.1 takes 1e-4 for text
         try:
             value = float(value)
@@ -215,6 +297,10 @@ def _value(value, expected, key: str, source: str):
     return value
 
 
+def _accepted(expected) -> tuple[type, ...]:
+    return expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
+
+
 def _check_consistency(config: Config, source: str) -> None:
     model = config.model
     if model.image_size % model.patch_size:
@@ -227,6 +313,9 @@ def _check_consistency(config: Config, source: str) -> None:
         raise BadInput(f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected 9 (7 joints + 2 fingers)")
     if not config.data.train_split < 1:
         raise BadInput(f"{source}: data.train_split is {config.data.train_split}, expected between 0 and 1")
+    for key, seed in (("data.split_seed", config.data.split_seed), ("training.seed", config.training.seed)):
+        if seed > LARGEST_SEED:
+            raise BadInput(f"{source}: {key} is {seed}, expected at most 2^63 - 1")
     shares = {
         "training.ema_momentum": config.training.ema_momentum,
         "training.phase1.predictor_dropout": config.training.phase1.predictor_dropout,

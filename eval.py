@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, parse_config
+from config import LARGEST_SEED, Config, add_set_flag, parse_config
 from dataloader import Batches, Demo, LanguageTable, LowDimensional, chunk_rows, load_demos, numbered_alone
-from errors import BadInput, exits_on_bad_input
+from errors import BadInput, exits_on_bad_input, out_of_memory_named
+from files import expanded, written_whole
 from frame_cache import HDF5Frames
 from jepa.mamba import choose_mamba_backend
+from provenance import code_version
 from representation import draw_report, print_report, representation_report
-from statevla_model import StateVLA, choose_device, model_from_checkpoint, read_checkpoint
+from statevla_model import StateVLA, choose_device, model_from_checkpoint
+from training.checkpoint import read_checkpoint
 
 DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 
@@ -48,6 +51,8 @@ def main() -> None:
         raise BadInput(f"--output {arguments.output}: no such directory {Path(arguments.output).parent}")
     if arguments.sample_steps < 1:
         raise BadInput(f"--sample_steps {arguments.sample_steps}: expected at least 1")
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise BadInput(f"--seed {arguments.seed}: expected 0 to 2^63 - 1")
     arguments.flow_start = arguments.flow_start or config.training.phase2.flow_start
     device = choose_device(config.training.device)
     choose_mamba_backend(config.training.mamba_backend, device)
@@ -55,14 +60,23 @@ def main() -> None:
 
     demos, observation = load_demos(config.data, config.model.action_seq_len)
     for key, value in checkpoint["observation"].items():
-        if observation[key] != value:
-            raise BadInput(f"{config.data.data_directory}: {key} is {observation[key]}, the checkpoint expects {value}")
+        if observation.get(key) != value:
+            raise BadInput(
+                f"{config.data.data_directory}: {key} is {observation.get(key)}, the checkpoint expects {value}"
+            )
     held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
     of_encoder = checkpoint["phase"] == 1 or arguments.representation
     evaluate = evaluate_representation if of_encoder else evaluate_actions
-    result = evaluate(model, checkpoint, config, demos, held_out, arguments, device)
+    batch_size = config.training.batch_size
+    with out_of_memory_named(f"out of memory with batch_size {batch_size}; use a smaller --batch_size"):
+        result = evaluate(model, checkpoint, config, demos, held_out, arguments, device)
+    result |= {"code": code_version(), "code_of_checkpoint": checkpoint.get("code", "unknown")}
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            with written_whole(Path(arguments.output)) as stream:
+                stream.write((json.dumps(result, indent=2) + "\n").encode())
+        except OSError as problem:
+            raise BadInput(f"--output {arguments.output}: cannot be written ({problem.strerror})") from None
         print(f"written to {arguments.output}")
 
 
@@ -108,9 +122,12 @@ def evaluate_representation(
         model, numbered[: len(train)], numbered[len(train) :], language, frames, config.training.batch_size, device
     )
     picture = Path(arguments.checkpoint).with_name("representation.png")
-    draw_report(figures, drawn, frames, picture)
     print_report(figures)
-    print(f"drawn in {picture}")
+    try:
+        draw_report(figures, drawn, frames, picture)
+        print(f"drawn in {picture}")
+    except OSError as problem:  # the checkpoint may be somebody else's
+        print(f"note: {picture} cannot be written ({problem.strerror}), so nothing is drawn")
     return figures | {"checkpoint": arguments.checkpoint, "epoch": checkpoint["epoch"]}
 
 
@@ -118,11 +135,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Phase 2: offline MSE on the held-out demos. Phase 1: what the representation z knows of them."
     )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint of either phase")
+    parser.add_argument("--checkpoint", required=True, type=expanded, metavar="FILE", help="checkpoint of either phase")
     parser.add_argument(
         "--representation", action="store_true", help="report what z knows with a phase-2 checkpoint too"
     )
-    parser.add_argument("--data_directory", help="folder of *_demo.hdf5 files (default: the checkpoint's)")
+    parser.add_argument(
+        "--data_directory", type=expanded, metavar="DIR", help="folder of *_demo.hdf5 files (default: the checkpoint's)"
+    )
     parser.add_argument("--batch_size", type=int, help="samples a forward pass (default: the checkpoint's)")
     parser.add_argument("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
     parser.add_argument(
@@ -132,14 +151,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the flow's noise, drawn batch by batch (default: %(default)s)"
     )
-    parser.add_argument("--output", help="also write the figures to this JSON file (default: print only)")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one setting of the checkpoint's config",
+        "--output", type=expanded, metavar="FILE", help="also write the figures to this JSON file (default: print only)"
     )
+    add_set_flag(parser)
     return parser.parse_args()
 
 

@@ -53,9 +53,9 @@ class Lock:
     """A lock file that this process alone holds until `release()` or its own end, however that comes: the operating
     system frees it then. Usable as a context manager.
 
-    Raises BadInput, `busy` and who it is, where another process holds it, or, with `wait`, prints that and waits. Raises
-    OSError where the file cannot be made. Where the file system cannot lock, it says so and goes on unlocked: everything
-    here is written whole under a name of the writer's own, so that two writers waste work and never mix.
+    Raises BadInput, `busy` and who it is, where another process holds it, or, with `wait`, prints that and waits.
+    Raises OSError where the file cannot be made. Where the file system cannot lock, it says so and goes on unlocked:
+    everything here is written whole under a name of the writer's own, so that two writers waste work and never mix.
     """
 
     def __init__(self, path: Path, busy: str, wait: bool = False):

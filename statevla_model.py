@@ -7,8 +7,6 @@ Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, R rol
 """
 
 import argparse
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -17,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer, StateScaling
-from config import Config, ModelConfig, load_config, parse_config
+from config import Config, ModelConfig, add_config_flags, load_config, parse_config
 from errors import BadInput, exits_on_bad_input
-from files import written_whole
+from files import expanded
 from jepa.temporal_predictor import Foresight, InverseDynamics, temporal_jepa_losses
 from state_encoder import JEPAStateEncoder
-
-CHECKPOINT_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")  # the guide's six
-FURTHER_KEYS = ("best_loss", "observation", "language", "held_out_demos")  # so that no other file is needed
+from training.checkpoint import read_checkpoint, save_checkpoint, weights_alone
 
 
 class StateVLA(nn.Module):
@@ -308,30 +304,6 @@ def build_trainer(config: Config, phase: int) -> StateVLATrainer:
     )
 
 
-def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
-    """Reads a checkpoint's dictionary (tensors and plain values only) and checks that it is one of ours.
-
-    Raises BadInput where the file is missing, damaged, lacks a key, or belongs to the other phase than `phase`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint; `python train.py --phase 1` and `--phase 2` write them")
-    if not zipfile.is_zipfile(path):  # torch.save writes zip archives, whose table of contents stands at the end
-        raise BadInput(f"{path}: not readable as a checkpoint of train.py, is it truncated?")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as problem:
-        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({str(problem).splitlines()[0]})") from None
-    missing = [
-        key for key in CHECKPOINT_KEYS + FURTHER_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint
-    ]
-    if missing:
-        raise BadInput(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}")
-    if phase is not None and checkpoint["phase"] != phase:
-        raise BadInput(f"{path}: key phase is {checkpoint['phase']}, expected a checkpoint of phase {phase}")
-    return checkpoint
-
-
 def load_weights(module: nn.Module, found: dict[str, Tensor], source: str | Path) -> None:
     """Loads a state dict strictly; a missing, surplus or differently shaped weight is named."""
     expected = module.state_dict()
@@ -364,25 +336,6 @@ def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
     trainer = build_trainer(parse_config(checkpoint["config"], str(source)), checkpoint["phase"])
     load_weights(trainer, checkpoint["model_state_dict"], source)
     return trainer.model.eval()
-
-
-def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Writes the file whole or not at all: an interrupted save leaves the previous one as it was."""
-    try:
-        with written_whole(path) as stream:
-            torch.save(checkpoint, stream)
-    except OSError as problem:
-        raise BadInput(f"{path}: cannot be written ({problem.strerror}); the previous one is untouched") from None
-
-
-def weights_alone(checkpoint: dict) -> dict:
-    """The checkpoint without what only training needs. The EMA target, which nothing reads after phase 1, becomes
-    the encoder itself: torch.save writes weights that are the same tensor once."""
-    weights, encoder = dict(checkpoint["model_state_dict"]), "model.state_encoder."
-    for name in weights:
-        if name.startswith(f"{encoder}target."):
-            weights[name] = weights[name.replace(f"{encoder}target.", encoder)]
-    return checkpoint | {"model_state_dict": weights, "optimizer_state_dict": {}}
 
 
 def count_parameters(*modules: nn.Module) -> int:
@@ -424,12 +377,13 @@ def main() -> None:
         description="Prints the component table of the model that a config describes, or exports a checkpoint."
     )
     parser.add_argument(
-        "--export", nargs=2, metavar=("CHECKPOINT", "OUTPUT"), help="write the weights of a phase-2 checkpoint alone"
+        "--export",
+        nargs=2,
+        metavar=("CHECKPOINT", "OUTPUT"),
+        type=expanded,
+        help="write the weights of a phase-2 checkpoint alone",
     )
-    parser.add_argument("--config", default="conf/config.yaml", help="settings file (default: %(default)s)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. model.embed_dim=128"
-    )
+    add_config_flags(parser)
     arguments = parser.parse_args()
     if arguments.export:
         source, target = map(Path, arguments.export)

@@ -97,7 +97,10 @@ def temporal_jepa_losses(
 @torch.no_grad()
 def representation_health(z: Tensor) -> dict[str, Tensor]:
     """Signs of collapse. z (B, D) -> z_std, the mean std of a dimension (0 is collapse), and effective_rank, the
-    exponential of the entropy of the covariance spectrum (Roy & Vetterli 2007), at most min(B - 1, D)."""
+    exponential of the entropy of the covariance spectrum (Roy & Vetterli 2007), at most min(B - 1, D). Both NaN where z
+    is not finite, of which there is no spectrum."""
+    if not z.isfinite().all():
+        return {"z_std": z.new_tensor(torch.nan), "effective_rank": z.new_tensor(torch.nan)}
     singular_values = torch.linalg.svdvals((z - z.mean(dim=0)).cpu().double())
     spectrum = singular_values.square() / singular_values.square().sum().clamp_min(1e-30)
     entropy = -(spectrum * spectrum.clamp_min(1e-30).log()).sum()

@@ -1,5 +1,7 @@
 """Settings are read strictly: every mistake stops the program and names the key."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -39,8 +41,93 @@ def test_config_yaml_has_the_guides_keys_and_values():
     assert config["training"]["phase1"]["covariance_weight"] == 0.04
 
 
-def test_every_shipped_config_is_valid():
-    load_config("conf/quickstart.yaml")
+@pytest.mark.parametrize("path", sorted(Path("conf").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_alone_and_with_the_plain_recipe(path):
+    assert load_config(path).wandb.mode == "disabled"
+    plain = load_config([path, "conf/plain.yaml"])
+    assert plain.training.phase1.foresight_weight == plain.training.phase2.state_noise == 0
+    assert plain.model.embed_dim == load_config(path).model.embed_dim
+
+
+def test_the_guides_own_block_is_a_config_file(tmp_path):
+    """As it stands in the guide, with its 31 keys missing."""
+    block = tmp_path / "guide.yaml"
+    phases = {phase: values for phase, values in GUIDE_PHASES.items()}
+    directory = {"data_directory": "/path/to/libero_object"}
+    block.write_text(
+        yaml.safe_dump(
+            GUIDE_VALUES | {"data": directory | GUIDE_VALUES["data"], "training": GUIDE_VALUES["training"] | phases}
+        )
+    )
+    assert load_config(block) == load_config()
+    assert load_config(["conf/quickstart.yaml", block]).model.embed_dim == 256  # the later file wins
+
+
+def test_a_config_file_lists_what_it_changes(tmp_path):
+    (tmp_path / "mine.yaml").write_text("training:\n  phase1:\n    num_epochs: 7\n")
+    found = load_config(tmp_path / "mine.yaml").to_dict()
+    assert found["training"]["phase1"].pop("num_epochs") == 7
+    expected = load_config("conf/config.yaml").to_dict()
+    del expected["training"]["phase1"]["num_epochs"]
+    assert found == expected
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "empty.yaml") == load_config()
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (
+            "training:\n  phase1:\n    num_epoch: 7\n",
+            r"unknown key training\.phase1\.num_epoch; did you mean num_epochs",
+        ),
+        ("training: 3\n", "training must be a section of keys, found 3"),
+        ("wandb:\n", "wandb must be a section of keys, found None"),
+        ("training:\n  batch_size:\n    of: 3\n", r"key training\.batch_size is .*, expected int"),
+        ("- 1\n", "the file must be a section of keys"),
+        ("model:\n  d_state: 8\ndata:\n  train_split: 0.5\nmodel:\n  d_conv: 4\n", "the key model stands twice"),
+        ("model: {d_state: 8, d_state: 9}\n", "the key d_state stands twice"),
+        ("model: [\n", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_config_file_is_one_sentence_with_its_name(tmp_path, text, sentence):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(BadInput, match=rf"mine\.yaml: .*{sentence}"):
+        load_config(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "typed, value",
+    [
+        ("demos #1 of 2", "demos #1 of 2"),
+        ("a: b", "a: b"),
+        ("'quoted'", "quoted"),
+        ("50", "50"),
+        ("[x", "[x"),
+        ("~/demos", "HOME/demos"),
+        ("~", "HOME"),
+    ],
+)
+def test_a_text_that_is_set_stays_as_it_was_typed(typed, value, monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    assert load_config((), [f"data.data_directory={typed}"]).data.data_directory == value
+
+
+def test_null_can_be_set_where_it_means_something():
+    assert load_config("conf/config.yaml", ["data.cache_directory=null"]).data.cache_directory is None
+    assert load_config("conf/config.yaml", ["training.phase1.learning_rate=null"]).training.phase1.learning_rate is None
+
+
+def test_a_home_is_found_in_every_path_of_a_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(
+        "data: {data_directory: ~/a, cache_directory: ~/b, language_embeddings: ~/c.npz}\n"
+        "training: {checkpoint_directory: ~/d}\n"
+    )
+    config = load_config(tmp_path / "mine.yaml")
+    found = config.data.data_directory, config.data.cache_directory, config.data.language_embeddings
+    assert found == tuple(str(tmp_path / name) for name in ("a", "b", "c.npz"))
+    assert config.training.checkpoint_directory == str(tmp_path / "d")
 
 
 def test_misspelt_config_key_is_named():
@@ -72,6 +159,7 @@ def test_missing_config_key_is_named(section, key):
         ("model.image_size=100", "not a multiple of model.patch_size"),
         ("data.train_split=1.0", "expected between 0 and 1"),
         ("training.learning_rate=nan", "expected a number > 0"),
+        ("training.seed=9223372036854775808", "training.seed is 9223372036854775808, expected at most"),
         (
             "training.phase1.vicreg_on=nothing",
             "training.phase1.vicreg_on is 'nothing', expected one of both, state, pred",

@@ -20,8 +20,9 @@ from config import parse_config
 from dataloader import gather_rows
 from errors import BadInput
 from jepa.temporal_predictor import FORESIGHT
-from statevla_model import StateVLATrainer, build_trainer, load_checkpoint, read_checkpoint, save_checkpoint
-from train import PHASE_DIRECTORIES
+from statevla_model import StateVLATrainer, build_trainer, load_checkpoint
+from training.checkpoint import read_checkpoint, save_checkpoint
+from training.run_log import PHASE_DIRECTORIES
 
 ROOT = Path(__file__).parent.parent
 SMALL = {

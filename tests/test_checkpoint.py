@@ -1,0 +1,122 @@
+"""Checkpoint files: those of earlier versions load and give the same actions, those of later ones are refused.
+
+tests/checkpoints/<commit>.pt holds a tiny phase-2 checkpoint as that commit wrote it (but for the optimizer), an
+observation, and z and actions as that commit's own code computed them from it.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import parse_config
+from errors import BadInput
+from statevla_model import load_checkpoint
+from training import checkpoint as checkpoints
+from training.checkpoint import SCHEMA, best_of_run, check_same_run, read_checkpoint
+
+EARLIER = sorted(Path(__file__).with_name("checkpoints").glob("*.pt"))
+
+
+def unpacked(fixture: Path, directory: Path) -> tuple[Path, dict]:
+    """The checkpoint as a file of its own, and everything in the fixture."""
+    found = torch.load(fixture, weights_only=True)
+    path = directory / "checkpoint_latest.pt"
+    torch.save(found["checkpoint"], path)
+    return path, found
+
+
+@pytest.mark.parametrize("fixture", EARLIER, ids=lambda path: path.stem)
+def test_a_checkpoint_of_every_earlier_version_gives_the_actions_that_it_gave_then(fixture, tmp_path):
+    path, found = unpacked(fixture, tmp_path)
+    model = load_checkpoint(path)
+    torch.testing.assert_close(model.encode(found["obs"]), found["z"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.predict(found["obs"], 4, "zero"), found["actions"], rtol=0, atol=1e-6)
+
+
+def test_every_version_of_the_config_is_among_them():
+    assert [path.stem for path in EARLIER] == ["18252c9", "556c864", "aade154", "da2dd2b", "fc1e63a"]
+
+
+def test_a_moved_key_is_read_in_its_new_places(tmp_path):
+    path, found = unpacked(EARLIER[2], tmp_path)  # image_shift of both phases was one key then
+    found["checkpoint"]["config"]["training"]["image_shift"] = 3
+    torch.save(found["checkpoint"], path)
+    training = parse_config(read_checkpoint(path)["config"], str(path)).training
+    assert (training.phase1.image_shift, training.phase2.image_shift) == (3, 3)
+
+
+def test_a_removed_key_is_no_obstacle_where_it_holds_what_stayed(tmp_path, monkeypatch):
+    path, found = unpacked(EARLIER[-1], tmp_path)
+    monkeypatch.setitem(checkpoints.REMOVED, "training.phase1.lookahead", 1)
+    found["checkpoint"]["config"]["training"]["phase1"]["lookahead"] = 1
+    torch.save(found["checkpoint"], path)
+    assert "lookahead" not in read_checkpoint(path)["config"]["training"]["phase1"]
+    found["checkpoint"]["config"]["training"]["phase1"]["lookahead"] = 4
+    torch.save(found["checkpoint"], path)
+    with pytest.raises(BadInput, match=r"was trained with training\.phase1\.lookahead 4, which this version no longer"):
+        read_checkpoint(path)
+
+
+def test_a_key_that_nobody_knows_is_named(tmp_path):
+    path, found = unpacked(EARLIER[-1], tmp_path)
+    found["checkpoint"]["config"]["training"]["phase3"] = {"num_epochs": 1}
+    torch.save(found["checkpoint"], path)
+    with pytest.raises(BadInput, match=r"checkpoint_latest\.pt: unknown key training\.phase3"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_with_its_commit(tmp_path):
+    path, found = unpacked(EARLIER[-1], tmp_path)
+    torch.save(found["checkpoint"] | {"schema": SCHEMA + 1, "code": "abc123"}, path)
+    with pytest.raises(BadInput, match=rf"newer version \(schema {SCHEMA + 1}, .* up to {SCHEMA}\).*abc123"):
+        read_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_told_apart(tmp_path):
+    whole = unpacked(EARLIER[-1], tmp_path)[0].read_bytes()
+    for name, content, sentence in (
+        ("cut.pt", whole[: len(whole) // 2], "is it truncated"),
+        ("empty.pt", b"", "it is empty"),
+        ("text.pt", b"hello", "it is no file of torch.save"),
+        ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a Git LFS pointer"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput, match=f"{name}: not readable as a checkpoint .*{sentence}"):
+            read_checkpoint(tmp_path / name)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(BadInput, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "folder.pt")
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[dict, Path]:
+    """A resumed run after three epochs, the second of which was the best."""
+    for epoch, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        torch.save({"epoch": epoch, "loss": loss}, tmp_path / f"checkpoint_epoch_{epoch}.pt")
+    torch.save({"epoch": 2, "loss": 1.0}, tmp_path / "checkpoint_best.pt")
+    torch.save({"epoch": 3, "loss": 2.0}, tmp_path / "checkpoint_latest.pt")
+    return {"epoch": 3, "best_loss": 1.0, "loss": 2.0}, tmp_path / "checkpoint_latest.pt"
+
+
+def test_the_best_of_a_run_is_found_beside_the_checkpoint_it_goes_on_from(run):
+    resumed, path = run
+    assert best_of_run(resumed, path).name == "checkpoint_best.pt"
+    path.with_name("checkpoint_best.pt").write_bytes(b"damaged")
+    assert best_of_run(resumed, path).name == "checkpoint_epoch_2.pt"
+    path.with_name("checkpoint_epoch_2.pt").unlink()
+    assert best_of_run(resumed, path) is None
+    assert best_of_run(resumed | {"best_loss": 2.0}, path) == path
+
+
+def test_a_resumed_run_is_told_which_settings_have_changed(tmp_path):
+    path, _ = unpacked(EARLIER[-1], tmp_path)
+    earlier = read_checkpoint(path)
+    config, held_out = parse_config(earlier["config"], str(path)).to_dict(), set(earlier["held_out_demos"])
+    config["training"]["phase2"]["state_noise"] = 0.5
+    config["training"]["seed"] = 7
+    config["training"]["device"] = "auto"
+    notes = check_same_run(earlier, str(path), config, earlier["observation"], held_out, resumes=True)
+    assert notes == ["training.phase2.state_noise was 0.4 and is now 0.5", "training.seed was 0 and is now 7"]
+    with pytest.raises(BadInput, match="it held out 1 demos, of which this run finds 0"):
+        check_same_run(earlier, str(path), config, earlier["observation"], set(), resumes=True)

@@ -1,0 +1,242 @@
+"""Checkpoint files: read strictly and brought up to date, written whole. This file knows files and not the model;
+`load_checkpoint` beside the model builds one from what is read here.
+
+A checkpoint is a dictionary of tensors and plain values (`weights_only=True`): the training guide's six keys, and what
+makes an evaluation independent of any other file.
+"""
+
+import copy
+import math
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import BadInput, is_out_of_memory
+from files import written_whole
+
+SCHEMA = 1  # goes up when an older program could not use what is written; files without a number are of schema 0
+GUIDES_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")
+FURTHER_KEYS = ("best_loss", "observation", "language", "held_out_demos")
+
+# How the config of an older checkpoint becomes one of today. What came later has the value that does what was done
+# before; what was moved has its places; what was removed is no obstacle where it holds what is done today.
+CAME_LATER = {
+    "data.cache": "none",
+    "data.cache_directory": None,
+    "data.language_embeddings": None,
+    "model.state_norm": "none",
+    "training.precision": "fp32",
+    "training.activation_checkpointing": False,
+    "training.phase1.predictor_dropout": 0.0,
+    "training.phase1.rollout_length": 1,
+    "training.phase1.vicreg_on": "both",
+    "training.phase1.foresight_weight": 0.0,
+    "training.phase1.proprioception_masking": 0.0,
+    "training.phase1.image_shift": 0,
+    "training.phase2.freeze_encoder": True,
+    "training.phase2.store_states": False,
+    "training.phase2.image_shift": 0,
+    "training.phase2.state_scaling": "standardise",
+    "training.phase2.state_noise": 0.0,
+    "training.phase2.flow_start": "noise",
+}
+MOVED = {"training.image_shift": ("training.phase1.image_shift", "training.phase2.image_shift")}
+ANYTHING = object()
+REMOVED = {"training.num_workers": ANYTHING}  # of a loader that is gone; it never changed a number
+
+
+def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
+    """A checkpoint's dictionary, its config and the names of its weights as this version has them.
+
+    Raises BadInput where the file is missing, damaged, of a newer version, lacks a key, or belongs to the other phase
+    than `phase`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint; `python train.py --phase 1` and `--phase 2` write them")
+    try:
+        if not zipfile.is_zipfile(path):  # torch.save writes zip archives, whose table of contents stands at the end
+            raise BadInput(f"{path}: not readable as a checkpoint of train.py{_what_it_is(path)}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        reason = str(problem).splitlines()[0]
+        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({reason})") from None
+    missing = [key for key in GUIDES_KEYS + FURTHER_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise BadInput(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}")
+    schema = checkpoint.get("schema", 0)
+    if schema > SCHEMA:
+        raise BadInput(
+            f"{path}: was written by a newer version (schema {schema}, this one knows up to {SCHEMA}), of commit "
+            f"{checkpoint.get('code', 'unknown')}"
+        )
+    if phase is not None and checkpoint["phase"] != phase:
+        raise BadInput(f"{path}: key phase is {checkpoint['phase']}, expected a checkpoint of phase {phase}")
+    return checkpoint | {
+        "config": _config_of_today(checkpoint["config"], path),
+        "model_state_dict": _weights_of_today(checkpoint["model_state_dict"]),
+    }
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Writes the file whole or not at all: an interrupted save leaves the previous one as it was. Raises BadInput where
+    it cannot be written."""
+    try:
+        with written_whole(path) as stream:
+            torch.save(checkpoint | {"schema": SCHEMA}, stream)
+    except OSError as problem:
+        raise BadInput(
+            f"{path}: cannot be written ({problem.strerror or problem}); what was there before is untouched"
+        ) from None
+    except RuntimeError as problem:  # torch's zip writer wraps the system's own complaint
+        if "PytorchStreamWriter" not in str(problem):
+            raise
+        raise BadInput(f"{path}: cannot be written ({problem}); what was there before is untouched") from None
+
+
+def weights_alone(checkpoint: dict) -> dict:
+    """The checkpoint without what only training needs. The EMA target, which nothing reads after phase 1, becomes
+    the encoder itself: torch.save writes weights that are the same tensor once."""
+    weights, encoder = dict(checkpoint["model_state_dict"]), "model.state_encoder."
+    for name in weights:
+        if name.startswith(f"{encoder}target."):
+            weights[name] = weights[name.replace(f"{encoder}target.", encoder)]
+    return checkpoint | {"model_state_dict": weights, "optimizer_state_dict": {}}
+
+
+def check_same_run(
+    checkpoint: dict, path: str, config: dict, observation: dict, held_out: set[str], resumes: bool
+) -> list[str]:
+    """Raises BadInput where the weights of a checkpoint don't fit this run's model, pictures or split. Returns notes on
+    what differs and may.
+
+    Phase 2 takes the encoder alone from phase 1, so there the policy's settings may differ."""
+    earlier, notes = checkpoint["config"], []
+    if resumes and checkpoint["phase"] == 2:
+        before, now = (settings["training"]["phase2"]["freeze_encoder"] for settings in (earlier, config))
+        if before != now:
+            raise BadInput(f"{path}: training.phase2.freeze_encoder is {before}, a resumed run cannot have {now}")
+    of_policy = () if resumes else ("action_seq_len", "policy_layers", "policy_embed_dim")
+    for section, before, now in (
+        ("model", earlier["model"], config["model"]),
+        ("observation", checkpoint["observation"], observation),
+    ):
+        for key, value in now.items():
+            if before.get(key) != value and key not in of_policy:
+                raise BadInput(f"{path}: {section}.{key} is {before.get(key)}, but this run has {value}")
+    unseen = set(checkpoint["held_out_demos"])
+    if resumes:
+        other_phase = f"phase{3 - checkpoint['phase']}"
+        notes += _differences(earlier["training"], config["training"], "training.", {other_phase, *MAY_DIFFER})
+        if unseen != held_out:
+            raise BadInput(
+                f"{path}: it held out {len(unseen)} demos, of which this run finds {len(unseen & held_out)}; a resumed "
+                "run needs the same data (data.data_directory, data.demos_per_task)"
+            )
+    elif not held_out <= unseen:
+        notes.append(f"{len(held_out - unseen)} demos held out here have trained the encoder in {path}")
+    return notes
+
+
+MAY_DIFFER = {"save_interval", "log_interval", "device", "checkpoint_directory"}
+
+
+def _differences(before: dict, now: dict, prefix: str, left_out: set[str]) -> list[str]:
+    lines = []
+    for key in now.keys() - left_out:
+        if isinstance(now[key], dict):
+            lines += _differences(before.get(key, {}), now[key], f"{prefix}{key}.", set())
+        elif before.get(key) != now[key]:
+            lines.append(f"{prefix}{key} was {before.get(key)} and is now {now[key]}")
+    return sorted(lines)
+
+
+def best_of_run(resumed: dict, path: Path) -> Path | None:
+    """The file of the resumed run that has its lowest validation loss so far, `resumed["best_loss"]`: the best
+    checkpoint beside the resumed one, the resumed one itself or one of the epochs. None where it is gone."""
+    beside = [path.with_name("checkpoint_best.pt"), path, *sorted(path.parent.glob("checkpoint_epoch_*.pt"))]
+    return next((candidate for candidate in beside if loss_of(candidate) == resumed["best_loss"]), None)
+
+
+def loss_of(path: Path) -> float:
+    """The validation loss of a checkpoint, infinite where there is none to be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loss"]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+        return math.inf
+
+
+def _what_it_is(path: Path) -> str:
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return ": it is a Git LFS pointer, `git lfs pull` fetches the file itself"
+    if not start:
+        return ": it is empty"
+    return ", is it truncated?" if start.startswith(b"PK") else ": it is no file of torch.save"
+
+
+# --------------------------------------------------------------------------------------------- from older versions
+
+
+def _config_of_today(config: dict, path: Path) -> dict:
+    config = copy.deepcopy(config)
+    for key, places in MOVED.items():
+        if (value := _take(config, key)) is not None:
+            for place in places:
+                _put(config, place, value)
+    for key, stayed in REMOVED.items():
+        value = _take(config, key)
+        if value is not None and stayed is not ANYTHING and value != stayed:
+            raise BadInput(
+                f"{path}: was trained with {key} {value}, which this version no longer has; it does what {stayed} did"
+            )
+    for key, value in CAME_LATER.items():
+        if not _has(config, key):
+            _put(config, key, value)
+    return config
+
+
+def _section(config: dict, key: str) -> tuple[dict, str]:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config.get(section, {})
+    return config, name
+
+
+def _has(config: dict, key: str) -> bool:
+    section, name = _section(config, key)
+    return name in section
+
+
+def _take(config: dict, key: str):
+    section, name = _section(config, key)
+    return section.pop(name, None)
+
+
+def _put(config: dict, key: str, value) -> None:
+    section, name = _section(config, key)
+    section[name] = value
+
+
+def _weights_of_today(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the first version: one linear layer to z without a place in a sequence, a predictor without a place for
+    dropout, and z standardised by a mean and a std instead of by a matrix."""
+    if "model.state_normalizer.mean" not in weights:
+        return weights
+    renamed = {}
+    for name, value in weights.items():
+        name = re.sub(r"encoder\.to_state\.(weight|bias)$", r"encoder.to_state.0.\1", name)
+        name = re.sub(r"predictor\.mlp\.(\d)\.", lambda match: f"predictor.mlp.{int(match.group(1)) + 1}.", name)
+        renamed[name] = value
+    renamed["model.state_scaling.mean"] = renamed.pop("model.state_normalizer.mean")
+    renamed["model.state_scaling.transform"] = torch.diag(1 / renamed.pop("model.state_normalizer.std"))
+    return renamed
