@@ -52,13 +52,9 @@ def test_every_shipped_config_is_valid_alone_and_with_the_plain_recipe(path):
 def test_the_guides_own_block_is_a_config_file(tmp_path):
     """As it stands in the guide, with its 31 keys missing."""
     block = tmp_path / "guide.yaml"
-    phases = {phase: values for phase, values in GUIDE_PHASES.items()}
-    directory = {"data_directory": "/path/to/libero_object"}
-    block.write_text(
-        yaml.safe_dump(
-            GUIDE_VALUES | {"data": directory | GUIDE_VALUES["data"], "training": GUIDE_VALUES["training"] | phases}
-        )
-    )
+    data = {"data_directory": "/path/to/libero_object"} | GUIDE_VALUES["data"]
+    training = GUIDE_VALUES["training"] | GUIDE_PHASES
+    block.write_text(yaml.safe_dump(GUIDE_VALUES | {"data": data, "training": training}))
     assert load_config(block) == load_config()
     assert load_config(["conf/quickstart.yaml", block]).model.embed_dim == 256  # the later file wins
 
