@@ -26,6 +26,7 @@ class DataConfig:
     split_seed: int
     cache: str
     cache_directory: str | None
+    language_embeddings: str | None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from dataloader import (
     LanguageTable,
     LowDimensional,
     chunk_rows,
+    embeddings_file,
     frame_rows,
     gather_rows,
     load_demos,
@@ -136,7 +137,7 @@ def load_data(config: Config, phase: int) -> Data:
     demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed)
     tasks = sorted({demo.task for demo in demos})
-    language = load_language(config.data.data_directory, tasks, config.model.lang_emb_dim)
+    language = load_language(embeddings_file(config.data), tasks, config.model.lang_emb_dim)
     forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
     report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
     report(f"data: obs[t] was recorded {observation['obs_alignment']} actions[t]{forced}")
