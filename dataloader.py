@@ -10,15 +10,22 @@ A row is one frame: `Demos` numbers the frames of all demos of a directory from 
 LIBERO stores obs[t] as recorded AFTER actions[t]; OpenVLA's files store it BEFORE. With `lag` 1 or 0, the action that
 leads from obs[t] to obs[t+1] is actions[t + lag], and so the chunk to predict at obs[t] starts at actions[t + lag].
 
+A task is a file: libero_90 has 28 tasks, in different scenes, that share 12 instructions.
+
 Letters: T steps of a demo, N rows, B batch, K prediction gap, H actions per chunk, D state_dim.
 """
 
+import hashlib
+import math
+import os
 import queue
 import re
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,12 +37,26 @@ from torch import Tensor
 
 from config import DataConfig
 from errors import BadInput
-from frame_cache import DeviceFrames, Frames
+from frame_cache import DeviceFrames, Frames, check_pictures
+from hdf5_files import HDF5_ERRORS, hdf5_problem, hdf5_problems_named, linked_files, open_hdf5
 from jepa.tokenizer import CAMERAS, FINGER_TRAVEL
+from seeds import mixed_seed
 
 STATE_KEYS = {"joint_states": 7, "gripper_states": 2}  # HDF5 name -> width; together the 9-D robot state
 OBS_KEYS = (*CAMERAS, *STATE_KEYS)
 EMBEDDINGS_FILE = "language_embeddings.npz"
+# Goes up when the same files would be split otherwise. 1: one seed for all files, so that the demos held out had the
+# same numbers in every task; 2: a seed for each.
+SPLIT_RULE = 2
+# What LIBERO's own file names and BDDL files differ in: "pick up the black bowl in the top drawer of the cabinet" is
+# "Pick the akita black bowl in the top layer of the drawer".
+UNTOLD = {"the", "a", "an", "it", "them", "and", "of", "on", "in", "at", "to", "up", "inside", "akita", "compartment"}
+SAME_WORD = {"layer": "drawer", "cabinet": "drawer", "cookies": "cookie"}
+# The one task of libero_90 whose BDDL file says something else than its name.
+LIBERO_CONTRADICTS_ITSELF = {
+    "stack the middle black bowl on the back black bowl",
+    "stack the black bowl in the middle on the black bowl at the front",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +65,7 @@ class Demo:
 
     path: Path
     key: str  # demo_0, demo_1, ...
+    parts: tuple[Path, ...]  # other files that its data is read from, through links
     task: str  # instruction as `canonical_instruction` writes it
     actions: Tensor  # (T, 7) float32 in robot units, as stored
     joint_states: Tensor  # (T, 7) float32
@@ -104,15 +126,16 @@ class LowDimensional:
     """What fits in memory of all demos, by row and on the device: actions, robot state, language."""
 
     def __init__(self, demos: Sequence[Demo], language: LanguageTable, device: torch.device):
-        tasks = list(dict.fromkeys(demo.task for demo in demos))
-        task = torch.cat([torch.full((len(demo),), tasks.index(demo.task)) for demo in demos])
+        instructions = {demo.path: demo.task for demo in demos}
+        number = {path: index for index, path in enumerate(instructions)}
+        task = torch.cat([torch.full((len(demo),), number[demo.path]) for demo in demos])
         self.device, self.lag = device, demos[0].lag  # load_demos has made sure that all agree
         self.actions = torch.cat([demo.actions for demo in demos]).to(device)  # (N, 7)
         self.robot_state = {key: torch.cat([getattr(demo, key) for demo in demos]).to(device) for key in STATE_KEYS}
-        self.task = task.to(device)  # (N,)
+        self.task = task.to(device)  # (N,) of each row's file
         last_rows = [torch.full((len(demo),), demo.first_row + len(demo) - 1) for demo in demos]
         self.last_row = torch.cat(last_rows).to(device)  # (N,) of each row's demo
-        self.language = torch.stack([language[task] for task in tasks]).to(device)  # (tasks, lang_emb_dim)
+        self.language = torch.stack([language[task] for task in instructions.values()]).to(device)  # (tasks, D)
 
     def obs(self, rows: Tensor) -> dict[str, Tensor]:
         """The observations but for their pictures."""
@@ -203,7 +226,9 @@ class Batches:
     def _rows_of_batches(self) -> Sequence[Tensor]:
         if self.seed is None:
             return self._share().split(self.batch_size) if len(self) else ()
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        order = torch.randperm(
+            len(self.rows), generator=torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        )
         order = order[: len(self) * self.batch_size * self.ranks].view(len(self), self.batch_size, self.ranks)
         return self.rows[order[:, :, self.rank]].unbind()
 
@@ -337,20 +362,43 @@ def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
                     f"{path}: {key} is {value}, but {first.name} has {descriptions[first][key]}; "
                     "all files of a data directory must agree"
                 )
+    _refuse_copies(demos)
     return demos, descriptions[first]
 
 
+def _refuse_copies(demos: Sequence[Demo]) -> None:
+    """A demo that is there twice would be trained on and held out."""
+    seen: dict[bytes, Demo] = {}
+    for demo in demos:
+        motion = torch.cat([demo.actions, demo.joint_states, demo.gripper_states], dim=1)
+        digest = hashlib.sha256(motion.numpy().tobytes()).digest()
+        if digest in seen:
+            raise BadInput(
+                f"{demo.path}: {demo.key} is a copy of {seen[digest].key} in {seen[digest].path.name}, it has the same "
+                "actions and joints; a demo must not be there twice, since one of the two may be held out: delete one"
+            )
+        seen[digest] = demo
+
+
 def find_task_files(data_directory: str | Path) -> list[Path]:
+    """The folder's *.hdf5 files but for hidden ones: macOS leaves a ._NAME beside each file that it copies."""
     directory = Path(data_directory)
-    if not directory.is_dir():
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
         raise BadInput(
             f"data.data_directory: no such directory {directory}; set it in the config or with "
             "--set data.data_directory=DIR (collect_demos.py can fill one)"
-        )
-    paths = sorted(directory.glob("*.hdf5"))
+        ) from None
+    except OSError as problem:
+        raise BadInput(f"data.data_directory: {directory} cannot be read ({problem.strerror})") from None
+    paths = [directory / name for name in names if name.endswith(".hdf5") and not name.startswith(".")]
     if not paths:
         raise BadInput(f"{directory}: holds no *.hdf5 file, expected LIBERO's <task>_demo.hdf5")
     return paths
+
+
+# -------------------------------------------------------------------------------------------- which task a file is of
 
 
 def canonical_instruction(text: str) -> str:
@@ -359,42 +407,88 @@ def canonical_instruction(text: str) -> str:
     return re.sub(r"^pick (?!up\b)", "pick up ", text)
 
 
+def same_task(first: str, second: str) -> bool:
+    """Whether two instructions say the same, LIBERO's own carelessness allowed for."""
+    first, second = canonical_instruction(first), canonical_instruction(second)
+    told = [{SAME_WORD.get(word, word) for word in text.split()} - UNTOLD for text in (first, second)]
+    return told[0] == told[1] or {first, second} == LIBERO_CONTRADICTS_ITSELF
+
+
 def task_instruction(path: Path, data: h5py.Group) -> str:
     """A file's instruction: from its name as LIBERO does it (without the SCENE prefix of LIBERO-100), or, where the
-    name isn't LIBERO's, from the attribute problem_info."""
-    stem = path.stem
+    name isn't LIBERO's, from the attribute problem_info or the BDDL file's text. LIBERO-PRO's suites with other words
+    (_lan) or other goals (_task) keep the names of the suite that they vary: there the BDDL file alone speaks.
+
+    Raises BadInput where the file has none, or two that disagree by more than LIBERO's own do.
+    """
+    stem, bddl = path.stem, Path(_text(data.attrs, "bddl_file_name", path).replace("\\", "/"))
+    in_info = re.search(r'"language_instruction":\s*"([^"]+)"', _text(data.attrs, "problem_info", path))
+    in_bddl = re.search(r"\(:language\s+([^)]*\S)\s*\)", _text(data.attrs, "bddl_file_content", path))
+    told = {}
     if stem.endswith("_demo"):
-        return canonical_instruction(re.sub(r"^[A-Z_]*SCENE\d+_", "", stem.removesuffix("_demo")))
-    match = re.search(r'"language_instruction":\s*"([^"]+)"', str(data.attrs.get("problem_info", "")))
-    if not match:
+        told["its name"] = _without_scene(stem.removesuffix("_demo"))
+    if bddl.parent.name.startswith("libero_"):  # LIBERO's own folders; anyone else's files are named as they like
+        told["attribute bddl_file_name"] = _without_scene(bddl.stem)
+    if bddl.parent.name.endswith(("_lan", "_task")):
+        told = {}
+    if in_info:
+        told["attribute problem_info"] = in_info.group(1)
+    if in_bddl:
+        told["attribute bddl_file_content"] = in_bddl.group(1)
+    told = {source: canonical_instruction(text) for source, text in told.items()}
+    instruction = next(iter(told.values()), "")
+    if not instruction:
         raise BadInput(f"{path}: no instruction; expected a file name <task>_demo.hdf5 or data attribute problem_info")
-    return canonical_instruction(match.group(1))
+    for source, text in told.items():
+        if not same_task(instruction, text):
+            raise BadInput(
+                f"{path}: {next(iter(told))} says '{instruction}', but {source} '{text}'; rename the file or correct "
+                "the attribute, whichever is wrong"
+            )
+    scenes = {match.group() for name in (stem, bddl.stem) if (match := re.match(r"[A-Z_]*SCENE\d+(?=_)", name))}
+    if len(scenes) > 1:
+        raise BadInput(
+            f"{path}: attribute bddl_file_name is {bddl.name}, which is of another scene than the file's name"
+        )
+    return instruction
+
+
+def _without_scene(name: str) -> str:
+    return re.sub(r"^[A-Z_]*SCENE\d+_", "", name)
+
+
+def demos_of(path: Path, file: h5py.File) -> tuple[h5py.Group, list[str]]:
+    """The group `data` of a file and the names of the demos in it, in the order of their numbers."""
+    data = _object(path, "data", file, "data", h5py.Group) if "data" in file else {}
+    keys = [key for key in data if re.fullmatch(r"demo_\d+", key)]
+    if not keys:
+        raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
+    return data, sorted(keys, key=lambda key: int(key[5:]))
+
+
+# ---------------------------------------------------------------------------------------------------- one file's demos
 
 
 def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row: int) -> tuple[list[Demo], dict]:
-    try:
-        with h5py.File(path, "r") as file:
-            keys = [key for key in file.get("data", ()) if re.fullmatch(r"demo_\d+", key)]
-            if not keys:
-                raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
-            data = file["data"]
-            task = task_instruction(path, data)
-            keys = sorted(keys, key=lambda key: int(key[5:]))[: config.demos_per_task]
-            for key in keys:
-                _check_demo(f"{path}: {key}", data[key], bool(len(data.attrs)), config.max_len_data)
-            if config.obs_alignment == "auto":
-                alignment = _detect_alignment(path, [data[key] for key in keys])
-            else:
-                alignment = config.obs_alignment
-            lag = {"before": 0, "after": 1}[alignment]
-            demos = []
-            for key in keys:
-                demos.append(_read_demo(path, key, task, data[key], lag, min_actions, first_row))
-                first_row += len(demos[-1])
-            orientation = str(data.attrs.get("macros_image_convention", "opengl"))
-            mesh_ratio = float(data.attrs.get("visual_mesh_ratio", 1.0))
-    except OSError as problem:
-        raise BadInput(f"{path}: not readable as HDF5, is it truncated? ({problem})") from None
+    with open_hdf5(path) as file:
+        data, keys = demos_of(path, file)
+        task, has_attributes = task_instruction(path, data), bool(len(data.attrs))
+        keys = keys[: config.demos_per_task]
+        groups = {key: _object(path, key, data, key, h5py.Group) for key in keys}
+        for key, group in groups.items():
+            with hdf5_problems_named(path, key):
+                _check_demo(path, key, group, has_attributes, config.max_len_data)
+        alignment = config.obs_alignment
+        if alignment == "auto":
+            alignment = _detect_alignment(path, groups)
+        lag = {"before": 0, "after": 1}[alignment]
+        demos = []
+        for key, group in groups.items():
+            with hdf5_problems_named(path, key):
+                demos.append(_read_demo(path, key, task, group, lag, min_actions, first_row))
+            first_row += len(demos[-1])
+        orientation = _text(data.attrs, "macros_image_convention", path) or "opengl"
+        mesh_ratio = _number(data.attrs, "visual_mesh_ratio", path) if "visual_mesh_ratio" in data.attrs else 1.0
     for demo in demos:
         if demo.image_size != demos[0].image_size:
             raise BadInput(
@@ -411,6 +505,60 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
     return demos, description
 
 
+def _object(path: Path, within: str, group: h5py.Group, name: str, kind: type):
+    """What a group holds as `name`, an h5py.Group or h5py.Dataset. Raises BadInput where it is missing, of the other
+    kind, or a link that leads nowhere."""
+    if name not in group:
+        raise BadInput(f"{path}: {within} is missing")
+    try:
+        found = group[name]
+    except HDF5_ERRORS as problem:
+        raise hdf5_problem(path, problem, within) from None
+    if not isinstance(found, kind):
+        raise BadInput(f"{path}: {within} is a {type(found).__name__.lower()}, expected a {kind.__name__.lower()}")
+    return found
+
+
+def _dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Dataset:
+    """A demo's dataset of numbers, all of whose parts are there."""
+    within = f"{key}: key {name}"
+    *folders, last = name.split("/")
+    for folder in folders:
+        demo = _object(path, within, demo, folder, h5py.Group)
+    dataset = _object(path, within, demo, last, h5py.Dataset)
+    try:
+        kind = dataset.dtype.kind
+    except TypeError:  # HDF5 has types that numpy lacks
+        kind = "?"
+    if kind not in "fiub" or dataset.shape is None:
+        raise BadInput(f"{path}: {within} holds no array of numbers")
+    linked_files(dataset)
+    return dataset
+
+
+def _text(attributes: h5py.AttributeManager, name: str, path: Path) -> str:
+    """An attribute as text, "" where it is missing; files of other programs have bytes."""
+    if name not in attributes:
+        return ""
+    try:
+        value = attributes[name]
+    except (TypeError, ValueError, OSError) as problem:
+        raise BadInput(f"{path}: attribute {name} cannot be read ({problem})") from None
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _number(attributes: h5py.AttributeManager, name: str, where: str | Path) -> float:
+    """An attribute that is a number; LIBERO's own files were seen to have it as text."""
+    text = _text(attributes, name, where).strip("[]")  # an array of one number is one, too
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadInput(f"{where}: attribute {name} is {text!r}, expected a number")
+    return number
+
+
 def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int, first_row: int) -> Demo:
     actions = torch.from_numpy(demo["actions"][()].astype(np.float32))
     if len(actions) < min_actions + lag:
@@ -420,15 +568,17 @@ def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_
         )
     robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in STATE_KEYS}
     image_size = demo["obs"][CAMERAS[0]].shape[1]
-    return Demo(path, key, task, actions, **robot_state, lag=lag, image_size=image_size, first_row=first_row)
+    groups = {Path(group.file.filename) for group in (demo, demo["obs"])}
+    files = groups.union(*(linked_files(demo[name]) for name in ("actions", *(f"obs/{name}" for name in OBS_KEYS))))
+    parts = tuple(sorted({file.resolve() for file in files} - {path.resolve()}))
+    return Demo(path, key, parts, task, actions, **robot_state, lag=lag, image_size=image_size, first_row=first_row)
 
 
-def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len: int) -> None:
-    """Every way in which files were seen broken, one sentence each."""
-    for key in ("actions", *(f"obs/{key}" for key in OBS_KEYS)):
-        if key not in demo:
-            raise BadInput(f"{where}: key {key} is missing")
-    actions = demo["actions"]
+def _check_demo(path: Path, key: str, demo: h5py.Group, has_data_attributes: bool, max_len: int) -> None:
+    """Every way in which files were seen broken, one sentence each. Pictures are looked at in three places; all of them
+    when they are converted."""
+    where = f"{path}: {key}"
+    actions = _dataset(path, key, demo, "actions")
     if actions.ndim != 2 or actions.shape[1] != 7:
         raise BadInput(f"{where}: key actions has shape {actions.shape}, expected (T, 7)")
     steps = len(actions)
@@ -438,16 +588,18 @@ def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len
         raise BadInput(f"{where}: has {steps} steps, data.max_len_data allows {max_len}; raise it if the demo is right")
     # OpenVLA's regenerated files carry no attributes at all; a file that has LIBERO's must have this one too.
     if "num_samples" in demo.attrs:
-        if int(demo.attrs["num_samples"]) != steps:
-            raise BadInput(f"{where}: num_samples is {demo.attrs['num_samples']}, but actions has {steps} steps")
+        num_samples = _number(demo.attrs, "num_samples", where)
+        if num_samples != steps:
+            raise BadInput(f"{where}: num_samples is {num_samples:g}, but actions has {steps} steps")
     elif has_data_attributes:
         raise BadInput(f"{where}: attribute num_samples is missing, expected {steps}")
-    for key, width in STATE_KEYS.items():
-        if demo["obs"][key].shape != (steps, width):
-            raise BadInput(f"{where}: key obs/{key} has shape {demo['obs'][key].shape}, expected {(steps, width)}")
-    for key in ("actions", *(f"obs/{key}" for key in STATE_KEYS)):
-        if not np.isfinite(demo[key][()]).all():
-            raise BadInput(f"{where}: key {key} holds NaN or infinite values, expected finite numbers")
+    robot_state = {name: _dataset(path, key, demo, f"obs/{name}") for name in STATE_KEYS}
+    for name, width in STATE_KEYS.items():
+        if robot_state[name].shape != (steps, width):
+            raise BadInput(f"{where}: key obs/{name} has shape {robot_state[name].shape}, expected {(steps, width)}")
+    for name, values in {"actions": actions, **{f"obs/{name}": values for name, values in robot_state.items()}}.items():
+        if not np.isfinite(values[()]).all():
+            raise BadInput(f"{where}: key {name} holds NaN or infinite values, expected finite numbers")
     gripper = np.unique(actions[:, 6])
     if not np.isin(gripper, (-1, 1)).all():
         raise BadInput(
@@ -456,46 +608,63 @@ def _check_demo(where: str, demo: h5py.Group, has_data_attributes: bool, max_len
     largest = float(np.abs(actions[:, :6]).max())
     if largest > 1 + 1e-6:
         raise BadInput(f"{where}: key actions has a pose delta of size {largest:.3g}, expected values in [-1, 1]")
-    shape = demo["obs"][CAMERAS[0]].shape
-    for camera in CAMERAS:
-        images = demo["obs"][camera]
+    cameras = {camera: _dataset(path, key, demo, f"obs/{camera}") for camera in CAMERAS}
+    shape = cameras[CAMERAS[0]].shape
+    for camera, images in cameras.items():
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] != steps or images.shape[3] != 3:
             raise BadInput(
                 f"{where}: key obs/{camera} is {images.dtype} {images.shape}, expected uint8 ({steps}, h, w, 3)"
             )
-        if images.shape != shape or images.shape[1] != images.shape[2]:
+        if images.shape != shape or images.shape[1] != images.shape[2] or not images.shape[1]:
             raise BadInput(
                 f"{where}: key obs/{camera} has shape {images.shape}, expected square images of one size "
                 f"({CAMERAS[0]}: {shape})"
             )
-        if not images[0].any():
-            raise BadInput(f"{where}: key obs/{camera} starts with an all-black frame; was the camera rendered?")
+        looked_at = sorted({0, steps // 2, steps - 1})
+        pictures = np.stack([images[step] for step in looked_at])
+        check_pictures(where, camera, pictures, looked_at, robot_state["joint_states"][looked_at])
 
 
-def _detect_alignment(path: Path, demos: list[h5py.Group]) -> str:
+def _detect_alignment(path: Path, demos: dict[str, h5py.Group]) -> str:
+    """The alignment of all demos of a file, each looked at by itself."""
+    found = {}
+    for key, demo in demos.items():
+        with hdf5_problems_named(path, key):
+            found[key] = _alignment_of(path, key, demo)
+    usual = Counter(found.values()).most_common(1)[0][0]
+    others = [key for key, alignment in found.items() if alignment != usual]
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise BadInput(
+            f"{path}: obs[t] was recorded {found[others[0]]} actions[t] in {shown}, but {usual} it in the other "
+            f"{len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of its own"
+        )
+    return usual
+
+
+def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
     """joint_states[t] equals the simulator's states[t + 1, 1:8] if recorded after actions[t], states[t, 1:8] if before
     (states[:, 0] is the time)."""
-    errors = {"before": [], "after": []}
-    for demo in demos:
-        if "states" not in demo or demo["states"].ndim != 2 or demo["states"].shape[1] < 8:
-            raise BadInput(
-                f"{path}: {demo.name.split('/')[-1]}: key states is missing, so whether obs[t] was recorded before or "
-                "after actions[t] cannot be found out; set data.obs_alignment to before or after"
-            )
-        simulated, observed = demo["states"][:, 1:8], demo["obs"]["joint_states"][()]
-        if simulated.shape != observed.shape or not np.isfinite(simulated).all():
-            raise BadInput(
-                f"{path}: {demo.name.split('/')[-1]}: key states is {demo['states'].shape} or holds NaN, expected "
-                f"finite values of {len(observed)} steps"
-            )
-        errors["before"].append(np.abs(observed - simulated).mean())
-        errors["after"].append(np.abs(observed[:-1] - simulated[1:]).mean())
-    mean = {alignment: float(np.mean(values)) for alignment, values in errors.items()}
-    best, other = sorted(mean, key=mean.get)
-    if not mean[best] < 0.2 * mean[other]:
+    states = _dataset(path, key, demo, "states") if "states" in demo else None
+    if states is None or states.ndim != 2 or states.shape[1] < 8:
         raise BadInput(
-            f"{path}: obs/joint_states fits states neither as recorded before (mean gap {mean['before']:.2g} rad) nor "
-            f"after (mean gap {mean['after']:.2g} rad) actions[t]; set data.obs_alignment to before or after"
+            f"{path}: {key}: key states is {'missing' if states is None else states.shape}, so whether obs[t] was "
+            "recorded before or after actions[t] cannot be found out; set data.obs_alignment to before or after"
+        )
+    simulated, observed = states[:, 1:8], demo["obs"]["joint_states"][()]
+    if simulated.shape != observed.shape or not np.isfinite(simulated).all():
+        raise BadInput(
+            f"{path}: {key}: key states is {states.shape} or holds NaN, expected finite values of {len(observed)} steps"
+        )
+    gap = {
+        "before": float(np.abs(observed - simulated).mean()),
+        "after": float(np.abs(observed[:-1] - simulated[1:]).mean()),
+    }
+    best, other = sorted(gap, key=gap.get)
+    if not gap[best] < 0.2 * gap[other]:
+        raise BadInput(
+            f"{path}: {key}: obs/joint_states fits states neither as recorded before (mean gap {gap['before']:.2g} "
+            f"rad) nor after (mean gap {gap['after']:.2g} rad) actions[t]; set data.obs_alignment to before or after"
         )
     return best
 
@@ -503,35 +672,63 @@ def _detect_alignment(path: Path, demos: list[h5py.Group]) -> str:
 # ----------------------------------------------------------------------------------------------- split and language
 
 
-def split_demos(demos: Sequence[Demo], train_split: float, seed: int) -> tuple[list[Demo], list[Demo]]:
-    """Training demos and held-out demos, whole demos of each task by a seeded draw; at least one of each."""
-    train, held_out = [], []
+def split_demos(
+    demos: Sequence[Demo], train_split: float, seed: int, held_out: Collection[str] = ()
+) -> tuple[list[Demo], list[Demo]]:
+    """Training demos and held-out demos, whole demos of each task by a draw that its file's name seeds too; at least
+    one of each. Where `held_out`, a checkpoint's list of names, names demos of a file, exactly those are held out.
+
+    Raises BadInput for a file that would have none to train on or none to hold out.
+    """
+    train, unseen, listed = [], [], set(held_out)
     for path in dict.fromkeys(demo.path for demo in demos):
         of_task = [demo for demo in demos if demo.path == path]
         if len(of_task) < 2:
             raise BadInput(f"{path}: has {len(of_task)} demo, expected at least 2 (one to train on, one to hold out)")
-        count = min(max(round(train_split * len(of_task)), 1), len(of_task) - 1)
-        chosen = set(np.random.default_rng(seed).permutation(len(of_task))[:count].tolist())
-        for index, demo in enumerate(of_task):
-            (train if index in chosen else held_out).append(demo)
-    return train, held_out
+        chosen = {demo.name for demo in of_task} - listed
+        if len(chosen) == len(of_task):
+            count = min(max(round(train_split * len(of_task)), 1), len(of_task) - 1)
+            order = np.random.default_rng(mixed_seed(seed, path.name)).permutation(len(of_task))
+            chosen = {of_task[index].name for index in order[:count]}
+        if not chosen:
+            raise BadInput(
+                f"{path}: the checkpoint holds out all {len(of_task)} demos, expected at least 1 to train on"
+            )
+        for demo in of_task:
+            (train if demo.name in chosen else unseen).append(demo)
+    return train, unseen
 
 
-def load_language(data_directory: str | Path, tasks: Sequence[str], lang_emb_dim: int) -> LanguageTable:
-    """Reads language_embeddings.npz and checks that every task has its embedding."""
-    path = Path(data_directory) / EMBEDDINGS_FILE
-    advice = f"run `python embed_language.py --data_directory {data_directory}`"
-    if not path.is_file():
-        raise BadInput(f"{path}: no language embeddings; {advice}")
+def embeddings_file(config: DataConfig) -> Path:
+    """Where the embeddings of a data directory's instructions are."""
+    return Path(config.language_embeddings or Path(config.data_directory) / EMBEDDINGS_FILE)
+
+
+def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> LanguageTable:
+    """Reads a file of embed_language.py and checks that every task has its embedding."""
+    beside = any(path.parent.glob("*.hdf5"))
+    advice = f"run `python embed_language.py --data_directory {path.parent if beside else 'DIR'}`"
+    advice = advice if beside and path.name == EMBEDDINGS_FILE else f"{advice[:-1]} --output {path}`"
     try:
         with np.load(path) as archive:
-            texts, vectors, encoder = archive["texts"], archive["embeddings"], archive["encoder"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as problem:
+            texts, encoder = archive["texts"].astype(str), archive["encoder"]
+            vectors = archive["embeddings"].astype(np.float32)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no language embeddings; {advice}") from None
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as problem:
         raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
-    if vectors.shape != (len(texts), lang_emb_dim) or not np.isfinite(vectors).all():
-        raise BadInput(f"{path}: embeddings are {vectors.shape}, expected finite ({len(texts)}, {lang_emb_dim})")
-    vectors = torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1)  # public files often aren't
-    table = LanguageTable(str(encoder), {canonical_instruction(str(t)): v for t, v in zip(texts, vectors, strict=True)})
+    if vectors.shape != (len(texts), lang_emb_dim):
+        raise BadInput(f"{path}: embeddings are {vectors.shape}, expected ({len(texts)}, {lang_emb_dim})")
+    if not np.isfinite(vectors).all() or not np.abs(vectors).max(axis=1, initial=0.0).all():
+        raise BadInput(f"{path}: an embedding is zero or not finite; {advice}")
+    vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)  # public files often aren't
+    embeddings: dict[str, Tensor] = {}
+    for text, vector in zip(map(canonical_instruction, texts.tolist()), vectors, strict=True):
+        if not torch.allclose(embeddings.setdefault(text, vector), vector, atol=1e-3):
+            raise BadInput(f"{path}: has two embeddings of '{text}', in two spellings, that differ; {advice}")
+    table = LanguageTable(str(encoder), embeddings)
     for task in tasks:
         if task not in table.embeddings:
             raise BadInput(f"{path}: no embedding for the task '{task}'; {advice}")

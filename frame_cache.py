@@ -15,13 +15,13 @@ obs[t] of a demo, r = demo.first_row + t.
 Letters: B batch, N frames, S pixels.
 """
 
-import fcntl
+import glob
 import hashlib
 import json
+import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -34,14 +34,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import DataConfig
-from errors import BadInput
-from files import written_whole
+from errors import BadInput, out_of_memory_named
+from files import Lock, written_whole
+from hdf5_files import hdf5_problems_named, open_hdf5
 from jepa.tokenizer import CAMERAS, resize_images
+from machine import available_gigabytes
 
 if TYPE_CHECKING:
     from dataloader import Demo
 
 LAYOUT = 1  # goes up when the same HDF5 file would be converted to other bytes
+ARM_MOVES = 0.1  # rad; a joint that turns by more has moved what both cameras see
 
 
 class Frames(ABC):
@@ -71,11 +74,15 @@ class HDF5Frames(Frames):
     @cached_property
     def _files(self) -> dict[Path, h5py.File]:
         # Frames are read once each, in random order: a chunk cache would only cost memory.
-        return {path: h5py.File(path, "r", rdcc_nbytes=0) for path in {demo.path for demo in self.demos}}
+        files = {}
+        for path in {demo.path for demo in self.demos}:
+            with hdf5_problems_named(path):
+                files[path] = h5py.File(path, "r", rdcc_nbytes=0)
+        return files
 
     def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
-        obs = self._files[demo.path]["data"][demo.key]["obs"]
-        with _damage_named(demo):
+        with hdf5_problems_named(demo.path, demo.key):
+            obs = self._files[demo.path]["data"][demo.key]["obs"]
             for picture, camera in zip(out, CAMERAS, strict=True):
                 picture[:] = obs[camera][t]
 
@@ -96,11 +103,15 @@ class DeviceFrames:
 
     def __init__(self, frames: FlatFrames, device: torch.device):
         rows = sum(len(demo) for demo in frames.demos)
-        self.tensor = torch.empty(rows, *frames.frame_shape, dtype=torch.uint8, device=device)
-        for demo in frames.demos:
-            self.tensor[demo.first_row : demo.first_row + len(demo)] = torch.from_numpy(
-                frames.arrays[demo.first_row].copy()
-            )
+        gigabytes = rows * np.prod(frames.frame_shape) / 1e9
+        with out_of_memory_named(
+            f"data.cache is gpu, but the frames take {gigabytes:.1f} GB and do not fit on it; use ram or disk"
+        ):
+            self.tensor = torch.empty(rows, *frames.frame_shape, dtype=torch.uint8, device=device)
+            for demo in frames.demos:
+                self.tensor[demo.first_row : demo.first_row + len(demo)] = torch.from_numpy(
+                    frames.arrays[demo.first_row].copy()
+                )
 
 
 def open_frames(
@@ -108,7 +119,8 @@ def open_frames(
 ) -> Frames | DeviceFrames:
     """The frames of all demos, converting files where `config.cache` wants it and it has not been done.
 
-    Raises BadInput where the cache cannot be written, its disk is too small or one of its files is damaged.
+    Raises BadInput where the cache cannot be written, its disk or the memory is too small, one of its files is damaged
+    or a picture of the demos shows nothing.
     """
     if config.cache == "none":
         return HDF5Frames(demos)
@@ -119,10 +131,22 @@ def open_frames(
     arrays = []
     for path, group in groupby(demos, key=lambda demo: demo.path):
         of_file = list(group)
-        flat = _map(_converted(path, of_file, size, directory), of_file, size)
+        try:
+            flat = _map(_converted(path, of_file, size, directory), of_file, size)
+        except OSError as problem:
+            raise BadInput(
+                f"{directory}: the frames of {path.name} cannot be converted or read ({problem.strerror or problem}); "
+                "set data.cache_directory to another folder, or data.cache to none"
+            ) from None
         ends = np.cumsum([len(demo) for demo in of_file])
         arrays += [flat[end - len(demo) : end] for demo, end in zip(of_file, ends, strict=True)]
     if config.cache == "ram":
+        needed, free = sum(array.nbytes for array in arrays) / 1e9, available_gigabytes()
+        if needed > free:
+            raise BadInput(
+                f"data.cache is ram, but the frames take {needed:.1f} GB in each process and {free:.1f} GB are free; "
+                "use disk, which keeps in memory what fits"
+            )
         arrays = [np.array(array) for array in arrays]
     frames = FlatFrames(demos, arrays)
     return DeviceFrames(frames, device) if config.cache == "gpu" else frames
@@ -131,28 +155,30 @@ def open_frames(
 # ------------------------------------------------------------------------------------------------------ conversion
 
 
+def source_of(path: Path, demos: Sequence["Demo"]) -> dict:
+    """What an HDF5 file's frames come from: the file and, where it links to others, those: path, size and time of
+    change of each."""
+    first, *parts = (
+        {"path": str(file.resolve()), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+        for file in (path, *sorted({part for demo in demos for part in demo.parts}))
+    )
+    return first | ({"parts": parts} if parts else {})
+
+
 def _converted(path: Path, demos: list["Demo"], size: int, directory: Path) -> Path:
     """The flat file of an HDF5 file's demos; written first if it is not there or the HDF5 file has changed since."""
-    stat = path.stat()
-    source = {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    source = source_of(path, demos)
     index = source | {"layout": LAYOUT, "pixels": size, "demos": {demo.key: len(demo) for demo in demos}}
     key = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
     target = directory / f"{path.stem}_{size}px_{key}.frames"
-    if target.exists():
-        return target
-    try:
+    if not target.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        with _only_one_process(target.with_suffix(".lock")):
+        with Lock(target.with_suffix(".lock"), f"another process converts {path.name}", wait=True):
             if not target.exists():  # another process may have written it while this one waited
-                _forget_earlier_versions(source, directory)
+                _forget_earlier_versions(path, source, directory)
                 with written_whole(target.with_suffix(".json")) as stream:
                     stream.write(json.dumps(index, indent=2).encode())
                 _convert(path, demos, size, target)
-    except OSError as problem:
-        raise BadInput(
-            f"{directory}: the frames of {path.name} cannot be converted ({problem.strerror or problem}); set "
-            "data.cache_directory to another folder, or data.cache to none"
-        ) from None
     return target
 
 
@@ -164,12 +190,29 @@ def _convert(path: Path, demos: list["Demo"], size: int, target: Path) -> None:
             f"{target.parent}: the frames of {path.name} take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; "
             "set data.cache_directory to another folder, or data.cache to none"
         )
-    with h5py.File(path, "r") as file, written_whole(target) as stream:
+    with open_hdf5(path) as file, written_whole(target) as stream:
         for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
-            obs = file["data"][demo.key]["obs"]
-            with _damage_named(demo):
-                cameras = [_resized(torch.from_numpy(obs[camera][()]), size) for camera in CAMERAS]  # (T, S, S, 3) each
+            with hdf5_problems_named(path, demo.key):
+                films = {camera: file["data"][demo.key]["obs"][camera][()] for camera in CAMERAS}  # (T, h, w, 3) each
+            for camera, film in films.items():
+                check_pictures(f"{path}: {demo.key}", camera, film, range(len(film)), demo.joint_states.numpy())
+            cameras = [_resized(torch.from_numpy(film), size) for film in films.values()]  # (T, S, S, 3) each
             stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
+
+
+def check_pictures(
+    where: str, camera: str, pictures: np.ndarray, steps: Sequence[int], joint_states: np.ndarray
+) -> None:
+    """pictures (n, h, w, 3) uint8 of a demo's `steps`, joint_states (n, 7) there. Raises BadInput for one that is black
+    or of one colour, and for a camera that shows the same all the time although the arm moves."""
+    flat = (pictures == pictures[:, :1, :1]).all(axis=(1, 2, 3))  # (n,)
+    for step, picture in ((steps[i], pictures[i]) for i in flat.nonzero()[0][:1]):
+        found = f"all of one colour, {picture[0, 0].tolist()}" if picture.any() else "all black"
+        raise BadInput(f"{where}: key obs/{camera}: the picture of step {step} is {found}; was the camera rendered?")
+    if np.ptp(joint_states, axis=0).max() > ARM_MOVES and (pictures == pictures[:1]).all():
+        raise BadInput(
+            f"{where}: key obs/{camera}: the picture never changes although the arm moves; was the camera frozen?"
+        )
 
 
 def _resized(pictures: Tensor, size: int) -> Tensor:
@@ -185,33 +228,16 @@ def _map(target: Path, demos: list["Demo"], size: int) -> np.ndarray:
     return np.asarray(np.memmap(target, np.uint8, "r", shape=shape))  # a plain view: memmap's own indexing is slow
 
 
-def _forget_earlier_versions(source: dict, directory: Path) -> None:
-    """Deletes what was made of this HDF5 file before it changed: it can never be used again."""
-    for path in directory.glob(f"{Path(source['path']).stem}_*px_*.json"):
+def _forget_earlier_versions(path: Path, source: dict, directory: Path) -> None:
+    """Deletes what was made of this HDF5 file before it changed, which can never be used again, where this user made
+    it."""
+    for index_file in directory.glob(f"{glob.escape(path.stem)}_*px_*.json"):
         try:
-            index = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):  # another process was faster, or it is not ours
+            index = json.loads(index_file.read_text())
+            is_own = index_file.stat().st_uid == os.geteuid()
+        except (OSError, ValueError):  # another process was faster, it may not be read, or it is not ours
             continue
-        if index.get("path") == source["path"] and any(index.get(key) != source[key] for key in ("bytes", "mtime_ns")):
-            for suffix in (".frames", ".lock", ".json"):
-                path.with_suffix(suffix).unlink(missing_ok=True)
-
-
-@contextmanager
-def _damage_named(demo: "Demo") -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:  # h5py's word for a chunk that cannot be read
-        raise BadInput(f"{demo.path}: {demo.key}: its frames cannot be read, the file is damaged ({problem})") from None
-
-
-@contextmanager
-def _only_one_process(path: Path) -> Iterator[None]:
-    """Holds the lock file; others wait. The operating system frees it should this process die."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that converts {path.stem}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        changed = any(index.get(key) != source.get(key) for key in ("bytes", "mtime_ns", "parts"))
+        if is_own and changed and index.get("path") == source["path"]:
+            for suffix in (".frames", ".json"):
+                index_file.with_suffix(suffix).unlink(missing_ok=True)

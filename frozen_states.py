@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dataloader import Batches, Demo, LowDimensional, frame_rows, gather_rows
 from errors import BadInput
 from files import written_whole
-from frame_cache import LAYOUT, DeviceFrames, Frames
+from frame_cache import LAYOUT, DeviceFrames, Frames, source_of
 from statevla_model import StateVLA
 
 
@@ -72,14 +72,16 @@ def encode_all(
 
 
 def states_key(model: StateVLA, demos: Sequence[Demo], low_dimensional: LowDimensional) -> str:
-    """A hash of all that z depends on: a file of demos by its path, size and time of change."""
+    """A hash of all that z depends on: a file of demos, and those it links to, by path, size and time of change."""
     digest = hashlib.sha256()
     encoder = model.state_encoder
     for module in (encoder.tokenizer, encoder.encoder):
         for name, value in module.state_dict().items():
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    files = {demo.path: demo.path.stat() for demo in demos}
-    sources = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]
+    sources = [
+        source_of(path, [demo for demo in demos if demo.path == path])
+        for path in dict.fromkeys(demo.path for demo in demos)
+    ]
     rows = [(demo.path.name, demo.key, len(demo)) for demo in demos]
     digest.update(json.dumps([LAYOUT, model.config.image_size, model.config.patch_size, sources, rows]).encode())
     digest.update(low_dimensional.language.cpu().numpy().tobytes())

@@ -27,7 +27,7 @@ from synthetic_demos import CAMERAS, write_demos
 from torch.utils.data import DataLoader, Dataset
 
 from config import load_config
-from dataloader import Batches, LowDimensional, load_demos, load_language, transition_rows
+from dataloader import Batches, LowDimensional, embeddings_file, load_demos, load_language, transition_rows
 from frame_cache import open_frames
 
 BATCH = 32
@@ -120,7 +120,9 @@ def ours(directory: Path, size: int, cache: str) -> Batches:
         [f"data.data_directory={directory}", f"data.cache={cache}", f"model.image_size={size}"],
     )
     demos, _ = load_demos(config.data, 1)
-    language = load_language(directory, sorted({demo.task for demo in demos}), config.model.lang_emb_dim)
+    language = load_language(
+        embeddings_file(config.data), sorted({demo.task for demo in demos}), config.model.lang_emb_dim
+    )
     frames = open_frames(demos, config.data, size, torch.device("cpu"))
     low_dimensional = LowDimensional(demos, language, torch.device("cpu"))
     return Batches(transition_rows(demos, 1), low_dimensional, 1, BATCH, frames=frames, gap=1, seed=0)

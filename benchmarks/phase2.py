@@ -16,7 +16,7 @@ from measure import REPO, arguments, compared, interleaved, print_table, ratio_t
 from synthetic_demos import write_demos
 
 from config import load_config
-from dataloader import Batches, LowDimensional, chunk_rows, load_demos, load_language
+from dataloader import Batches, LowDimensional, chunk_rows, embeddings_file, load_demos, load_language
 from frame_cache import open_frames
 from frozen_states import encode_all
 from jepa.mamba import choose_mamba_backend
@@ -66,7 +66,9 @@ def measured(folder: Path, quick: bool) -> list[dict]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     demos, _ = load_demos(config.data, config.model.action_seq_len)
-    language = load_language(folder, sorted({demo.task for demo in demos}), config.model.lang_emb_dim)
+    language = load_language(
+        embeddings_file(config.data), sorted({demo.task for demo in demos}), config.model.lang_emb_dim
+    )
     low_dimensional = LowDimensional(demos, language, device)
     frames = open_frames(demos, config.data, config.model.image_size, device)
     trainer = build_trainer(config, phase=2).to(device)

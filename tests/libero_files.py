@@ -21,7 +21,7 @@ def write_task_file(
 ) -> Path:
     """`official` has LIBERO's attributes; without, it is OpenVLA's regenerated variant: no attributes and a gap in the
     demo numbers. `states` holds time and joints as the simulator's do, recorded before each action."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, *task.encode()])  # no two tasks have the same demos
     path = directory / f"{task}_demo.hdf5"
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
