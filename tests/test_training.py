@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -16,13 +18,16 @@ from libero_files import write_task_file
 from test_model import fitted, phase1_batch, small_config
 from torch.nn.parallel import DistributedDataParallel
 
+import train
 from config import parse_config
 from dataloader import gather_rows
 from errors import BadInput
 from jepa.temporal_predictor import FORESIGHT
+from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, load_checkpoint
-from training.checkpoint import read_checkpoint, save_checkpoint
-from training.run_log import PHASE_DIRECTORIES
+from training.checkpoint import SCHEMA, read_checkpoint, save_checkpoint
+from training.processes import seed_noise
+from training.run_log import PHASE_DIRECTORIES, check_finite, is_collapsing
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -162,7 +167,8 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path):
     save_checkpoint({"epoch": 1}, path)
     with pytest.raises(AttributeError):
         save_checkpoint({"epoch": 2, "cannot be saved": lambda: None}, path)
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("setting, precision", [("data.cache=none", 0), ("training.phase2.store_states=false", 1e-4)])
@@ -221,7 +227,128 @@ def test_phase1_trains_on_shifted_pictures_and_validates_on_whole_ones(runs, dat
     assert training[8] != pytest.approx(training[0], rel=1e-2)
 
 
+def train_here(monkeypatch, *command: object) -> None:
+    """train.py in this process: no start to wait for, and whatever is replaced by the test."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command), "--set", "training.mamba_backend=torch"])
+    train.main()
+
+
+def test_the_latest_checkpoint_is_written_after_all_that_it_says_there_is(data, tmp_path, monkeypatch):
+    written = []
+
+    def note(checkpoint, path):
+        written.append(path.name)
+        save_checkpoint(checkpoint, path)
+
+    monkeypatch.setattr(train, "save_checkpoint", note)
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__save_interval=2)
+    train_here(monkeypatch, "--phase", 1, *both, "--set", "training.phase1.num_epochs=2")
+    best, latest = "checkpoint_best.pt", "checkpoint_latest.pt"
+    assert written[:2] == [best, latest]  # the first epoch is the best so far
+    assert written[2:] in (["checkpoint_epoch_2.pt", best, latest], ["checkpoint_epoch_2.pt", latest])
+
+
+def test_checkpoints_name_the_schema_and_the_commit_of_their_code(runs):
+    checkpoint = torch.load(runs / "phase1_temporal_jepa/checkpoint_latest.pt", weights_only=True)
+    assert (checkpoint["schema"], checkpoint["split_rule"]) == (SCHEMA, 2)
+    assert checkpoint["code"] == code_version()
+
+
+def test_a_model_that_is_no_longer_finite_is_never_saved(runs, data, tmp_path):
+    """Between two log lines, too: of a run without any, the checkpoint before it stays."""
+    folder = tmp_path / "phase1_temporal_jepa"
+    folder.mkdir()
+    latest = folder / "checkpoint_latest.pt"
+    latest.write_bytes((runs / "phase1_temporal_jepa/checkpoint_epoch_1.pt").read_bytes())
+    before = latest.read_bytes()
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__log_interval=1000)
+    broken = ("--set", "training.learning_rate=1e30")
+    said = one_sentence(run("train.py", "--phase", 1, "--checkpoint", latest, *both, *broken, expect=2))
+    assert "training diverged: " in said and "jepa_mse" in said and "lower the learning rate (1e+30)" in said
+    assert latest.read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {"checkpoint_latest.pt", "checkpoint_best.pt", "metrics.jsonl"}
+
+
+def test_phase2_holds_out_what_phase1_has_held_out_by_whatever_rule(runs, data, tmp_path, monkeypatch):
+    encoder = read_checkpoint(runs / "phase1_temporal_jepa/checkpoint_best.pt")
+    names = [f"{path.name}/demo_{number}" for path in sorted(data.glob("*.hdf5")) for number in range(4)]
+    others = [name for name in names if name not in encoder["held_out_demos"]]
+    listed = [next(name for name in others if name.startswith(path.name)) for path in sorted(data.glob("*.hdf5"))]
+    del encoder["split_rule"]  # as in a checkpoint of the first rule
+    save_checkpoint(encoder | {"held_out_demos": listed}, tmp_path / "phase1.pt")
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase2__num_epochs=1)
+    train_here(monkeypatch, "--phase", 2, "--phase1_checkpoint", tmp_path / "phase1.pt", *both)
+    found = read_checkpoint(tmp_path / "phase2_flow_matching/checkpoint_latest.pt")
+    assert (found["held_out_demos"], found["split_rule"]) == (listed, 1)
+
+
+# ------------------------------------------------------------------------------------- two writers, kills, Ctrl-C
+
+
+@pytest.fixture
+def long_training(data, tmp_path):
+    """A training that would go on for minutes, after its first epoch."""
+    changes = {"training__phase1__num_epochs": 100_000, "training__checkpoint_directory": tmp_path}
+    both = settings(data__data_directory=data, **changes)
+    command = [sys.executable, "train.py", "--phase", "1", *map(str, both)]
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    latest = tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt"
+    while not latest.exists():
+        assert started.poll() is None, started.stdout.read().decode()
+        time.sleep(0.05)
+    yield started, latest, both
+    started.kill()
+    started.wait()
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_ctrl_c_says_how_the_first_goes_on(
+    long_training, monkeypatch, capsys
+):
+    started, latest, both = long_training
+    with pytest.raises(SystemExit, match="2"):
+        train_here(monkeypatch, "--phase", 1, *both)
+    said = capsys.readouterr().err
+    assert f"{latest.parent}: another training writes into it (process {started.pid} on " in said
+    started.send_signal(signal.SIGINT)
+    output = started.communicate()[0].decode()
+    assert started.returncode == 130 and "Traceback" not in output
+    assert f"go on with --phase 1 --checkpoint {latest}" in output
+    assert not list(latest.parent.parent.glob(".*.lock")) and not list(latest.parent.glob("*.part"))
+    epoch = read_checkpoint(latest)["epoch"]
+    train_here(
+        monkeypatch, "--phase", 1, "--checkpoint", latest, *both, "--set", f"training.phase1.num_epochs={epoch + 1}"
+    )
+    assert read_checkpoint(latest)["epoch"] == epoch + 1
+
+
 # ---------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_with_it(runs, data, tmp_path, monkeypatch):
+    folder, before = "phase2_flow_matching", tmp_path / "before"
+    before.mkdir()
+    for name in ("checkpoint_best.pt", "checkpoint_latest.pt"):
+        (before / name).write_bytes((runs / folder / name).read_bytes())
+    best = read_checkpoint(before / "checkpoint_best.pt") | {"loss": -1.0}
+    save_checkpoint(best, before / "checkpoint_best.pt")  # never to be beaten
+    save_checkpoint(
+        read_checkpoint(before / "checkpoint_latest.pt") | {"best_loss": -1.0}, before / "checkpoint_latest.pt"
+    )
+    both = settings(data__data_directory=data, training__phase2__num_epochs=4)
+    for alone in (False, True):
+        elsewhere = tmp_path / f"elsewhere_{alone}"
+        if alone:  # the best one is gone: the best of what follows is kept
+            (before / "checkpoint_best.pt").unlink()
+        train_here(
+            monkeypatch, "--phase", 2, "--checkpoint", before / "checkpoint_latest.pt", *both,
+            "--set", f"training.checkpoint_directory={elsewhere}",
+        )  # fmt: skip
+        found = read_checkpoint(elsewhere / folder / "checkpoint_best.pt")
+        latest = read_checkpoint(elsewhere / folder / "checkpoint_latest.pt")
+        assert found["loss"] == latest["best_loss"] == (latest["loss"] if alone else -1.0)
+        assert found["epoch"] == (4 if alone else best["epoch"])
 
 
 @pytest.mark.parametrize("phase, folder", [(1, "phase1_temporal_jepa"), (2, "phase2_flow_matching")])
@@ -495,7 +622,97 @@ def test_a_batch_larger_than_the_data_is_named(data, tmp_path):
 def test_a_diverging_run_stops_with_one_sentence(data, tmp_path):
     changes = {"training__learning_rate": 1e30, "training__checkpoint_directory": tmp_path}
     said = one_sentence(run("train.py", "--phase", 1, *settings(data__data_directory=data, **changes), expect=2))
-    assert "training diverged: the loss is" in said and "lower the learning rate" in said
+    assert "training diverged: " in said and "lower the learning rate" in said
+
+
+def test_a_batch_of_one_has_no_variance(data, tmp_path, monkeypatch, capsys):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    assert "use --batch_size 2 or more" in refused(monkeypatch, capsys, "--phase", 1, "--batch_size", 1, *both)
+    assert not list(tmp_path.glob("phase1*"))
+
+
+def test_held_out_demos_of_one_sample_are_refused(tmp_path, monkeypatch, capsys):
+    write_task_file(tmp_path, demos=3, steps=12)
+    run("embed_language.py", "--data_directory", tmp_path, "--encoder", "offline")
+    changes = {"data__data_directory": tmp_path, "training__checkpoint_directory": tmp_path / "runs"}
+    both = settings(**changes, training__batch_size=2, model__prediction_gap=11)
+    said = refused(monkeypatch, capsys, "--phase", 1, *both)
+    assert "the held-out demos give 1 sample(s), phase 1 needs at least 2; lower data.train_split" in said
+
+
+def refused(monkeypatch, capsys, *command: object) -> str:
+    """What train.py says before it exits with code 2."""
+    with pytest.raises(SystemExit, match="2"):
+        train_here(monkeypatch, *command)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    return said
+
+
+@pytest.mark.parametrize("seed", [20250101123045, 2**63 - 1])
+def test_a_large_seed_trains(data, tmp_path, monkeypatch, seed):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    train_here(
+        monkeypatch, "--phase", 1, *both, "--set", f"training.seed={seed}", "--set", "training.phase1.num_epochs=1"
+    )
+    assert (tmp_path / "phase1_temporal_jepa/checkpoint_best.pt").exists()
+
+
+def test_two_seeds_meet_no_noise_and_no_order_of_each_others(data, monkeypatch):
+    """Epoch 1 of seed 0 was epoch 0 of seed 1."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    noise = set()
+    for seed in range(3):
+        for epoch in range(3):
+            seed_noise(seed, epoch)
+            noise.add(torch.rand(1).item())
+    assert len(noise) == 9
+
+
+def test_a_rank_left_in_the_environment_is_one_process(data, tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    train_here(monkeypatch, "--phase", 1, *both, "--set", "training.phase1.num_epochs=1")
+    assert (tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said = refused(monkeypatch, capsys, "--phase", 1, *both)
+    assert "WORLD_SIZE is 4, but RANK or MASTER_ADDR is not set; start several processes with `torchrun" in said
+
+
+def test_running_out_of_memory_names_the_batch_and_a_smaller_one(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda *arguments: torch.empty(2**60))
+    for batch_size, sentence in ((64, "batch_size 64; try --batch_size 32"), (1, "batch_size 1; there is no smaller")):
+        said = refused(monkeypatch, capsys, "--phase", 1, "--batch_size", batch_size, "--set", "training.device=cpu")
+        assert f"out of memory with {sentence}" in said
+
+
+@pytest.mark.parametrize(
+    "metrics, before, expected",
+    [
+        ({"z_std": 0.02, "effective_rank": 3.0}, None, False),  # where every run starts
+        ({"z_std": 0.04, "effective_rank": 5.0}, {"z_std": 0.02, "effective_rank": 3.0}, False),
+        ({"z_std": 0.02, "effective_rank": 90.0}, {"z_std": 0.04, "effective_rank": 90.0}, True),
+        ({"z_std": 1.0, "effective_rank": 3.0}, {"z_std": 1.0, "effective_rank": 3.0}, True),
+        ({"z_std": 1.0, "effective_rank": 90.0}, {"z_std": 1.1, "effective_rank": 99.0}, False),
+        ({"action_loss": 1.0}, {"action_loss": 1.0}, False),
+    ],
+)
+def test_a_representation_collapses_where_it_is_low_and_does_not_rise(metrics, before, expected):
+    assert is_collapsing(metrics, before, state_dim=256) == expected
+
+
+def test_a_loss_that_is_not_finite_gets_the_advice_that_can_help():
+    check_finite({"loss": 1.0}, step=5, learning_rate=1e-3, bfloat16=False)
+    for step, bfloat16, advice in (
+        (1, False, "before any weight was changed; are the weights that it started from finite"),
+        (50, False, r"lower the learning rate \(0.001\) or raise training.warmup_steps$"),
+        (50, True, "or set training.precision to fp32"),
+    ):
+        with pytest.raises(BadInput, match=rf"jepa_mse at step {step} not finite.*{advice}"):
+            check_finite({"loss": 1.0, "jepa_mse": math.nan}, step, 1e-3, bfloat16)
 
 
 def test_cuda_where_there_is_none_is_named(data):
