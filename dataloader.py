@@ -423,7 +423,7 @@ def task_instruction(path: Path, data: h5py.Group) -> str:
     """
     stem, bddl = path.stem, Path(text_attribute(data.attrs, "bddl_file_name", path).replace("\\", "/"))
     in_info = re.search(r'"language_instruction":\s*"([^"]+)"', text_attribute(data.attrs, "problem_info", path))
-    in_bddl = re.search(r"\(:language\s+([^)]*\S)\s*\)", text_attribute(data.attrs, "bddl_file_content", path))
+    in_bddl = re.search(r"\(:language\s+([^)]*)\)", text_attribute(data.attrs, "bddl_file_content", path))
     told = {}
     if stem.endswith("_demo"):
         told["its name"] = _without_scene(stem.removesuffix("_demo"))
@@ -711,7 +711,7 @@ def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> Langua
     advice = advice if beside and path.name == EMBEDDINGS_FILE else f"{advice[:-1]} --output {path}`"
     try:
         with np.load(path) as archive:
-            texts, encoder = archive["texts"].astype(str), archive["encoder"]
+            texts, encoder = archive["texts"].astype(str).reshape(-1), archive["encoder"]
             vectors = archive["embeddings"].astype(np.float32)
     except FileNotFoundError:
         raise BadInput(f"{path}: no language embeddings; {advice}") from None

@@ -104,8 +104,8 @@ def _free_joint_addresses(demo: Demo, model_file: str) -> dict[str, int]:
 
 def _objects_of_interest(demo: Demo, bddl: str) -> list[str]:
     """What a task is about, as its BDDL file names it: what is moved and, mostly, where to."""
-    match = re.search(r"\(:obj_of_interest\s+([^)]*\S)\s*\)", bddl)
-    if not match:
+    match = re.search(r"\(:obj_of_interest\s([^)]*)\)", bddl)
+    if not match or not match.group(1).strip():
         raise BadInput(f"{demo.path}: attribute bddl_file_content names no obj_of_interest, the probes need it")
     return match.group(1).split()
 
