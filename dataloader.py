@@ -421,9 +421,9 @@ def task_instruction(path: Path, data: h5py.Group) -> str:
 
     Raises BadInput where the file has none, or two that disagree by more than LIBERO's own do.
     """
-    stem, bddl = path.stem, Path(_text(data.attrs, "bddl_file_name", path).replace("\\", "/"))
-    in_info = re.search(r'"language_instruction":\s*"([^"]+)"', _text(data.attrs, "problem_info", path))
-    in_bddl = re.search(r"\(:language\s+([^)]*\S)\s*\)", _text(data.attrs, "bddl_file_content", path))
+    stem, bddl = path.stem, Path(text_attribute(data.attrs, "bddl_file_name", path).replace("\\", "/"))
+    in_info = re.search(r'"language_instruction":\s*"([^"]+)"', text_attribute(data.attrs, "problem_info", path))
+    in_bddl = re.search(r"\(:language\s+([^)]*)\)", text_attribute(data.attrs, "bddl_file_content", path))
     told = {}
     if stem.endswith("_demo"):
         told["its name"] = _without_scene(stem.removesuffix("_demo"))
@@ -487,7 +487,7 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
             with hdf5_problems_named(path, key):
                 demos.append(_read_demo(path, key, task, group, lag, min_actions, first_row))
             first_row += len(demos[-1])
-        orientation = _text(data.attrs, "macros_image_convention", path) or "opengl"
+        orientation = text_attribute(data.attrs, "macros_image_convention", path) or "opengl"
         mesh_ratio = _number(data.attrs, "visual_mesh_ratio", path) if "visual_mesh_ratio" in data.attrs else 1.0
     for demo in demos:
         if demo.image_size != demos[0].image_size:
@@ -536,7 +536,7 @@ def _dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Dataset:
     return dataset
 
 
-def _text(attributes: h5py.AttributeManager, name: str, path: Path) -> str:
+def text_attribute(attributes: h5py.AttributeManager, name: str, path: Path) -> str:
     """An attribute as text, "" where it is missing; files of other programs have bytes."""
     if name not in attributes:
         return ""
@@ -549,7 +549,7 @@ def _text(attributes: h5py.AttributeManager, name: str, path: Path) -> str:
 
 def _number(attributes: h5py.AttributeManager, name: str, where: str | Path) -> float:
     """An attribute that is a number; LIBERO's own files were seen to have it as text."""
-    text = _text(attributes, name, where).strip("[]")  # an array of one number is one, too
+    text = text_attribute(attributes, name, where).strip("[]")  # an array of one number is one, too
     try:
         number = float(text)
     except ValueError:
@@ -711,7 +711,7 @@ def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> Langua
     advice = advice if beside and path.name == EMBEDDINGS_FILE else f"{advice[:-1]} --output {path}`"
     try:
         with np.load(path) as archive:
-            texts, encoder = archive["texts"].astype(str), archive["encoder"]
+            texts, encoder = archive["texts"].astype(str).reshape(-1), archive["encoder"]
             vectors = archive["embeddings"].astype(np.float32)
     except FileNotFoundError:
         raise BadInput(f"{path}: no language embeddings; {advice}") from None

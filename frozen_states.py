@@ -62,13 +62,24 @@ def encode_all(
     frames: Frames | DeviceFrames,
     batch_size: int,
 ) -> Tensor:
-    """z of all rows (N, D), on the CPU; each rank encodes its share of the frames."""
+    """z of all rows (N, D), on the CPU; each rank encodes its share of the frames.
+
+    Raises BadInput where a z is not finite: nothing can be fitted on it or concluded from it.
+    """
     batches = Batches(frame_rows(demos), low_dimensional, 0, batch_size, frames=frames)
     rows = len(batches.rows)
     progress = tqdm(batches, desc=f"encoding {rows:,} frames", unit="batch", disable=batches.rank != 0)
     states = [model.encode(batch["obs"]) for batch in progress]
     own = torch.cat(states) if states else torch.empty(0, model.config.state_dim, device=low_dimensional.device)
-    return gather_rows(own.float()).cpu()
+    z = gather_rows(own.float()).cpu()
+    broken = (~z.isfinite().all(dim=1)).nonzero().flatten()
+    if len(broken):
+        demo = next(demo for demo in reversed(demos) if demo.first_row <= broken[0])
+        raise BadInput(
+            f"the encoder's z is not finite for {len(broken):,} of {rows:,} frames, the first {demo.name} step "
+            f"{int(broken[0]) - demo.first_row}; the demos' own numbers are finite, so the encoder's weights are broken"
+        )
+    return z
 
 
 def states_key(model: StateVLA, demos: Sequence[Demo], low_dimensional: LowDimensional) -> str:
@@ -93,7 +104,8 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
         states = np.load(path)
     except (OSError, ValueError, EOFError):  # not there, or cut off by something else than this program
         return None
-    return torch.from_numpy(states) if states.shape == shape and states.dtype == np.float32 else None
+    is_whole = states.shape == shape and states.dtype == np.float32 and np.isfinite(states).all()
+    return torch.from_numpy(states) if is_whole else None
 
 
 def _write(path: Path, states: np.ndarray) -> None:

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataloader import STATE_KEYS, Demo, LanguageTable, LowDimensional, numbered_alone
+from dataloader import STATE_KEYS, Demo, LanguageTable, LowDimensional, numbered_alone, text_attribute
 from errors import BadInput
 from frame_cache import Frames
 from frozen_states import encode_all
+from hdf5_files import open_hdf5
 from jepa.temporal_predictor import representation_health
 from statevla_model import StateVLA
 
@@ -48,13 +49,18 @@ def simulator_truth(demo: Demo) -> dict[str, Tensor]:
     An observation recorded after actions[t] shows states[t + 1], so the last frame of such a demo has no truth (NaN).
     Raises BadInput where the file lacks what this takes: states, model_file, obs/ee_pos and a target that can move.
     """
-    with h5py.File(demo.path, "r") as file:
+    with open_hdf5(demo.path) as file:
         group = file["data"][demo.key]
-        for key in ("states", "obs/ee_pos"):
+        for key, width in (("states", None), ("obs/ee_pos", 3)):
             if key not in group:
                 raise BadInput(f"{demo.path}: {demo.key}: key {key} is missing, the probes need it")
-        addresses = _free_joint_addresses(demo, group.attrs.get("model_file"))
-        target, *others = _objects_of_interest(demo, str(file["data"].attrs.get("bddl_file_content", "")))
+            shape = group[key].shape if isinstance(group[key], h5py.Dataset) else None
+            if shape is None or len(shape) != 2 or shape[0] != len(demo) or shape[1] != (width or shape[1]):
+                raise BadInput(
+                    f"{demo.path}: {demo.key}: key {key} is {shape}, the probes need ({len(demo)}, {width or 'S'})"
+                )
+        addresses = _free_joint_addresses(demo, text_attribute(group.attrs, "model_file", demo.path))
+        target, *others = _objects_of_interest(demo, text_attribute(file["data"].attrs, "bddl_file_content", demo.path))
         states = torch.from_numpy(group["states"][()]).float()
         truth = {"end_effector": torch.from_numpy(group["obs/ee_pos"][()]).float()}
     later = torch.full_like(states, torch.nan)
@@ -66,20 +72,30 @@ def simulator_truth(demo: Demo) -> dict[str, Tensor]:
     for name, things in (("target", [target]), ("goal", others[:1])):
         for thing in addresses.keys() & set(things):
             first = 1 + addresses[thing]  # states[:, 0] is the time
+            if states.shape[1] < first + 3:
+                raise BadInput(
+                    f"{demo.path}: {demo.key}: key states has {states.shape[1]} columns, too few for {thing}"
+                )
             truth[name] = later[:, first : first + 3]
     truth["gripper"] = demo.gripper_states.abs().sum(dim=1, keepdim=True)
     return truth
 
 
-def _free_joint_addresses(demo: Demo, model_file: str | None) -> dict[str, int]:
+def _free_joint_addresses(demo: Demo, model_file: str) -> dict[str, int]:
     """Object -> where its position starts in qpos. MuJoCo numbers joints depth first, as they stand in the file."""
     if not model_file:
         raise BadInput(f"{demo.path}: {demo.key}: attribute model_file is missing, the probes need it")
+    try:
+        world = ElementTree.fromstring(model_file).find("worldbody")
+    except ElementTree.ParseError as problem:
+        raise BadInput(f"{demo.path}: {demo.key}: attribute model_file is no MuJoCo model ({problem})") from None
     addresses, address = {}, 0
-    for joint in ElementTree.fromstring(model_file).find("worldbody").iter():
+    for joint in () if world is None else world.iter():
         if joint.tag not in ("joint", "freejoint"):
             continue
         kind = "free" if joint.tag == "freejoint" else joint.get("type", "hinge")
+        if kind not in POSITION_SIZE:
+            raise BadInput(f"{demo.path}: {demo.key}: attribute model_file has a joint of the unknown type {kind}")
         if kind == "free":
             addresses[re.sub(r"_joint\d+$", "", joint.get("name", ""))] = address
         address += POSITION_SIZE[kind]
@@ -88,8 +104,8 @@ def _free_joint_addresses(demo: Demo, model_file: str | None) -> dict[str, int]:
 
 def _objects_of_interest(demo: Demo, bddl: str) -> list[str]:
     """What a task is about, as its BDDL file names it: what is moved and, mostly, where to."""
-    match = re.search(r"\(:obj_of_interest\s+([^)]*\S)\s*\)", bddl)
-    if not match:
+    match = re.search(r"\(:obj_of_interest\s([^)]*)\)", bddl)
+    if not match or not match.group(1).strip():
         raise BadInput(f"{demo.path}: attribute bddl_file_content names no obj_of_interest, the probes need it")
     return match.group(1).split()
 
@@ -110,10 +126,8 @@ def representation_report(
     demos = [*train_demos, *held_out_demos]
     if [demo.first_row for demo in demos] != [demo.first_row for demo in numbered_alone(demos)]:
         raise ValueError("the demos must be numbered alone, training demos first")
-    try:
-        truths, without_probes = [simulator_truth(demo) for demo in demos], None
-    except BadInput as missing:  # files of other programs: everything but the probes works
-        truths, without_probes = [], str(missing)
+    if not train_demos:
+        raise BadInput("none of the demos was trained on; the report compares held-out frames with those of training")
     low_dimensional = LowDimensional(demos, language, device)
     z = encode_all(model, demos, low_dimensional, frames, batch_size)  # (N, D)
     split = sum(len(demo) for demo in train_demos)
@@ -121,20 +135,29 @@ def representation_report(
     figures = {"frames": {"train": split, "held_out": len(z) - split}, "state_dim": z.shape[1]}
     figures |= {name: float(value) for name, value in representation_health(z[split:]).items()}
     figures |= spread_within(z[split:], held_out_demos)
-    figures |= {"probes": {}, "without_probes": without_probes}
-    if truths:
+    try:
+        truths = [simulator_truth(demo) for demo in demos]
         masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
-        known = [name for name in truths[0] if all(name in one for one in truths)]
-        truth = {name: torch.cat([one[name] for one in truths]) for name in known}
-        task = low_dimensional.task.cpu()
-        before_grasp = torch.cat([(one["target"] - one["target"][0]).norm(dim=1) < MOVED for one in truths])
-        for inputs, name in ((z, "z"), (masked, "proprioception masked")):
-            probes = {quantity: probe(inputs, values, task, split) for quantity, values in truth.items()}
-            probes["target before the grasp"] = probe(inputs, truth["target"][:, :2], task, split, before_grasp)
-            figures["probes"][name] = probes
+        inputs = {"z": z, "proprioception masked": masked}
+        figures |= {"probes": all_probes(inputs, truths, low_dimensional.task.cpu(), split), "without_probes": None}
+    except BadInput as missing:  # files of other programs: everything but the probes works
+        figures |= {"probes": {}, "without_probes": str(missing)}
     figures["prediction"] = prediction_errors(model, z[split:], held_out_demos)
     spectrum = torch.linalg.svdvals((z[split:] - z[split:].mean(0)).double()).square()
-    return figures, {"z": z, "split": split, "spectrum": (spectrum / spectrum.sum()).tolist()}
+    return figures, {"z": z, "split": split, "spectrum": (spectrum / spectrum.sum().clamp_min(1e-30)).tolist()}
+
+
+def all_probes(inputs: dict[str, Tensor], truths: Sequence[dict], task: Tensor, split: int) -> dict[str, dict]:
+    """Name of an input (N, D) -> quantity -> its probe. `truths` are those of each demo; a quantity that one of them
+    lacks is left out."""
+    known = [name for name in truths[0] if all(name in one for one in truths)]
+    truth = {name: torch.cat([one[name] for one in truths]) for name in known}
+    before_grasp = torch.cat([(one["target"] - one["target"][0]).norm(dim=1) < MOVED for one in truths])
+    results = {}
+    for name, z in inputs.items():
+        results[name] = {quantity: probe(z, values, task, split) for quantity, values in truth.items()}
+        results[name]["target before the grasp"] = probe(z, truth["target"][:, :2], task, split, before_grasp)
+    return results
 
 
 def _without_proprioception(low_dimensional: LowDimensional) -> LowDimensional:
@@ -148,16 +171,16 @@ def _without_proprioception(low_dimensional: LowDimensional) -> LowDimensional:
 
 def spread_within(z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
     """Shares of z's variance (N, D) that lie within a task and within an episode. Near 0 within an episode means that
-    z tells episodes apart and nothing that happens in them."""
-    total = z.var(dim=0, correction=0).sum()
+    z tells episodes apart and nothing that happens in them; 0 where z does not vary at all."""
+    total = float(z.var(dim=0, correction=0).sum())
     lengths = [len(demo) for demo in demos]
     shares = {}
-    for name, groups in (("task", [demo.task for demo in demos]), ("episode", [demo.name for demo in demos])):
+    for name, groups in (("task", [demo.path.name for demo in demos]), ("episode", [demo.name for demo in demos])):
         labels = np.repeat(groups, lengths)
         within = sum(
             float((z[labels == group] - z[labels == group].mean(0)).square().sum()) for group in dict.fromkeys(groups)
         )
-        shares[f"variance_within_{name}"] = within / len(z) / float(total)
+        shares[f"variance_within_{name}"] = within / len(z) / total if total else 0.0
     return shares
 
 
@@ -167,12 +190,18 @@ def probe(z: Tensor, truth: Tensor, task: Tensor, split: int, among: Tensor | No
 
     -> for linear and mlp: r2 of each coordinate (None where it does not vary), and mm, the mean distance to the truth;
     beside them mm_of_mean, that of always answering with the mean of the task's training rows. Telling the tasks apart
-    earns nothing: r2 is relative to the variance within them.
+    earns nothing: r2 is relative to the variance within them. Raises BadInput for fewer than 2 rows to fit on or none
+    to try on.
     """
     known = torch.isfinite(truth).all(dim=1)
     known = known if among is None else known & among
     train, test = known.clone(), known.clone()
     train[split:], test[:split] = False, False
+    if train.sum() < 2 or not test.any():
+        raise BadInput(
+            f"the probes have {int(train.sum())} training frames and {int(test.sum())} held-out frames whose truth is "
+            "known, expected at least 2 and 1"
+        )
     scale = z[train].std(0).clamp_min(1e-6)
     x_train, x_test = ((z[rows] - z[train].mean(0)) / scale for rows in (train, test))
     centre = truth[train].mean(0)
@@ -276,8 +305,8 @@ def print_probes(of_inputs: dict) -> None:
 
 def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> None:
     """One PNG: the spectrum of z, the prediction error, and for some held-out frames the nearest training frames."""
-    queries, neighbours, columns = 6, 4, 5
     z, split = drawn["z"], drawn["split"]
+    queries, neighbours, columns = 6, min(4, split), 5
     figure = plt.figure(figsize=(13, 3 + 1.7 * queries), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3, 1.7 * queries))
     left, right = above.subplots(1, 2)
@@ -297,12 +326,16 @@ def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> Non
     chosen = np.linspace(split, len(z) - 1, queries + 2).astype(int)[1:-1]
     for row, query in zip(axes, chosen, strict=True):
         nearest = (z[:split] - z[query]).norm(dim=1).topk(neighbours, largest=False).indices.tolist()
-        for axis, index in zip(row, [query, *nearest], strict=True):
+        for axis, index in zip(row, [query, *nearest], strict=False):  # few training frames fill no row
             picture = np.empty((1, *frames.frame_shape), np.uint8)
             frames.read(np.array([index]), picture)
             axis.imshow(picture[0, 0, ::-1])  # upright for people
             axis.set(xticks=[], yticks=[])
     axes[0, 0].set_title("held-out frame")
     axes[0, 1].set_title("nearest training frames by z", loc="left")
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    try:
+        figure.savefig(target, dpi=90)
+    except OSError as problem:
+        raise BadInput(f"{target}: the picture cannot be written ({problem.strerror or problem})") from None
+    finally:
+        plt.close(figure)

@@ -1,6 +1,7 @@
 """Writes small files in LIBERO's HDF5 layout for tests of the loader: real HDF5, made-up motion."""
 
 import json
+import re
 from pathlib import Path
 
 import h5py
@@ -23,6 +24,7 @@ def write_task_file(
     demo numbers. `states` holds time and joints as the simulator's do, recorded before each action."""
     rng = np.random.default_rng([seed, *task.encode()])  # no two tasks have the same demos
     path = directory / f"{task}_demo.hdf5"
+    instruction = re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ")
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         for index in range(demos):
@@ -46,5 +48,5 @@ def write_task_file(
         if official:
             data.attrs["macros_image_convention"] = "opengl"
             data.attrs["num_demos"] = demos
-            data.attrs["problem_info"] = json.dumps({"language_instruction": task.replace("_", " ")})
+            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
     return path

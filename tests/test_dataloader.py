@@ -1,5 +1,9 @@
 """Demonstrations on disk: alignment, samples, split, language, and every way in which files were seen broken."""
 
+import json
+import os
+import re
+import shutil
 import threading
 import time
 
@@ -17,10 +21,13 @@ from dataloader import (
     LowDimensional,
     canonical_instruction,
     chunk_rows,
+    embeddings_file,
+    find_task_files,
     frame_rows,
     load_demos,
     load_language,
     numbered_alone,
+    same_task,
     shift_pictures,
     split_demos,
     task_instruction,
@@ -28,7 +35,9 @@ from dataloader import (
 )
 from errors import BadInput
 from frame_cache import DeviceFrames, HDF5Frames, open_frames
+from libero_sim import bddl_path, make_suite
 
+BUTTER = "pick_up_the_butter_and_place_it_in_the_basket"
 INSTRUCTION = "pick up the milk and place it in the basket"
 LANGUAGE = LanguageTable("test encoder", {INSTRUCTION: torch.nn.functional.normalize(torch.ones(512), dim=0)})
 
@@ -62,8 +71,23 @@ def test_alignment_can_be_forced(tmp_path):
 
 def test_files_that_disagree_about_the_alignment_are_refused(tmp_path):
     write_task_file(tmp_path, alignment="after")
-    write_task_file(tmp_path, task="pick_up_the_butter_and_place_it_in_the_basket", alignment="before")
+    write_task_file(tmp_path, task=BUTTER, alignment="before")
     with pytest.raises(BadInput, match=r"obs_alignment is after, but pick_up_the_butter.* has before"):
+        load(tmp_path)
+
+
+def test_demos_of_one_file_that_disagree_about_the_alignment_are_named(tmp_path):
+    path = write_task_file(tmp_path, demos=6)
+    other = write_task_file(tmp_path, task=BUTTER, demos=6, alignment="before")
+    with h5py.File(path, "a") as file, h5py.File(other) as source:
+        for key in ("demo_2", "demo_4"):
+            del file["data"][key]
+            source.copy(f"data/{key}", file["data"])
+    other.unlink()
+    sentence = (
+        rf"{path}: obs\[t\] was recorded before actions\[t\] in demo_2, demo_4, but after it in the other 4 demos"
+    )
+    with pytest.raises(BadInput, match=sentence):
         load(tmp_path)
 
 
@@ -187,7 +211,7 @@ def copied(batches: Batches):
 
 def test_a_window_never_crosses_the_end_of_a_demo(tmp_path):
     write_task_file(tmp_path, demos=2, steps=15)
-    write_task_file(tmp_path, task="pick_up_the_butter_and_place_it_in_the_basket", demos=1, steps=13)
+    write_task_file(tmp_path, task=BUTTER, demos=1, steps=13)
     demos, _ = load(tmp_path)
     demo_of_row = [number for number, demo in enumerate(demos) for _ in range(len(demo))]
     for reach in (1, 4, 12):
@@ -243,6 +267,19 @@ def test_an_epoch_is_a_seeded_permutation_and_drops_only_the_incomplete_batch(tm
     assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
 
 
+def test_no_epoch_of_one_seed_has_the_order_of_another_seeds_epoch(tmp_path):
+    write_task_file(tmp_path)
+    demos, _ = load(tmp_path)
+    states = torch.arange(90.0)[:, None]
+    orders = []
+    for seed in (0, 1, 20250101123045):
+        batches = batches_of(demos, frame_rows(demos), 0, seed=seed, states=states)
+        for epoch in range(3):
+            batches.set_epoch(epoch)
+            orders.append(tuple(torch.cat([batch["z_t"].flatten() for batch in batches]).tolist()))
+    assert len(set(orders)) == 9
+
+
 def test_a_batch_is_what_its_ranks_get_together(tmp_path):
     write_task_file(tmp_path)
     demos, _ = load(tmp_path)
@@ -285,7 +322,7 @@ def test_a_failing_read_is_raised_where_the_batch_is_awaited(tmp_path):
     demos, _ = load(tmp_path)
     with h5py.File(path, "a") as file:
         del file["data/demo_2/obs/agentview_rgb"]
-    with pytest.raises(KeyError, match="agentview_rgb"):
+    with pytest.raises(BadInput, match=r"demo_2: .*agentview_rgb"):
         list(batches_of(demos, frame_rows(demos), 0))
 
 
@@ -336,6 +373,30 @@ def test_split_is_by_demo_seeded_and_complete(tmp_path):
     assert len(others) > 1
 
 
+def test_the_demos_held_out_have_other_numbers_in_every_task(tmp_path):
+    for task in (TASK, BUTTER, TASK.replace("milk", "ketchup")):
+        write_task_file(tmp_path, task=task, demos=10, steps=12)
+    held_out = split_demos(load(tmp_path)[0], 0.7, seed=0)[1]
+    keys = {path: tuple(demo.key for demo in held_out if demo.path == path) for path in {d.path for d in held_out}}
+    assert len(keys) == 3 == len(set(keys.values()))
+
+
+def test_a_split_that_a_checkpoint_lists_is_kept_and_other_files_take_the_rule(tmp_path):
+    for task in (TASK, BUTTER):
+        write_task_file(tmp_path, task=task, demos=5, steps=12)
+    demos, _ = load(tmp_path)
+    by_rule = {demo.name for demo in split_demos(demos, 0.8, seed=0)[1]}
+    listed = [f"{TASK}_demo.hdf5/demo_{number}" for number in (0, 3)] + ["gone_demo.hdf5/demo_0"]
+    train, held_out = split_demos(demos, 0.8, 0, listed)
+    assert {demo.name for demo in held_out if demo.path.stem.startswith(TASK)} == set(listed[:2])
+    assert {demo.name for demo in held_out if demo.path.stem.startswith(BUTTER)} == {
+        name for name in by_rule if name.startswith(BUTTER)
+    }
+    assert len(train) + len(held_out) == 10
+    with pytest.raises(BadInput, match="the checkpoint holds out all 5 demos, expected at least 1 to train on"):
+        split_demos(demos, 0.8, 0, [f"{TASK}_demo.hdf5/demo_{number}" for number in range(5)])
+
+
 def test_one_demo_cannot_be_split(tmp_path):
     write_task_file(tmp_path, demos=1)
     with pytest.raises(BadInput, match="has 1 demo, expected at least 2"):
@@ -367,25 +428,146 @@ def test_a_renamed_file_takes_its_instruction_from_problem_info(tmp_path):
         assert task_instruction(path, file["data"]) == INSTRUCTION
 
 
-def write_embeddings(directory, texts, vectors):
-    np.savez(directory / EMBEDDINGS_FILE, texts=np.array(texts), embeddings=vectors, encoder=np.array("test 1"))
+def libero_tasks(name: str):
+    """Name and BDDL text of each task of a suite of the installed LIBERO."""
+    suite = make_suite(name)
+    for task_id in range(suite.n_tasks):
+        yield suite.get_task(task_id).name, bddl_path(suite, task_id).read_text()
+
+
+def write_attributes(path, bddl_file_name: str, bddl: str, info: str | None = None) -> None:
+    with h5py.File(path, "a") as file:
+        attributes = file["data"].attrs
+        attributes["bddl_file_name"], attributes["bddl_file_content"] = bddl_file_name, bddl
+        info = info or re.search(r"\(:language\s+([^)]*)\)", bddl).group(1)
+        attributes["problem_info"] = json.dumps({"language_instruction": info})
+
+
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"])
+def test_no_task_of_liberos_own_contradicts_itself(tmp_path, suite):
+    path = write_task_file(tmp_path, demos=1, steps=2, image_size=2)
+    with h5py.File(path, "a") as file:
+        attributes = file["data"].attrs
+        for name, bddl in libero_tasks(suite):
+            language = re.search(r"\(:language\s+([^)]*)\)", bddl).group(1)
+            attributes["bddl_file_name"] = f"libero/libero/bddl_files/{suite}/{name}.bddl"
+            attributes["bddl_file_content"] = bddl
+            attributes["problem_info"] = json.dumps({"language_instruction": language})
+            expected = canonical_instruction(re.sub(r"^[A-Z_]*SCENE\d+_", "", name))
+            assert task_instruction(tmp_path / f"{name}_demo.hdf5", file["data"]) == expected
+
+
+def test_tasks_of_one_scene_are_told_apart():
+    for suite, spelling in (("libero_object", 10), ("libero_spatial", 10), ("libero_goal", 10)):
+        names = [name for name, _ in libero_tasks(suite)]
+        assert sum(same_task(first, second) for first in names for second in names) == spelling, suite
+    assert not same_task("turn on the stove", "turn off the stove")
+    assert not same_task("turn on the stove", "turn on the stove and put the frying pan on it")
+
+
+def test_a_name_and_an_attribute_that_disagree_are_both_named(tmp_path):
+    path = write_task_file(tmp_path)
+    path = path.rename(tmp_path / f"{BUTTER}_demo.hdf5")
+    sentence = "its name says 'pick up the butter .*', but attribute problem_info 'pick up the milk .*'; rename"
+    with pytest.raises(BadInput, match=f"{path}: {sentence}"):
+        load(tmp_path)
+    name, bddl = next(task for task in libero_tasks("libero_object") if task[0] == BUTTER)
+    write_attributes(path, f"/elsewhere/libero_object/{name}.bddl", bddl)
+    assert load(tmp_path)[0][0].task == BUTTER.replace("_", " ")
+    write_attributes(path, f"/elsewhere/libero_object/{TASK}.bddl", bddl)
+    with pytest.raises(BadInput, match="attribute bddl_file_name 'pick up the milk"):
+        load(tmp_path)
+    write_attributes(path, "/tmp/my_own_7.bddl", bddl)  # what other people call their BDDL files says nothing
+    assert load(tmp_path)[0][0].task == BUTTER.replace("_", " ")
+
+
+def test_a_name_of_another_scene_than_the_bddl_files_is_refused(tmp_path):
+    words = "turn_on_the_stove"
+    path = write_task_file(tmp_path, task=f"KITCHEN_SCENE3_{words}")
+    bddl = "(define (:language turn on the stove))"
+    write_attributes(path, f"libero/libero/bddl_files/libero_90/KITCHEN_SCENE3_{words}.bddl", bddl)
+    assert load(tmp_path)[0]
+    write_attributes(path, f"libero/libero/bddl_files/libero_90/KITCHEN_SCENE9_{words}.bddl", bddl)
+    with pytest.raises(BadInput, match=r"KITCHEN_SCENE9_turn_on_the_stove\.bddl, which is of another scene"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("suite", ["libero_object_task", "libero_object_lan"])
+def test_where_libero_pro_varies_the_task_its_bddl_file_speaks(tmp_path, suite):
+    name, bddl = next(libero_tasks(suite))
+    path = write_task_file(tmp_path, task=name)
+    write_attributes(path, f"libero/libero/bddl_files/{suite}/{name}.bddl", bddl)
+    expected = canonical_instruction(re.search(r"\(:language\s+([^)]*)\)", bddl).group(1))
+    assert not same_task(expected, name)
+    assert load(tmp_path)[0][0].task == expected
+
+
+def test_files_of_one_instruction_stay_tasks_of_their_own(tmp_path):
+    for scene in (3, 9):
+        write_task_file(tmp_path, task=f"KITCHEN_SCENE{scene}_turn_on_the_stove", demos=2)
+    demos, _ = load(tmp_path)
+    table = LanguageTable("test encoder", {"turn on the stove": torch.nn.functional.normalize(torch.ones(512), dim=0)})
+    low_dimensional = LowDimensional(demos, table, CPU)
+    assert low_dimensional.task.tolist() == [0] * 60 + [1] * 60
+    obs = low_dimensional.obs(torch.tensor([0, 100]))
+    assert torch.equal(obs["language"][0], obs["language"][1])
+
+
+def write_embeddings(path, texts, vectors):
+    np.savez(path, texts=np.array(texts), embeddings=vectors, encoder=np.array("test 1"))
 
 
 def test_embeddings_are_normalised_when_loaded(tmp_path):
-    write_embeddings(tmp_path, ["Pick the milk and place it in the basket"], np.full((1, 512), 11.0, np.float32))
-    table = load_language(tmp_path, [INSTRUCTION], 512)
+    path = tmp_path / EMBEDDINGS_FILE
+    write_embeddings(path, ["Pick the milk and place it in the basket"], np.full((1, 512), 11.0, np.float32))
+    table = load_language(path, [INSTRUCTION], 512)
     assert table.encoder == "test 1"
     assert table[INSTRUCTION].norm().item() == pytest.approx(1)
 
 
+def test_embeddings_lie_beside_the_demos_or_where_the_config_says(tmp_path):
+    assert embeddings_file(data_config(tmp_path)) == tmp_path / EMBEDDINGS_FILE
+    own = data_config(tmp_path, f"data.language_embeddings={tmp_path}/elsewhere/own.npz")
+    assert embeddings_file(own) == tmp_path / "elsewhere/own.npz"
+    with pytest.raises(BadInput, match=f"run `python embed_language.py --data_directory DIR --output {tmp_path}/else"):
+        load_language(embeddings_file(own), [INSTRUCTION], 512)
+
+
 def test_a_task_without_an_embedding_is_an_error_that_says_what_to_run(tmp_path):
-    with pytest.raises(BadInput, match=r"language_embeddings\.npz: no language embeddings; run `python embed_language"):
-        load_language(tmp_path, [INSTRUCTION], 512)
-    write_embeddings(tmp_path, ["close the drawer"], np.ones((1, 512), np.float32))
-    with pytest.raises(BadInput, match=f"no embedding for the task '{INSTRUCTION}'; run `python embed_language"):
-        load_language(tmp_path, [INSTRUCTION], 512)
+    write_task_file(tmp_path)
+    path = tmp_path / EMBEDDINGS_FILE
+    advice = f"run `python embed_language.py --data_directory {tmp_path}`"
+    with pytest.raises(BadInput, match=rf"language_embeddings\.npz: no language embeddings; {advice}"):
+        load_language(path, [INSTRUCTION], 512)
+    write_embeddings(path, ["close the drawer"], np.ones((1, 512), np.float32))
+    with pytest.raises(BadInput, match=f"no embedding for the task '{INSTRUCTION}'; {advice}"):
+        load_language(path, [INSTRUCTION], 512)
     with pytest.raises(BadInput, match="no language embedding for the task 'fly'"):
-        load_language(tmp_path, ["close the drawer"], 512)["fly"]
+        load_language(path, ["close the drawer"], 512)["fly"]
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (lambda p: p.write_bytes(b""), "not readable as language embeddings"),
+        (lambda p: p.write_text("no archive"), "not readable as language embeddings"),
+        (lambda p: p.mkdir(), r"cannot be read \(Is a directory\)"),
+        (lambda p: np.save(p.open("wb"), np.ones(3)), "not readable as language embeddings"),
+        (lambda p: write_embeddings(p, [INSTRUCTION], np.array([["x"] * 512])), "not readable as language embeddings"),
+        (lambda p: write_embeddings(p, [INSTRUCTION], np.ones((1, 384))), r"are \(1, 384\), expected \(1, 512\)"),
+        (lambda p: write_embeddings(p, [INSTRUCTION], np.zeros((1, 512))), "is zero or not finite"),
+        (lambda p: write_embeddings(p, [INSTRUCTION], np.full((1, 512), np.nan)), "is zero or not finite"),
+        (
+            lambda p: write_embeddings(p, [INSTRUCTION, INSTRUCTION.upper()], np.eye(2, 512)),
+            f"two embeddings of '{INSTRUCTION}'",
+        ),
+    ],
+)
+def test_broken_embeddings_are_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / EMBEDDINGS_FILE
+    content(path)
+    with pytest.raises(BadInput, match=f"{path}: .*{sentence}"):
+        load_language(path, [INSTRUCTION], 512)
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -393,7 +575,12 @@ def test_a_task_without_an_embedding_is_an_error_that_says_what_to_run(tmp_path)
 
 def replace(demo: h5py.Group, key: str, value: np.ndarray) -> None:
     del demo[key]
-    demo[key] = value
+    if isinstance(value, h5py.VirtualSource):
+        layout = h5py.VirtualLayout(value.shape, value.dtype)
+        layout[:] = value
+        demo.create_virtual_dataset(key, layout)
+    else:
+        demo[key] = value
 
 
 BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
@@ -419,13 +606,11 @@ BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
         r"key actions has shape \(30, 8\), expected \(T, 7\)",
     ),
     "mixed image sizes": (
-        lambda d: [
-            replace(d, f"obs/{c}_rgb", np.ones((30, 16, 16, 3), np.uint8)) for c in ("agentview", "eye_in_hand")
-        ],
+        lambda d: [replace(d, f"obs/{c}_rgb", d[f"obs/{c}_rgb"][:, :16, :16]) for c in ("agentview", "eye_in_hand")],
         "images are 16 px, those of demo_0 32 px",
     ),
     "cameras of two sizes": (
-        lambda d: replace(d, "obs/eye_in_hand_rgb", np.ones((30, 16, 16, 3), np.uint8)),
+        lambda d: replace(d, "obs/eye_in_hand_rgb", d["obs/eye_in_hand_rgb"][:, :16, :16]),
         r"key obs/eye_in_hand_rgb has shape \(30, 16, 16, 3\), expected square images of one size",
     ),
     "float images": (
@@ -439,9 +624,51 @@ BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
     "missing camera": (lambda d: d["obs"].__delitem__("eye_in_hand_rgb"), "key obs/eye_in_hand_rgb is missing"),
     "black frames": (
         lambda d: d["obs/agentview_rgb"].__setitem__(slice(None), 0),
-        "key obs/agentview_rgb starts with an all-black frame",
+        "key obs/agentview_rgb: the picture of step 0 is all black; was the camera rendered",
     ),
+    "a last frame of one colour": (
+        lambda d: d["obs/agentview_rgb"].__setitem__(29, np.array([0, 135, 0], np.uint8)),
+        r"key obs/agentview_rgb: the picture of step 29 is all of one colour, \[0, 135, 0\]",
+    ),
+    "a frozen camera": (
+        lambda d: d["obs/eye_in_hand_rgb"].__setitem__(slice(None), d["obs/eye_in_hand_rgb"][0]),
+        "key obs/eye_in_hand_rgb: the picture never changes although the arm moves",
+    ),
+    "num_samples no number": (
+        lambda d: d.attrs.__setitem__("num_samples", "abc"),
+        "num_samples is 'abc', expected a number",
+    ),
+    "a group instead of actions": (
+        lambda d: [d.__delitem__("actions"), d.create_group("actions")],
+        "key actions is a group, expected a dataset",
+    ),
+    "a dataset instead of obs": (lambda d: replace(d, "obs", np.zeros(3)), "is a dataset, expected a group"),
+    "actions as text": (
+        lambda d: replace(d, "actions", np.array([b"x"] * 30)),
+        "key actions holds no array of numbers",
+    ),
+    "a link inside the file that leads nowhere": (
+        lambda d: replace(d, "actions", h5py.SoftLink("/data/gone")),
+        "key actions: it is a link to something that is not there",
+    ),
+    "a link to a file that is gone": (
+        lambda d: replace(d, "obs", h5py.ExternalLink("gone.hdf5", "/obs")),
+        "it links to a file that is not there",
+    ),
+    "a camera whose file is gone": (
+        lambda d: replace(d, "obs/agentview_rgb", h5py.VirtualSource("gone.hdf5", "x", (30, 32, 32, 3), "u1")),
+        "takes data from gone.hdf5, which is not there",
+    ),
+    "a damaged chunk": (lambda d: damage(d, "obs/agentview_rgb"), "filter returned failure"),
 }
+
+
+def damage(demo: h5py.Group, key: str) -> None:
+    """Overwrites the first chunk of what is written compressed anew."""
+    values = demo[key][()]
+    del demo[key]
+    made = demo.create_dataset(key, data=values, chunks=(1, *values.shape[1:]), compression="gzip")
+    made.id.write_direct_chunk((0,) * values.ndim, b"no deflate stream")
 
 
 @pytest.mark.parametrize("damage", BROKEN)
@@ -450,8 +677,9 @@ def test_a_broken_demo_is_named_with_what_was_found_and_expected(tmp_path, damag
     change, sentence = BROKEN[damage]
     with h5py.File(path, "a") as file:
         change(file["data/demo_1"])
-    with pytest.raises(BadInput, match=f"{path}: demo_1: .*{sentence}"):
+    with pytest.raises(BadInput, match=f"{path}: .*{sentence}") as said:
         load(tmp_path)
+    assert "demo_1" in str(said.value) or "gone.hdf5" in str(said.value)
 
 
 def test_demos_shorter_than_a_chunk_or_longer_than_allowed_are_named(tmp_path):
@@ -466,8 +694,93 @@ def test_demos_shorter_than_a_chunk_or_longer_than_allowed_are_named(tmp_path):
 def test_a_truncated_file_is_named(tmp_path):
     path = write_task_file(tmp_path)
     path.write_bytes(path.read_bytes()[:-5_000])
-    with pytest.raises(BadInput, match=f"{path}: not readable as HDF5, is it truncated"):
+    with pytest.raises(BadInput, match=rf"{path}: it is truncated \([\d,]+ of [\d,]+ bytes\)"):
         load(tmp_path)
+
+
+def test_a_file_without_a_group_of_demos_is_named(tmp_path):
+    path = tmp_path / f"{TASK}_demo.hdf5"
+    with h5py.File(path, "w") as file:
+        file["data"] = np.zeros(3)
+    with pytest.raises(BadInput, match=f"{path}: data is a dataset, expected a group"):
+        load(tmp_path)
+    with h5py.File(path, "w") as file:
+        file["data"] = h5py.SoftLink("/gone")
+    with pytest.raises(BadInput, match=f"{path}: data: it is a link to something that is not there"):
+        load(tmp_path)
+
+
+def test_attributes_of_other_programs_are_read_or_named(tmp_path):
+    path = write_task_file(tmp_path)
+    with h5py.File(path, "a") as file:
+        attributes = file["data"].attrs
+        attributes["macros_image_convention"] = np.bytes_(b"opengl")
+        attributes["problem_info"] = np.bytes_(attributes["problem_info"].encode())
+        for demo, value in zip(file["data"].values(), ("30", 30.0, np.array([30])), strict=True):
+            demo.attrs["num_samples"] = value
+    assert load(tmp_path)[1]["image_orientation"] == "opengl"
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["visual_mesh_ratio"] = "x"
+    with pytest.raises(BadInput, match=f"{path}: attribute visual_mesh_ratio is 'x', expected a number"):
+        load(tmp_path)
+
+
+def test_a_demo_that_is_there_twice_is_named_with_both_places(tmp_path):
+    path = write_task_file(tmp_path, demos=4)
+    copy = tmp_path / f"{TASK}_demo (1).hdf5"
+    shutil.copy(path, copy)
+    with h5py.File(copy, "a") as file:
+        del file["data/demo_0"]
+    said = rf"demo \(1\).hdf5: demo_1 is a copy of demo_1 in {path.name}|{path}: demo_1 is a copy of demo_1 in .*\(1\)"
+    with pytest.raises(BadInput, match=said):
+        load(tmp_path)
+    copy.unlink()
+    with h5py.File(path, "a") as file:
+        file.copy("data/demo_1", "data/demo_7")
+    with pytest.raises(BadInput, match=f"{path}: demo_7 is a copy of demo_1 in {path.name}"):
+        load(tmp_path)
+    assert load(tmp_path, "data.demos_per_task=4")[0]
+
+
+def test_hidden_files_are_no_demonstrations_and_a_git_lfs_pointer_is_called_one(tmp_path):
+    path = write_task_file(tmp_path)
+    (tmp_path / f"._{path.name}").write_bytes(bytes.fromhex("00051607") + bytes(4000))
+    assert {demo.path for demo in load(tmp_path)[0]} == {path}
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(BadInput, match=f"{path}: is a Git LFS pointer"):
+        load(tmp_path)
+
+
+def test_demos_that_lie_in_other_files_are_read_through_their_links(tmp_path):
+    path = write_task_file(tmp_path)
+    (tmp_path / "parts").mkdir()
+    expected, _ = load(tmp_path)
+    with h5py.File(path, "a") as file:
+        for name in ("demo_0", "demo_2"):
+            with h5py.File(tmp_path / f"parts/{name}.h5", "w") as part:
+                file.copy(f"data/{name}", part, name="it")
+            del file["data"][name]
+            file["data"][name] = h5py.ExternalLink(f"parts/{name}.h5", "/it")
+    demos, _ = load(tmp_path)
+    assert [demo.parts for demo in demos] == [(tmp_path / "parts/demo_0.h5",), (), (tmp_path / "parts/demo_2.h5",)]
+    assert all(torch.equal(a.actions, b.actions) for a, b in zip(demos, expected, strict=True))
+    (tmp_path / "parts/demo_2.h5").unlink()
+    with pytest.raises(BadInput, match=f"{path}: demo_2: it links to a file that is not there"):
+        load(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_is_not_called_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    (tmp_path / "data").mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        with pytest.raises(BadInput, match=r"data.data_directory: data cannot be read \(Permission denied\)"):
+            find_task_files("data")
+    finally:
+        os.seteuid(user)
 
 
 def test_missing_and_empty_directories_are_named(tmp_path):
@@ -476,5 +789,5 @@ def test_missing_and_empty_directories_are_named(tmp_path):
     with pytest.raises(BadInput, match=r"holds no \*\.hdf5 file"):
         load(tmp_path)
     (tmp_path / f"{TASK}_demo.hdf5").write_bytes(b"")
-    with pytest.raises(BadInput, match="not readable as HDF5"):
+    with pytest.raises(BadInput, match="is empty, expected an HDF5 file"):
         load(tmp_path)

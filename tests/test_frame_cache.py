@@ -74,12 +74,100 @@ def test_a_changed_file_is_converted_anew_and_its_old_frames_are_deleted(tmp_pat
     frames_of(tmp_path)
     (before,) = cached(tmp_path)
     with h5py.File(path, "a") as file:
-        file["data/demo_0/obs/agentview_rgb"][3] = 7
+        file["data/demo_0/obs/agentview_rgb"][3, :, 1:] = 7
     os.utime(path, ns=(1, 1))  # even a time that lies further back is another time
     demos, frames = frames_of(tmp_path)
     (after,) = cached(tmp_path)
     assert after != before
-    assert (all_frames(demos, frames)[3, 0] == 7).all()
+    assert (all_frames(demos, frames)[3, 0, :, 1:] == 7).all()
+
+
+def test_frames_that_another_user_made_of_a_file_are_left_to_them(tmp_path):
+    path = write_task_file(tmp_path)
+    frames_of(tmp_path)
+    for made in (tmp_path / "frame_cache").iterdir():
+        os.chown(made, 65534, -1) if os.geteuid() == 0 else pytest.skip("only root may give files away")
+    os.utime(path, ns=(1, 1))
+    frames_of(tmp_path)
+    assert len(cached(tmp_path)) == 2
+
+
+def put_into_parts(path) -> list:
+    """Moves each demo of a file into a file of its own, which the first then links to: as a group, as a dataset, and as
+    the part of a virtual dataset."""
+    parts = [path.with_name(f"part_{number}.h5") for number in range(3)]
+    with h5py.File(path, "a") as file:
+        for number, part in enumerate(parts):
+            with h5py.File(part, "w") as target:
+                file.copy(f"data/demo_{number}", target, name="demo")
+        del file["data/demo_0"]
+        file["data/demo_0"] = h5py.ExternalLink(parts[0].name, "/demo")
+        obs = file["data/demo_1/obs"]
+        del obs["agentview_rgb"]
+        obs["agentview_rgb"] = h5py.ExternalLink(parts[1].name, "/demo/obs/agentview_rgb")
+        obs = file["data/demo_2/obs"]
+        layout = h5py.VirtualLayout(obs["agentview_rgb"].shape, "u1")
+        layout[:] = h5py.VirtualSource(parts[2].name, "/demo/obs/agentview_rgb", layout.shape)
+        del obs["agentview_rgb"]
+        obs.create_virtual_dataset("agentview_rgb", layout)
+    return parts
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_file_that_is_linked_to_is_noticed_when_it_changes(tmp_path, number):
+    part = put_into_parts(write_task_file(tmp_path))[number]
+    demos, before = frames_of(tmp_path)
+    model, table = a_model(), LowDimensional(demos, LANGUAGE, CPU)
+    key, (flat,) = states_key(model, demos, table), cached(tmp_path)
+    with h5py.File(part, "a") as file:
+        pictures = file["demo/obs/agentview_rgb"]
+        pictures[...] = 255 - pictures[...]
+    os.utime(part, ns=(1, 1))
+    old = all_frames(demos, before)
+    demos, after = frames_of(tmp_path)
+    assert cached(tmp_path) != [flat] and len(cached(tmp_path)) == 1
+    new = all_frames(demos, after)
+    np.testing.assert_array_equal(new, all_frames(demos, HDF5Frames(demos)))
+    np.testing.assert_array_equal(new[30 * number : 30 * number + 30, 0], 255 - old[30 * number : 30 * number + 30, 0])
+    assert states_key(model, demos, table) != key
+
+
+def test_a_link_to_the_file_itself_has_the_same_frames(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = write_task_file(tmp_path / "elsewhere")
+    (tmp_path / path.name).symlink_to(path)
+    frames_of(tmp_path)
+    os.utime(path, ns=(1, 1))
+    frames_of(tmp_path)
+    assert len(cached(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda film: film.__setitem__(7, 0), "step 7 is all black"),
+        (lambda film: film.__setitem__(7, np.array([9, 9, 0], np.uint8)), r"step 7 is all of one colour, \[9, 9, 0\]"),
+    ],
+)
+def test_every_frame_is_looked_at_while_it_is_converted(tmp_path, damage, sentence):
+    path = write_task_file(tmp_path)
+    with h5py.File(path, "a") as file:
+        damage(file["data/demo_1/obs/eye_in_hand_rgb"])
+    demos, _ = load(tmp_path)  # which looks at the first, the middle and the last
+    with pytest.raises(BadInput, match=f"{path}: demo_1: key obs/eye_in_hand_rgb: the picture of {sentence}"):
+        open_frames(demos, data_config(tmp_path), 32, CPU)
+    assert not cached(tmp_path) and not cached(tmp_path, ".part")
+
+
+def test_a_camera_may_show_the_same_while_the_arm_stands_still(tmp_path):
+    path = write_task_file(tmp_path)
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_1"]
+        demo["states"][:, 1:8] = demo["states"][0, 1:8] + np.linspace(0, 0.05, 30)[:, None]
+        demo["obs/joint_states"][:-1] = demo["states"][1:, 1:8]
+        demo["obs/joint_states"][-1] = demo["states"][-1, 1:8]
+        demo["obs/agentview_rgb"][...] = demo["obs/agentview_rgb"][0]
+    frames_of(tmp_path)
 
 
 def test_fewer_demos_and_another_size_have_files_of_their_own(tmp_path):
@@ -97,7 +185,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing_that_could_be_taken_for
     demos, _ = load(tmp_path)
     with h5py.File(path, "a") as file:
         del file["data/demo_2/obs/eye_in_hand_rgb"]
-    with pytest.raises(KeyError):
+    with pytest.raises(BadInput, match=f"{path}: demo_2: .*eye_in_hand_rgb"):
         open_frames(demos, data_config(tmp_path), 32, CPU)
     assert not cached(tmp_path) and not cached(tmp_path, ".part")
 
@@ -124,6 +212,14 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path, 
     with pytest.raises(BadInput, match=r"take 0\.0 GB, but 0\.0 GB are free; set data\.cache_directory"):
         frames_of(tmp_path)
     assert not cached(tmp_path)
+
+
+def test_frames_that_do_not_fit_into_memory_are_not_read_into_it(tmp_path, monkeypatch):
+    write_task_file(tmp_path)
+    monkeypatch.setattr("frame_cache.available_gigabytes", lambda: 1e-6)
+    with pytest.raises(BadInput, match=r"data\.cache is ram, but the frames take 0\.0 GB .* use disk"):
+        frames_of(tmp_path, "data.cache=ram")
+    frames_of(tmp_path)
 
 
 def test_the_gpu_cache_needs_a_gpu(tmp_path):
@@ -234,6 +330,16 @@ def test_states_of_another_encoder_or_other_data_are_never_used(tmp_path, one_pr
     assert not states_of(policy_alone, tmp_path)[1]
     os.utime(path, ns=(1, 1))
     assert states_of(a_model(), tmp_path)[1]
+
+
+def test_a_state_that_is_not_finite_is_named_and_not_kept(tmp_path, one_process):
+    write_task_file(tmp_path)
+    model = a_model()
+    with torch.no_grad():
+        model.state_encoder.tokenizer.cls.fill_(torch.nan)
+    with pytest.raises(BadInput, match=r"not finite for 90 of 90 frames, the first .*demo_0 step 0"):
+        states_of(model, tmp_path)
+    assert not (tmp_path / "frozen_states").exists()
 
 
 def test_a_damaged_file_of_states_is_computed_anew(tmp_path, one_process):

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from libero_files import write_task_file
 from test_dataloader import load
 from test_model import small_config
 from test_training import one_sentence, run, settings
@@ -107,14 +108,48 @@ def test_variance_within_episodes_is_what_happens_in_them(collected_demos):
     assert spread_within(torch.randn(len(identity), 4), demos)["variance_within_episode"] > 0.95
 
 
+def test_a_z_that_never_varies_has_no_variance_within_anything(collected_demos):
+    demos, _ = load(collected_demos)
+    z = torch.ones(sum(len(demo) for demo in demos), 4)
+    assert set(spread_within(z, demos).values()) == {0.0}
+
+
+def test_variance_within_a_task_is_that_within_a_file_and_not_within_an_instruction(tmp_path):
+    for scene in (3, 9):
+        write_task_file(tmp_path, task=f"KITCHEN_SCENE{scene}_turn_on_the_stove", demos=2)
+    demos, _ = load(tmp_path)
+    scene = torch.cat([torch.full((len(demo), 2), float(demo.path == demos[0].path)) for demo in demos])
+    assert spread_within(scene, demos)["variance_within_task"] == pytest.approx(0, abs=1e-6)
+
+
+def test_probes_without_frames_to_fit_or_to_try_say_so():
+    z, truth, among = torch.randn(20, 4), torch.randn(20, 2), torch.zeros(20, dtype=torch.bool)
+    among[0] = among[15] = True
+    with pytest.raises(
+        BadInput, match="1 training frames and 1 held-out frames whose truth is known, expected at least"
+    ):
+        probe(z, truth, torch.zeros(20), 10, among)
+
+
 def test_files_without_what_the_probes_need_are_named(collected_demos, tmp_path):
     source = load(collected_demos)[0][0]
     broken = tmp_path / source.path.name
     broken.write_bytes(source.path.read_bytes())
-    with h5py.File(broken, "a") as file:
-        del file["data/demo_0"].attrs["model_file"]
-    with pytest.raises(BadInput, match=f"{broken}: demo_0: attribute model_file is missing, the probes need it"):
-        simulator_truth(replace(source, path=broken))
+    for value, sentence in (
+        (None, "attribute model_file is missing, the probes need it"),
+        ("<mujoco", "attribute model_file is no MuJoCo model"),
+        ("<mujoco/>", "its target butter_1 is no object that moves freely"),
+        (
+            "<mujoco><worldbody><joint type='x'/></worldbody></mujoco>",
+            "attribute model_file has a joint of the unknown type x",
+        ),
+    ):
+        with h5py.File(broken, "a") as file:
+            file["data/demo_0"].attrs.pop("model_file", None)
+            if value:
+                file["data/demo_0"].attrs["model_file"] = value
+        with pytest.raises(BadInput, match=f"{broken}: demo_0: {sentence}"):
+            simulator_truth(replace(source, path=broken))
 
 
 def test_a_phase1_checkpoint_is_reported_from_the_command_line(collected_demos, tmp_path):
