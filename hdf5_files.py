@@ -1,0 +1,107 @@
+"""HDF5 files opened so that what is wrong with one is one sentence, whose advice the error's own words choose."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+
+from errors import BadInput
+
+HDF5_ERRORS = (
+    OSError,
+    KeyError,
+    RuntimeError,
+)  # what h5py raises: for a file or data, an object by name, a link's loop
+LFS_POINTER = b"version https://git-lfs"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def open_hdf5(path: str | Path, mode: str = "r", **options) -> Iterator[h5py.File]:
+    """An open `h5py.File`. What HDF5 cannot open or read, here or in the block, is BadInput by `hdf5_problem`; other
+    errors in the block pass."""
+    try:
+        with h5py.File(path, mode, **options) as file:
+            yield file
+    except HDF5_ERRORS as problem:
+        if not comes_from_hdf5(problem):
+            raise
+        raise hdf5_problem(path, problem) from None
+
+
+def comes_from_hdf5(problem: BaseException) -> bool:
+    """h5py words all of HDF5's errors as "what failed (why)"; nothing else that raises these classes does."""
+    return isinstance(problem, HDF5_ERRORS) and bool(
+        re.fullmatch(r"(\[Errno \d+\] )?[A-Z].* \(.*\)", _words(problem), re.S)
+    )
+
+
+def hdf5_problem(path: str | Path, problem: BaseException, within: str = "") -> BadInput:
+    """What h5py's error about the file `path`, or about what it holds as `within`, means, in one sentence."""
+    where = f"{path}: {within}" if within else str(path)
+    return BadInput(f"{where}: {_meaning(Path(path), problem)}")
+
+
+def _words(problem: BaseException) -> str:
+    return str(problem.args[0]) if isinstance(problem, KeyError) and problem.args else str(problem)
+
+
+def _meaning(path: Path, problem: BaseException) -> str:
+    words = _words(problem)
+    failed, _, rest = words.partition(" (")
+    reason = " ".join(rest.rsplit(")", 1)[0].split())  # HDF5's own words
+    is_link = isinstance(problem, KeyError)  # the file is open; what it refers to is not
+    subject = "a file that it links to" if is_link else "it"
+    code = getattr(problem, "errno", None)
+    if "unable to lock file" in reason:
+        if code in NO_LOCKS:
+            return (
+                f"the file system cannot lock it ({os.strerror(code)}); set HDF5_USE_FILE_LOCKING=FALSE and try again"
+            )
+        return f"{subject} is open in another process, which writes it; try again when that one has ended"
+    if "already open for write" in reason or "consistency flags" in reason:
+        return (
+            f"{subject} is marked as open for writing: a program writes it or was killed while it did; if none has "
+            "it open, `h5clear -s` (package hdf5-tools) takes the mark away, and what was not yet written is missing"
+        )
+    if "truncated file" in reason:
+        sizes = [f"{int(size):,}" for size in re.findall(r"eof = (\d+)", reason)]
+        found = f" ({' of '.join(sizes)} bytes)" if len(sizes) == 2 else ""
+        return f"{subject} is truncated{found}; copy or download it again"
+    if "signature not found" in reason:
+        return f"{subject} is no HDF5 file" if is_link else _of_another_kind(path)
+    if is_link and ("can't open file" in reason or "unable to open external file" in reason):
+        return f"it links to a file that is not there or cannot be opened ({reason})"
+    if is_link and "component not found" in reason:
+        return "it is a link to something that is not there"
+    if "too many links" in reason:
+        return "its links lead in a circle"
+    if "external raw data file" in reason:
+        return f"its data lies in another file that is not there or cannot be read ({reason})"
+    if "required filter" in reason or "plugin" in reason:
+        return (
+            f"it is compressed in a way that this h5py cannot read ({reason}); where it can be read, "
+            "`h5repack -f GZIP=4` rewrites it"
+        )
+    if not rest:
+        return words
+    if code is not None:  # the operating system's reasons: not there, not permitted, a directory, a full disk
+        return f"{failed.split('] ')[-1].lower()}: {os.strerror(code)}"
+    return f"{failed.lower()}: {reason}"
+
+
+def _of_another_kind(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(LFS_POINTER))
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
+    if not beginning:
+        return "is empty, expected an HDF5 file"
+    if beginning == LFS_POINTER:
+        return "is a Git LFS pointer and not the file itself; fetch that with `git lfs pull`"
+    return f"is no HDF5 file, it begins with {beginning!r}"
