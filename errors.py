@@ -23,7 +23,7 @@ OUT_OF_MEMORY = (
 )
 MACHINE_PROBLEMS = {  # what of the operating system's refusals lies with the machine, whatever the program does
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE,
-    errno.ENFILE, errno.EFBIG,
+    errno.ENFILE, errno.EFBIG, errno.ENAMETOOLONG,
 }  # fmt: skip
 
 
