@@ -5,19 +5,26 @@
 Objects are placed at random, never as in the suite's fixed init states: those are for evaluation. Only episodes that
 end in success are kept. A run that was stopped, however hard, continues where it was: each demo lies on disk as soon as
 it is finished. Demo i of a task depends on --seed and the settings alone, not on --num_workers or on interruptions.
+
+A file that has fewer than --demos_per_task demos gets more, with the numbers that follow its highest. A demo that was
+deleted from it on purpose does not come back, and its number is not given again.
 """
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
+import operator
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -28,14 +35,21 @@ import numpy as np
 from tqdm import tqdm
 
 from config import load_config
-from errors import BadInput, exits_on_bad_input
+from errors import BadInput, exits_on_bad_input, is_out_of_memory, out_of_memory_named
+from files import Lock, expanded, replaced_whole
+from hdf5_files import open_hdf5
 from libero_sim import SIM_KEYS, SIMULATOR_ERRORS, LiberoEnv, import_libero, make_env, make_suite, parse_task_ids
+from machine import affordable_processes
+from provenance import code_version
 from scripted_expert import ScriptedExpert
 
 TASK_SUITE = "libero_object"
 LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
 SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
 UNFINISHED = ".unfinished"  # folder of the demos whose task is not complete yet
+START_NOISE = 0.02  # rad
+GB_PER_WORKER = 1.5
+CONTINUES = "finished demos are kept, and the same command continues"
 
 
 @dataclass(frozen=True)
@@ -138,27 +152,38 @@ class Worker:
     env: LiberoEnv | None = None
 
     @classmethod
-    def attempt(cls, task_id: int, attempt: int, settings: Settings, demo_file: Path) -> int:
-        """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure."""
+    def attempt(cls, task_id: int, attempt: int, settings: Settings, demo_file: Path) -> tuple[int, str]:
+        """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure,
+        and why the simulation broke down where it did: that is a failure, too, and the next time again."""
         if cls.task_id != task_id:
-            if cls.env is not None:
-                cls.env.close()
+            cls.close()
             cls.env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
             cls.task_id = task_id
         try:
             episode = play_episode(cls.env, task_id, attempt, settings)
-        except SIMULATOR_ERRORS:  # a failed attempt like any other, but the environment is not to be trusted any more
-            cls.env.close()
-            cls.env = cls.task_id = None
-            return 0
+        except SIMULATOR_ERRORS as problem:
+            cls.close()  # not to be trusted any more
+            if is_out_of_memory(problem):  # the machine's failure, not the attempt's
+                raise MemoryError(str(problem)) from None
+            return 0, str(problem)
         if episode is None:
-            return 0
-        with replaced_when_complete(demo_file, demo_file.parent) as file:
-            demo = file.create_group("demo")
-            write_demo(demo, cls.env, episode, settings.obs_alignment)
-            demo.attrs["attempt"] = attempt
-            file.attrs["collector"] = collector_text(settings)
-            return int(demo.attrs["num_samples"])
+            return 0, ""
+        demo_file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with written_hdf5(demo_file, demo_file.parent) as file:
+                demo = file.create_group("demo")
+                write_demo(demo, cls.env, episode, settings.obs_alignment)
+                demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
+                file.attrs["collector"] = collector_text(settings)
+        except SIMULATOR_ERRORS as problem:  # only the renderer works here
+            raise BadInput(f"task {task_id}: drawing a demo failed ({problem}); {CONTINUES}") from None
+        return len(episode.actions), ""
+
+    @classmethod
+    def close(cls) -> None:
+        if cls.env is not None:
+            cls.env.close()
+        cls.env = cls.task_id = None
 
 
 def prepare_worker() -> None:
@@ -175,19 +200,70 @@ def prepare_worker() -> None:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
+class HDF5Target(io.FileIO):
+    """The file that HDF5 writes to. HDF5 cannot close a file that the disk has no room for, prints tracebacks and ends
+    the process with a segmentation fault: so it never hears of a failed write, which is kept as `problem` instead."""
+
+    problem: OSError | None = None
+
+    def write(self, content) -> int:
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        try:
+            while self.problem is None and len(rest):
+                rest = rest[super().write(rest) :]
+        except OSError as problem:
+            self.problem = problem
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            if self.problem is None:
+                super().truncate(size)
+        except OSError as problem:
+            self.problem = problem
+        return size
+
+
 @contextlib.contextmanager
-def replaced_when_complete(path: Path, scratch: Path):
+def written_hdf5(path: Path, scratch: Path) -> Iterator[h5py.File]:
     """An HDF5 file in folder `scratch`, open for writing, that takes the place of `path` in one step when complete."""
-    temporary = scratch / f"{path.name}.{os.getpid()}.tmp"
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
-            yield file
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with replaced_whole(path, scratch) as part, HDF5Target(part, "w+") as target:
+            try:
+                with h5py.File(target, "w") as file:
+                    yield file
+            finally:
+                if target.problem:  # whatever else came of it
+                    raise target.problem
     except OSError as problem:
-        raise BadInput(f"{path}: cannot be written ({problem})") from None
+        raise BadInput(f"{path}: cannot be written ({problem.strerror or problem}); {CONTINUES}") from None
+
+
+@contextlib.contextmanager
+def claimed(names: Sequence[str], folder: Path) -> Iterator[None]:
+    """Within the block no other collector works on these tasks in this folder. Raises BadInput where one does."""
+    unfinished = folder / UNFINISHED
+    with contextlib.ExitStack() as claims:
+        claims.callback(remove_if_empty, unfinished)
+        for name in names:
+            claims.enter_context(task_lock(unfinished, name))
+        yield
+
+
+def task_lock(unfinished: Path, name: str) -> Lock:
+    busy = f"another collect_demos.py is collecting {name} in {unfinished.parent}"
+    while True:
+        unfinished.mkdir(exist_ok=True)
+        try:
+            return Lock(unfinished / f"{name}.lock", busy)
+        except FileNotFoundError:  # a collector of other tasks has just ended and removed the folder
+            continue
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # another run may still have unfinished demos in it
+        folder.rmdir()
 
 
 def collector_text(settings: Settings) -> str:
@@ -198,7 +274,9 @@ def check_settings(path: Path, group, settings: Settings) -> None:
     """Raises BadInput when the group of a file does not say that it was collected with these very settings."""
     try:
         found = json.loads(group.attrs["collector"])
-    except (AttributeError, KeyError, ValueError):
+        if not isinstance(found, dict):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: not a file of collect_demos.py; choose another --data_directory") from None
     for name, value in asdict(settings).items():
         before = found.get(name, getattr(Settings, name, None))  # those with a default came later
@@ -207,6 +285,16 @@ def check_settings(path: Path, group, settings: Settings) -> None:
                 f"{path}: was collected with {name} {before}, not {value};"
                 f" choose another --data_directory or delete the file"
             )
+
+
+def attempt_and_length(path: Path, demo: h5py.Group) -> tuple[int, int]:
+    try:
+        return operator.index(demo.attrs["attempt"]), operator.index(demo.attrs["num_samples"])
+    except (KeyError, TypeError):
+        raise BadInput(
+            f"{path}: {demo.name} is no demo of collect_demos.py: expected whole numbers as its attributes attempt and"
+            f" num_samples, found only {sorted(demo.attrs)}"
+        ) from None
 
 
 class TaskDemos:
@@ -218,9 +306,17 @@ class TaskDemos:
         self.path = folder / f"{self.name}_demo.hdf5"
         self.unfinished = folder / UNFINISHED / self.name
         self.lengths: dict[int, int | None] = {}  # by attempt; 0 for a failure, None while it is going on
+        self.broken: list[str] = []  # why the simulation broke down in attempts of this run
         self.seconds = 0.0
+        self.kept: list[int] = []  # attempts whose demos the file has or had before somebody deleted them
         self.in_file = 0
+        self.next_number = 0  # of a demo in the file
         self._read_what_is_there()
+
+    @property
+    def deleted(self) -> int:
+        """Demos that somebody deleted from the file."""
+        return self.next_number - self.in_file
 
     def next_attempt(self) -> int | None:
         """The first attempt not begun, unless the ones before it may already give the wanted number of demos.
@@ -247,47 +343,70 @@ class TaskDemos:
     def assemble(self, attributes: dict) -> None:
         """Puts the demos of the finished attempts into the task's file, after those that it has already."""
         demos = self.successes()[: max(self.wanted, self.in_file)]
-        if len(demos) > self.in_file:
-            with replaced_when_complete(self.path, self.unfinished) as file:
-                data = file.create_group("data")
-                if self.in_file:
-                    with h5py.File(self.path) as before:
-                        for i in range(self.in_file):
-                            before.copy(f"data/demo_{i}", data)
-                for i, attempt in enumerate(demos[self.in_file :], start=self.in_file):
-                    with h5py.File(self.demo_file(attempt)) as finished:
-                        finished.copy("demo", data, name=f"demo_{i}")
+        new = demos[self.in_file :]
+        if new:
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+            with written_hdf5(self.path, self.unfinished) as file:
+                if self.path.exists():
+                    with open_hdf5(self.path) as before:
+                        file.attrs.update(before.attrs)
+                        for name in before:
+                            before.copy(name, file)
+                data = file.require_group("data")
+                for number, attempt in enumerate(new, start=self.next_number):
+                    with open_hdf5(self.demo_file(attempt)) as finished:
+                        finished.copy("demo", data, name=f"demo_{number}")
                 data.attrs.update(attributes)
                 data.attrs["num_demos"] = len(demos)
                 data.attrs["total"] = sum(self.lengths[attempt] for attempt in demos)
                 data.attrs["collector"] = collector_text(self.settings)
                 data.attrs["visual_mesh_ratio"] = self.settings.visual_mesh_ratio
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+                data.attrs["attempts"] = json.dumps([*self.kept, *new])
+                code = [data[name].attrs.get("code", "unknown") for name in demo_names(data)]
+                data.attrs["code"] = list(dict.fromkeys(code))  # commits that made the demos, the earliest first
+        shutil.rmtree(self.unfinished, ignore_errors=True)  # what stays, as on NFS while it is open, is ignored later
 
     def _read_what_is_there(self) -> None:
         """Finds the demos of earlier runs: those in the task's file, then those of a run stopped before the file."""
-        with contextlib.ExitStack() as opened:
-            if self.path.exists():
-                file = opened.enter_context(open_hdf5(self.path))
-                data = file.get("data", {})
-                check_settings(self.path, data, self.settings)
-                demos = [data[f"demo_{i}"] for i in range(len(data))]
-                self.lengths = {int(demo.attrs["attempt"]): int(demo.attrs["num_samples"]) for demo in demos}
-                self.in_file = len(demos)
-                for attempt in range(max(self.lengths, default=0)):
-                    self.lengths.setdefault(attempt, 0)  # it was tried before a later one was kept
-            for path in sorted(self.unfinished.glob("attempt_*.hdf5")):
-                file = opened.enter_context(open_hdf5(path))
+        if self.path.exists():
+            with open_hdf5(self.path) as file:
+                self._read_file(file)
+        for path in sorted(self.unfinished.glob("attempt_*.hdf5")):
+            with open_hdf5(path) as file:
                 check_settings(path, file, self.settings)
-                demo = file["demo"]
-                self.lengths.setdefault(int(demo.attrs["attempt"]), int(demo.attrs["num_samples"]))
+                if "demo" not in file:
+                    raise BadInput(f"{path}: holds no demo; delete it")
+                attempt, length = attempt_and_length(path, file["demo"])
+            self.lengths.setdefault(attempt, length)
+
+    def _read_file(self, file: h5py.File) -> None:
+        data = file.get("data", {})
+        check_settings(self.path, data, self.settings)
+        names: dict[int, str] = {}
+        for name in demo_names(data):
+            attempt, length = attempt_and_length(self.path, data[name])
+            if attempt in names:
+                raise BadInput(
+                    f"{self.path}: {names[attempt]} and {name} are the same demo, of attempt {attempt}; delete one"
+                )
+            names[attempt], self.lengths[attempt] = name, length
+        try:
+            listed = [operator.index(attempt) for attempt in json.loads(data.attrs.get("attempts", "[]"))]
+        except (TypeError, ValueError):
+            raise BadInput(f"{self.path}: its attribute attempts is no list of whole numbers") from None
+        self.kept = sorted({*listed, *names})
+        self.in_file = len(names)
+        highest = max((int(name.removeprefix("demo_")) for name in names.values()), default=-1)
+        self.next_number = max(len(self.kept), highest + 1)
+        for attempt in range(max(self.kept, default=0)):
+            self.lengths.setdefault(attempt, 0)  # it was tried before a later one was kept, or its demo was deleted
+        for attempt in self.kept:
+            self.lengths.setdefault(attempt, 0)
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path)
-    except OSError as problem:
-        raise BadInput(f"{path}: not readable as HDF5 ({problem}); delete it to collect its demos again") from None
+def demo_names(data: h5py.Group) -> list[str]:
+    """demo_0, demo_1, ... in the order of their numbers; anything else in the group is the user's own."""
+    return sorted(filter(re.compile(r"demo_\d+").fullmatch, data), key=lambda name: int(name.removeprefix("demo_")))
 
 
 def libero_attributes(suite, task_id: int, image_size: int) -> dict:
@@ -345,6 +464,7 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
     """Runs attempts on all workers until every task has its demos; calls finish(task) when one has them."""
     missing = sum(max(task.wanted - len(task.successes()), 0) for task in tasks)
     running = {}  # future -> (task, attempt, time when it was handed out)
+    processes: set[multiprocessing.Process] = set()
     open_tasks = list(tasks)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):  # LP: Mesa's software renderer
         os.environ[name] = "1"  # inherited by the workers, one of which keeps one core busy by itself
@@ -363,13 +483,17 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
                     task.lengths[attempt] = None
                     future = pool.submit(Worker.attempt, task.task_id, attempt, task.settings, task.demo_file(attempt))
                     running[future] = task, attempt, time.monotonic()
+                    processes.update(multiprocessing.active_children())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, attempt, begun = running.pop(future)
-                task.lengths[attempt] = future.result()
+                task.lengths[attempt], why_broken = future.result()
+                if why_broken:
+                    task.broken.append(why_broken)
                 task.seconds += time.monotonic() - begun
                 progress.update(task.lengths[attempt] > 0)
     except BrokenProcessPool:
-        raise BadInput("a worker died, most likely for want of memory (1.5 GB each); use fewer --num_workers") from None
+        pool.shutdown()  # waits for the other workers, which it ends with SIGTERM
+        raise BadInput(f"{how_it_ended([process.exitcode for process in processes])}; {CONTINUES}") from None
     finally:
         progress.close()
         if running:  # stopped: nobody waits for what the workers are still at
@@ -378,26 +502,58 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def check_expert(task: TaskDemos) -> None:
-    failures = sum(length == 0 for length in task.lengths.values())
-    if failures > 10 + 2 * task.wanted:
-        raise BadInput(
-            f"task {task.task_id}: the expert failed {failures} times and succeeded {len(task.successes())} times;"
-            f" a smaller --start_noise than {task.settings.start_noise} makes it easier"
+def how_it_ended(exit_codes: Sequence[int | None]) -> str:
+    """What the exit codes of all workers say about the one that was the first to end."""
+    codes = [code for code in exit_codes if code not in (0, None, -signal.SIGTERM)] or [-signal.SIGTERM]
+    if codes[0] >= 0:
+        return f"a worker ended with exit code {codes[0]}, it may have said above why"
+    if codes[0] == -signal.SIGKILL:
+        return (
+            f"a worker was killed (SIGKILL), most likely for want of memory ({GB_PER_WORKER} GB each);"
+            " use fewer --num_workers"
         )
+    return f"a worker was ended by {signal.Signals(-codes[0]).name}"
+
+
+def check_expert(task: TaskDemos) -> None:
+    """Raises BadInput where the expert fails so often that collecting would never end."""
+    failures = sum(length == 0 for length in task.lengths.values()) - task.deleted
+    if failures <= 10 + 2 * task.wanted:
+        return
+    settings = task.settings
+    harder = [f"--start_noise {settings.start_noise}"] if settings.start_noise > START_NOISE else []
+    harder += [f"--shift_target {settings.shift_target}"] if settings.shift_target else []
+    advice = (
+        f"less than {' and '.join(harder)} makes it easier"
+        if harder
+        else "it solves nine of ten and more in the simulator that requirements.txt names"
+    )
+    raise BadInput(
+        f"task {task.task_id}: the expert failed {failures} times and succeeded {len(task.successes())} times;"
+        f" {''.join(f'{text}; ' for text in broken_attempts([task]))}{advice}"
+    )
+
+
+def broken_attempts(tasks: list[TaskDemos]) -> list[str]:
+    """One sentence about those that ended in the middle, if there were any in this run."""
+    broken = [why for task in tasks for why in task.broken]
+    return [f"in {len(broken)} attempts the simulation broke down, the last time with {broken[-1]}"] if broken else []
 
 
 def report(tasks: list[TaskDemos]) -> None:
+    """All attempts of these files, also those of earlier runs; a demo that was deleted later was a success."""
     print("\ntask  successes/attempts  percent  mean length  worker seconds")
     successes = attempts = 0
     for task in tasks:
         lengths = [task.lengths[attempt] for attempt in task.successes()]
-        tried = len(task.lengths)
-        rate, percent = f"{len(lengths)}/{tried}", 100 * len(lengths) / tried
+        solved, tried = len(lengths) + task.deleted, len(task.lengths)
+        rate, percent = f"{solved}/{tried}", 100 * solved / tried
         mean = sum(lengths) / len(lengths)
         print(f"{task.task_id:4}  {rate:>18}  {percent:6.1f}%  {mean:11.0f}  {task.seconds:14.0f}  {task.name}")
-        successes, attempts = successes + len(lengths), attempts + tried
+        successes, attempts = successes + solved, attempts + tried
     print(f"expert success over all tasks: {successes}/{attempts} = {100 * successes / attempts:.1f}%")
+    for sentence in broken_attempts(tasks):
+        print(sentence)
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -413,13 +569,15 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--demos_per_task", type=int, default=of_config, help="(default: data.demos_per_task of the config)")
     add("--tasks", default="0-9", help="task numbers, such as 0-9 or 0,3,6")
     add("--image_size", type=int, default=128, help="height and width of the pictures in pixels")
-    add("--num_workers", type=int, default=os.cpu_count(), help="processes of 1.5 GB each; by default one per core")
+    add("--num_workers", type=int, default=affordable_processes(GB_PER_WORKER),
+        help=f"processes of {GB_PER_WORKER} GB each; by default one for every core that this job may use, as far as "
+        "its memory goes")
     add("--seed", type=int, default=0, help="decides every demo")
     add("--visual_mesh_ratio", type=float, default=1.0,
         help="below 1 draws with that share of the visual meshes' triangles: faster, but not LIBERO's own pictures")
     add("--obs_alignment", choices=("after", "before"), default="after",
         help="whether obs[t] is recorded after actions[t], as in LIBERO's own files, or before")
-    add("--start_noise", type=float, default=0.02, help="standard deviation of the arm's start joints in rad")
+    add("--start_noise", type=float, default=START_NOISE, help="standard deviation of the arm's start joints in rad")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
         help="move the target object by up to this in x and y, so that it stands elsewhere in every demo")
     add("--missed_grasps", type=float, default=0.0, metavar="SHARE",
@@ -462,7 +620,7 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
 def main() -> None:
     args = parse_arguments()
     data = load_config(args.config, args.set).data
-    folder = Path(getattr(args, "data_directory", data.data_directory)).expanduser()
+    folder = Path(expanded(getattr(args, "data_directory", data.data_directory)))
     wanted = getattr(args, "demos_per_task", data.demos_per_task)
     check_arguments(args, folder, wanted)
     settings = Settings(
@@ -472,20 +630,23 @@ def main() -> None:
 
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)
-    tasks = [TaskDemos(suite, task_id, folder, wanted, settings) for task_id in task_ids]
-    if args.visual_mesh_ratio < 1:
-        print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
+    with claimed([suite.get_task(task_id).name for task_id in task_ids], folder):
+        tasks = [TaskDemos(suite, task_id, folder, wanted, settings) for task_id in task_ids]
+        if args.visual_mesh_ratio < 1:
+            print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
 
-    def finish(task: TaskDemos) -> None:
-        task.assemble(libero_attributes(suite, task.task_id, settings.image_size))
+        def finish(task: TaskDemos) -> None:
+            task.assemble(libero_attributes(suite, task.task_id, settings.image_size))
 
-    try:
-        collect(tasks, args.num_workers, finish)
-    except KeyboardInterrupt:
-        print(f"\nStopped. Finished demos are kept in {folder}; the same command continues.")
-        raise SystemExit(130) from None
-    with contextlib.suppress(OSError):  # another run may still have unfinished demos in it
-        (folder / UNFINISHED).rmdir()
+        no_memory = (
+            f"out of memory with --num_workers {args.num_workers} ({GB_PER_WORKER} GB each); use fewer; {CONTINUES}"
+        )
+        try:
+            with out_of_memory_named(no_memory):
+                collect(tasks, args.num_workers, finish)
+        except KeyboardInterrupt:
+            print(f"\nStopped. Finished demos are kept in {folder}; the same command continues.")
+            raise SystemExit(130) from None
     report(tasks)
 
 

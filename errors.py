@@ -11,13 +11,27 @@ class BadInput(Exception):
     """The user's mistake in one sentence: which file or key, what was found, what was expected."""
 
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED", "Unable to allocate", "bad_alloc")
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, MPS
+    "allocate memory",  # PyTorch on a CPU, the operating system
+    "ALLOC_FAILED",  # cuBLAS, cuSOLVER and cuDNN
+    "ALLOCATION_FAILED",  # cuDNN from version 9 on
+    "memory allocation failed",  # HDF5
+    "bad_alloc",  # C++
+    "Invalid buffer size",  # MPS, a tensor larger than all memory
+    "Storage size calculation overflowed",  # PyTorch, a tensor larger than any memory
+)
+MACHINE_PROBLEMS = {  # what of the operating system's refusals lies with the machine, whatever the program does
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE,
+    errno.ENFILE, errno.EFBIG, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Python and numpy raise MemoryError, a system call OSError, and torch RuntimeErrors of many wordings: its own on a
-    GPU and on the CPU, cuBLAS's and cuDNN's where they had no room for their workspace."""
-    if isinstance(problem, OSError):
+    """Python and numpy raise MemoryError, a system call OSError, HDF5 an OSError without a number, and torch
+    RuntimeErrors of many wordings: its own on a GPU and on the CPU, cuBLAS's and cuDNN's where they had no room for
+    their workspace."""
+    if isinstance(problem, OSError) and problem.errno is not None:  # its text has the name of a file in it
         return problem.errno == errno.ENOMEM
     return isinstance(problem, MemoryError) or any(sign in str(problem) for sign in OUT_OF_MEMORY)
 
@@ -35,8 +49,8 @@ def out_of_memory_named(sentence: str) -> Iterator[None]:
 
 
 def exits_on_bad_input(main):
-    """Wraps a script's main(): BadInput and running out of memory become one sentence and exit code 2, Ctrl-C one
-    sentence and 130, as shells have it."""
+    """Wraps a script's main(): BadInput, running out of memory and what the machine refuses (a full disk, a file that
+    may not be read) become one sentence and exit code 2, Ctrl-C one sentence and 130, as shells have it."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -45,6 +59,12 @@ def exits_on_bad_input(main):
                 return main(*args, **kwargs)
         except BadInput as mistake:
             print(f"error: {mistake}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as problem:
+            if problem.errno not in MACHINE_PROBLEMS:
+                raise
+            place = f"{problem.filename}: " if problem.filename else ""
+            print(f"error: {place}{problem.strerror}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

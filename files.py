@@ -1,6 +1,7 @@
 """How files are written here: whole or not at all, so that an interruption leaves what was there before, and by one
 process at a time."""
 
+import errno
 import fcntl
 import os
 import secrets
@@ -49,9 +50,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # Lustre, network, FUSE
+
+
 class Lock:
     """A lock file that this process alone holds until `release()` or its own end, however that comes: the operating
-    system frees it then. Usable as a context manager.
+    system frees it then. Usable as a context manager; who keeps no reference to it does not keep the lock.
 
     Raises BadInput, `busy` and who it is, where another process holds it, or, with `wait`, prints that and waits.
     Raises OSError where the file cannot be made. Where the file system cannot lock, it says so and goes on unlocked:
@@ -64,15 +68,13 @@ class Lock:
             self._file = path.open("a+")
             try:
                 self._take(busy, wait)
+                if self._is_in_place():
+                    self._sign()
+                    return
             except BaseException:
                 self._file.close()
                 raise
-            if self._is_in_place():
-                break
             self._file.close()  # whoever held it has released and with it deleted it: the next one makes a new file
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
 
     def _take(self, busy: str, wait: bool) -> None:
         try:
@@ -85,7 +87,9 @@ class Lock:
                 raise BadInput(sentence) from None
             print(f"{sentence}: waiting for it", flush=True)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        except OSError as problem:  # Lustre without flock, some network and FUSE file systems
+        except OSError as problem:
+            if problem.errno not in CANNOT_LOCK:
+                raise
             print(f"note: {self.path.parent} cannot lock files ({problem.strerror}); start no second process on it")
 
     def _is_in_place(self) -> bool:
@@ -94,9 +98,18 @@ class Lock:
         except FileNotFoundError:
             return False
 
+    def _sign(self) -> None:
+        """Says who holds it, for the sentence that others get."""
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
     def release(self) -> None:
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self.path.unlink(missing_ok=True)
+        finally:
             self._file.close()
 
     def __enter__(self) -> "Lock":
@@ -108,5 +121,9 @@ class Lock:
 
 def expanded(path: str) -> str:
     """~ and ~name as their home folders, wherever a path comes from: a config, --set or a flag. Shells do it only at
-    the beginning of a word."""
-    return os.path.expanduser(path)
+    the beginning of a word. Raises BadInput where there is no such home: a folder called ~ is never what was meant."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = found.split("/")[0]
+        raise BadInput(f"{path}: no home folder of {user} is known; ./{path} is a folder of that name")
+    return found

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -15,14 +15,22 @@ def available_cores() -> int:
 
 
 def available_gigabytes() -> float:
-    """Memory in 10^9 bytes that Linux says is available, at most what the control group leaves; elsewhere half of what
-    is built in."""
+    """Memory in 10^9 bytes that Linux says is available, or elsewhere half of what is built in; at most what the
+    control group leaves."""
+    return max(0.0, min([_free_gigabytes(), *_memory_left()]))
+
+
+def affordable_processes(gigabytes_each: float) -> int:
+    """One a core, as far as memory goes, but at least one."""
+    return max(1, min(available_cores(), int(available_gigabytes() / gigabytes_each)))
+
+
+def _free_gigabytes() -> float:
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) / 1e6
+        return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
-    return max(0.0, min([free, *_memory_left()]))
 
 
 def _groups(controller: str) -> Iterator[Path]:
@@ -63,19 +71,21 @@ def _core_quotas() -> Iterator[float]:
 
 def _memory_left() -> Iterator[float]:
     for group in _groups("memory"):
-        for limit_name, used_name, cache_name in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        for limit_names, used_name, cached in (
+            (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+            (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
         ):
-            limit, used = _numbers(group / limit_name), _numbers(group / used_name)
-            if limit and used and limit[0] < 2**60:  # version 1 says nearly 2^63 for none
-                yield (limit[0] - used[0] + _file_cache(group / "memory.stat", cache_name)) / 1e9
+            limits = [limit for name in limit_names for limit in _numbers(group / name)]
+            used = _numbers(group / used_name)
+            if limits and used and min(limits) < 2**60:  # version 1 says nearly 2^63 for none
+                yield (min(limits) - used[0] + _bytes_of(cached, group / "memory.stat")) / 1e9
 
 
-def _file_cache(path: Path, name: str) -> float:
-    """Bytes of files kept in memory, which count as used and are given back when they are needed."""
+def _bytes_of(names: Sequence[str], path: Path) -> float:
+    """The sum of these lines of a group's memory.stat. Files that are kept in memory count as used, and are given up
+    where the memory is needed."""
     try:
         found = dict(line.split() for line in path.read_text().splitlines())
-        return float(found.get(name, 0))
+        return sum(float(found.get(name, 0)) for name in names)
     except (OSError, ValueError):
         return 0.0

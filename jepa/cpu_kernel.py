@@ -1,7 +1,7 @@
 """scan_kernel.cpp for the CPU: compiled on first use, kept in a cache folder, called through ctypes.
 
-The folder is $XDG_CACHE_HOME/statevla or ~/.cache/statevla; where it cannot be written, a temporary one is used and the
-kernel compiled at every start. Letters as in jepa/mamba.py, which has the definitions and decides when this is used.
+The folder is $XDG_CACHE_HOME/statevla or ~/.cache/statevla; where it cannot be used, the kernel is compiled at every
+start. Letters as in jepa/mamba.py, which has the definitions and decides when this is used.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from files import written_whole
+
 SOURCE = Path(__file__).with_name("scan_kernel.cpp")
 CHUNK = 16  # tokens between the states that training keeps
 GROUP = 64  # channels a thread takes at a time
 # Without -ffast-math: it would fold the rounding trick in exp away and lose NaN.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-DCHUNK={CHUNK}", f"-DGROUP={GROUP}"]
+LONGEST_COMPILATION = 300  # seconds; it takes one or two
 
 
 # Building
@@ -35,39 +39,107 @@ def kernel() -> ctypes.CDLL:
     # The predefined macros name the compiler's version and every instruction set that -march=native stands for here, so
     # that machines of different kinds never load each other's kernel from a shared home.
     macros = run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\n".join([*compiler, *FLAGS, macros, SOURCE.read_text()]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statevla"
-    library = cache / f"scan_kernel_{key}.so"
-    if not library.exists():
+    parts = [*compiler, *FLAGS, macros, SOURCE.read_text(encoding="utf-8")]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return cached_kernel(key) or built_kernel(compiler, key)
+
+
+def cache_folder() -> Path | None:
+    """None without a home. A relative $XDG_CACHE_HOME has to be ignored, says the convention that it comes from."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    cache = asked if os.path.isabs(asked) else os.path.expanduser("~/.cache")
+    return Path(cache) / "statevla" if os.path.isabs(cache) else None
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def cached_kernel(key: str) -> ctypes.CDLL | None:
+    """The kernel that an earlier start kept, if it is whole and can be loaded.
+
+    Its name holds the digest of its content. Loading a file that was cut short ends the process with SIGBUS, so it is
+    compared before, and deleted where it differs.
+    """
+    folder = cache_folder()
+    for library in sorted(folder.glob(f"scan_kernel_{key}_*.so")) if folder else []:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(dir=cache)
-        except OSError:
-            folder = tempfile.TemporaryDirectory()
-        with folder as name:
-            built = Path(name) / library.name
-            run([*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)])
-            if built.parent.parent != cache:
-                return ctypes.CDLL(str(built))  # stays loaded when the folder goes
-            os.replace(built, library)  # another process may have been faster: then its file is replaced by its equal
-    return ctypes.CDLL(str(library))
+            if library.stem.endswith(digest(library.read_bytes())):
+                return ctypes.CDLL(str(library))
+            library.unlink()
+        except OSError:  # not readable, not executable there, or made for another C library: it is compiled anew
+            continue
+    return None
+
+
+def built_kernel(compiler: list[str], key: str) -> ctypes.CDLL:
+    """Compiles the kernel, loads it and keeps it for the next start where there is a place for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "scan_kernel.so"
+        run([*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE)])
+        content = built.read_bytes()
+        try:
+            library = ctypes.CDLL(str(built))  # stays loaded when the folder goes
+        except OSError as problem:
+            if "failed to map" not in str(problem):
+                raise
+            kept = keep(content, key)  # nothing may be executed from the temporary folder, perhaps from this one
+            if kept is None:
+                raise
+            return ctypes.CDLL(str(kept))
+        keep(content, key)
+        return library
+
+
+def keep(content: bytes, key: str) -> Path | None:
+    """The file in the cache folder, None where it cannot be written. Two processes that write it at once write the
+    same."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    library = folder / f"scan_kernel_{key}_{digest(content)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(library) as stream:
+            stream.write(content)
+    except OSError:
+        return None
+    return library
 
 
 def find_compiler() -> list[str]:
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for command in map(shlex.split, candidates):
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        try:
+            command = shlex.split(candidate)
+        except ValueError as problem:
+            raise OSError(f"CXX={candidate} is not a command ({problem})") from None
         if shutil.which(command[0]):
             return command
     raise OSError(f"no C++ compiler ({', '.join(candidates)})")
 
 
 def run(command: list[str]) -> str:
-    """-> what it prints, or OSError with the first line of its complaint."""
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        complaint = [line for line in result.stderr.splitlines() if "error" in line] or [f"exit {result.returncode}"]
-        raise OSError(f"{shlex.join(command[:1])} fails: {complaint[0]}")
-    return result.stdout
+    """-> what it prints, or OSError with the first line of its complaint, in English."""
+    name = shlex.join(command[:1])
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=os.environ | {"LC_ALL": "C"}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, complaints = process.communicate(timeout=LONGEST_COMPILATION)
+    except BaseException as problem:
+        os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
+        process.communicate()
+        if not isinstance(problem, subprocess.TimeoutExpired):
+            raise
+        raise OSError(f"{name} does not end within {LONGEST_COMPILATION} seconds") from None
+    if process.returncode < 0:
+        raise OSError(f"{name} was ended by {signal.Signals(-process.returncode).name}")
+    if process.returncode > 0:
+        complaint = [line for line in complaints.splitlines() if "error" in line] or [f"exit {process.returncode}"]
+        raise OSError(f"{name} fails: {complaint[0]}")
+    return printed
 
 
 # Calling

@@ -314,9 +314,14 @@ class MambaStack(nn.Module):
 # The backend
 
 KERNELS = {"cuda": "mamba-ssm kernels", "cpp": "C++ kernel"}
-REMEDIES = {
-    "cuda": "pip install mamba-ssm causal-conv1d --no-build-isolation on a machine with a CUDA GPU",
-    "cpp": "install g++ or clang++ on a machine whose device is cpu",
+INSTALL_MAMBA_SSM = "pip install mamba-ssm causal-conv1d --no-build-isolation on a machine with a CUDA GPU"
+REMEDIES = {  # by the words of the failure
+    "cuda": {
+        "the device is": INSTALL_MAMBA_SSM,
+        "No module named": INSTALL_MAMBA_SSM,
+        "undefined symbol": "build the package anew for this PyTorch, pip install --force-reinstall --no-deps",
+    },
+    "cpp": {"the device is": "it runs where the device is cpu", "no C++ compiler": "install g++ or clang++"},
 }
 
 _backend = "torch"
@@ -346,7 +351,8 @@ def choose_mamba_backend(name: str, device: torch.device) -> str:
             first_line, *_ = str(failure).split("\n")
             reason = f"no {KERNELS[wanted]}: {first_line}"
             if wanted == name:
-                remedy = f"{REMEDIES[name]}, or --set training.mamba_backend=torch"
+                remedies = [remedy for words, remedy in REMEDIES[name].items() if words in reason]
+                remedy = ", or ".join([*remedies, "--set training.mamba_backend=torch"])
                 raise BadInput(f"training.mamba_backend={name}, but {reason}; {remedy}") from None
             wanted = "torch"
     _backend = wanted

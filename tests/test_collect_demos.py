@@ -1,9 +1,12 @@
 """The collector, with real demos of two cores' making (see conftest.py); takes about a minute."""
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,23 +18,32 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from failing_worker import SEEDS, FailingWorker
 from test_dataloader import batches_of, load, samples_of
 
 import collect_demos
 from collect_demos import (
+    Episode,
     Settings,
     TaskDemos,
     Worker,
     begins_after_a_miss,
+    check_expert,
+    claimed,
+    collect,
     collector_text,
+    how_it_ended,
     play_episode,
+    report,
     write_demo,
+    written_hdf5,
 )
 from config import load_config
 from dataloader import LanguageTable, frame_rows
 from errors import BadInput
 from frame_cache import open_frames
-from libero_sim import from_simulator, make_env, make_suite
+from libero_sim import SimulatorError, from_simulator, make_env, make_suite
+from provenance import code_version
 from scripted_expert import SETTLE_STEPS
 
 REPO = Path(__file__).parent.parent
@@ -46,8 +58,9 @@ def command(*arguments) -> list:
     return [sys.executable, REPO / "collect_demos.py", "--config", REPO / "conf/config.yaml", *map(str, arguments)]
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), cwd=REPO, capture_output=True, text=True)
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(command(*arguments), cwd=REPO, capture_output=True, text=True, env=environment)
 
 
 def demo_file(folder: Path) -> Path:
@@ -87,6 +100,8 @@ def test_file_has_liberos_layout(collected_demos):
         assert data.attrs["num_demos"] == 2
         assert data.attrs["total"] == sum(len(demo["actions"]) for demo in data.values())
         assert data.attrs["visual_mesh_ratio"] == 0.2
+        assert json.loads(data.attrs["attempts"]) == [demo.attrs["attempt"] for demo in data.values()]
+        assert data.attrs["code"].tolist() == [data["demo_0"].attrs["code"]]
         for demo in data.values():
             check_demo_layout(demo)
 
@@ -220,8 +235,20 @@ def test_rerun_with_everything_there_changes_nothing(collected_demos):
     assert demo_file(collected_demos).stat() == before
 
 
-def test_failed_attempts_are_never_written(env, tmp_path, monkeypatch):
-    class IdleExpert:
+@pytest.fixture
+def worker(env, monkeypatch):
+    """The class as it is in a worker process whose environment is there; `closed` tells whether it was closed."""
+    monkeypatch.setattr(Worker, "env", env)
+    monkeypatch.setattr(Worker, "task_id", TASK)
+    Worker.closed = False
+    monkeypatch.setattr(env, "close", lambda: setattr(Worker, "closed", True))
+    return Worker
+
+
+def use_expert(monkeypatch, action: list[float]) -> None:
+    """Makes the expert do the same all the time, for 20 steps."""
+
+    class OtherExpert:
         def __init__(self, env, rng):
             pass
 
@@ -229,17 +256,70 @@ def test_failed_attempts_are_never_written(env, tmp_path, monkeypatch):
             return ()
 
         def actions(self):
-            return itertools.repeat(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+            return itertools.repeat(np.array(action))
 
-    monkeypatch.setattr(collect_demos, "ScriptedExpert", IdleExpert)
+    monkeypatch.setattr(collect_demos, "ScriptedExpert", OtherExpert)
     monkeypatch.setattr(collect_demos, "LONGEST_DEMO", 20)
-    monkeypatch.setattr(Worker, "env", env)
-    monkeypatch.setattr(Worker, "task_id", TASK)
-    assert Worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5") == 0
+
+
+def standing_still(env) -> Episode:
+    """Two steps that count as a success."""
+    return Episode(np.zeros((2, 7)), np.tile(env.state(), (2, 1)), [env.proprioception()] * 3, [env.poses()] * 3)
+
+
+def test_failed_attempts_are_never_written(worker, tmp_path, monkeypatch):
+    use_expert(monkeypatch, [0, 0, 0, 0, 0, 0, -1.0])
+    assert worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5") == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    assert not worker.closed
+
+
+def test_an_attempt_that_breaks_the_simulation_is_a_failure_with_its_reason(worker, tmp_path, monkeypatch):
+    use_expert(monkeypatch, [np.nan] * 7)
+    length, why = worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5")
+    assert length == 0 and "is not finite" in why
+    assert list(tmp_path.iterdir()) == []
+    assert worker.closed and worker.env is None  # the next attempt builds a new one
+
+
+def test_a_simulation_without_memory_is_no_failed_attempt(worker, tmp_path, monkeypatch):
+    def play(*arguments):
+        raise SimulatorError("FatalError: Could not allocate memory")
+
+    monkeypatch.setattr(collect_demos, "play_episode", play)
+    with pytest.raises(MemoryError):
+        worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5")
+
+
+def test_a_renderer_that_breaks_down_is_no_failed_attempt(worker, tmp_path, monkeypatch):
+    def draw(poses):
+        raise SimulatorError("FatalError: OpenGL error 0x505")
+
+    monkeypatch.setattr(collect_demos, "play_episode", lambda env, *arguments: standing_still(env))
+    monkeypatch.setattr(worker.env, "draw", draw)
+    with pytest.raises(
+        BadInput, match=r"^task 6: drawing a demo failed \(FatalError: OpenGL error 0x505\); finished demos"
+    ):
+        worker.attempt(TASK, 0, SETTINGS, tmp_path / "attempt_00000.hdf5")
     assert list(tmp_path.iterdir()) == []
 
 
-def finish(task: TaskDemos, attempt: int, length: int) -> None:
+def test_a_demo_names_the_code_that_made_it(worker, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_demos, "play_episode", lambda env, *arguments: standing_still(env))
+    assert worker.attempt(TASK, 3, SETTINGS, tmp_path / "attempt_00003.hdf5") == (2, "")
+    with h5py.File(tmp_path / "attempt_00003.hdf5") as file:
+        assert file["demo"].attrs["code"] == code_version()
+        assert file["demo"].attrs["attempt"] == 3
+
+
+def test_any_seed_is_taken(env, monkeypatch):
+    use_expert(monkeypatch, [0, 0, 0, 0, 0, 0, -1.0])
+    huge = replace(SETTINGS, seed=2**70)
+    assert play_episode(env, TASK, attempt=0, settings=huge) is None
+    assert json.loads(collector_text(huge))["seed"] == 2**70
+
+
+def finish(task: TaskDemos, attempt: int, length: int, code: str = "first") -> None:
     """What a worker leaves behind: a file for a success, nothing for a failure (length 0)."""
     task.lengths[attempt] = length
     if length:
@@ -247,7 +327,7 @@ def finish(task: TaskDemos, attempt: int, length: int) -> None:
         with h5py.File(task.demo_file(attempt), "w") as file:
             file.attrs["collector"] = collector_text(task.settings)
             file["demo/actions"] = np.full((length, 7), attempt)
-            file["demo"].attrs.update({"attempt": attempt, "num_samples": length})
+            file["demo"].attrs.update({"attempt": attempt, "num_samples": length, "code": code})
 
 
 def attempts_in(path: Path) -> list[int]:
@@ -290,6 +370,92 @@ def test_more_demos_are_added_to_a_finished_file(suite, tmp_path):
         assert file["data"].attrs["total"] == 8 + 9 + 7
 
 
+def collected(suite, folder: Path, lengths: list[int]) -> Path:
+    """A file of the demos of the attempts 0, 1, ... that have a length."""
+    task = TaskDemos(suite, TASK, folder, wanted=sum(length > 0 for length in lengths), settings=SETTINGS)
+    for attempt, length in enumerate(lengths):
+        finish(task, attempt, length)
+    task.assemble({})
+    return task.path
+
+
+def demos_in(path: Path) -> dict[str, int]:
+    with h5py.File(path) as file:
+        assert file["data"].attrs["num_demos"] == len(file["data"])
+        assert file["data"].attrs["total"] == sum(len(demo["actions"]) for demo in file["data"].values())
+        return {name: int(demo.attrs["attempt"]) for name, demo in file["data"].items()}
+
+
+@pytest.mark.parametrize(
+    ("deleted", "listed", "then"),
+    [
+        ("demo_1", True, {"demo_0": 0, "demo_2": 3, "demo_3": 4, "demo_4": 5}),
+        ("demo_0", True, {"demo_1": 2, "demo_2": 3, "demo_3": 4, "demo_4": 5}),
+        ("demo_2", True, {"demo_0": 0, "demo_1": 2, "demo_3": 4, "demo_4": 5}),
+        # A file of before its attempts were listed: that a last demo was there is not known.
+        ("demo_1", False, {"demo_0": 0, "demo_2": 3, "demo_3": 4, "demo_4": 5}),
+        ("demo_2", False, {"demo_0": 0, "demo_1": 2, "demo_2": 3, "demo_3": 4}),
+    ],
+)
+def test_a_deleted_demo_does_not_come_back_and_its_number_is_not_given_again(
+    suite, tmp_path, deleted, listed, then, capsys
+):
+    """A number that stands in a list of held-out demos must go on to mean the same demo."""
+    path = collected(suite, tmp_path, [8, 0, 9, 7])
+    with h5py.File(path, "r+") as file:
+        del file[f"data/{deleted}"]
+        if not listed:
+            del file["data"].attrs["attempts"]
+    assert TaskDemos(suite, TASK, tmp_path, wanted=2, settings=SETTINGS).is_complete()
+    more = TaskDemos(suite, TASK, tmp_path, wanted=4, settings=SETTINGS)
+    for _ in range(2):
+        finish(more, more.next_attempt(), 6)
+    assert more.is_complete()
+    more.assemble({})
+    assert demos_in(path) == then
+    again = TaskDemos(suite, TASK, tmp_path, wanted=4, settings=SETTINGS)
+    assert again.is_complete()
+    report([again])
+    tried = max(then.values()) + 1  # of which attempt 1 failed; what was deleted later was a success
+    assert f"{tried - 1}/{tried}" in capsys.readouterr().out
+
+
+def test_all_demos_may_be_deleted(suite, tmp_path):
+    path = collected(suite, tmp_path, [8, 9])
+    with h5py.File(path, "r+") as file:
+        del file["data/demo_0"], file["data/demo_1"]
+    more = TaskDemos(suite, TASK, tmp_path, wanted=1, settings=SETTINGS)
+    finish(more, more.next_attempt(), 6)
+    more.assemble({})
+    assert demos_in(path) == {"demo_2": 2}
+
+
+def test_what_the_user_put_into_a_file_stays_in_it(suite, tmp_path):
+    path = collected(suite, tmp_path, [8, 9])
+    with h5py.File(path, "r+") as file:
+        file["mask/train"] = ["demo_0"]
+        file["data/notes"] = [1, 2]
+        file.attrs["checked"] = "by hand"
+        file["data/demo_1"].attrs["checked"] = True
+    more = TaskDemos(suite, TASK, tmp_path, wanted=3, settings=SETTINGS)
+    finish(more, more.next_attempt(), 6)
+    more.assemble({})
+    with h5py.File(path) as file:
+        assert file["mask/train"][0] == b"demo_0" and file["data/notes"][1] == 2
+        assert file.attrs["checked"] == "by hand" and file["data/demo_1"].attrs["checked"]
+        assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2", "notes"]
+
+
+def test_a_file_lists_every_version_of_the_code_that_added_to_it(suite, tmp_path):
+    path = collected(suite, tmp_path, [8, 9])
+    for wanted, code in ((3, "second"), (4, "second"), (5, "first")):
+        more = TaskDemos(suite, TASK, tmp_path, wanted=wanted, settings=SETTINGS)
+        finish(more, more.next_attempt(), 6, code)
+        more.assemble({})
+    with h5py.File(path) as file:
+        assert file["data"].attrs["code"].tolist() == ["first", "second"]
+
+
 @pytest.mark.parametrize(
     "name, value", [("image_size", 32), ("seed", 1), ("visual_mesh_ratio", 1.0), ("missed_grasps", 0.5)]
 )
@@ -305,6 +471,230 @@ def test_files_of_others_are_left_alone(suite, tmp_path):
         TaskDemos(suite, TASK, tmp_path, wanted=1, settings=SETTINGS)
 
 
+def edit(path: str, key: str, value):
+    def change(file: h5py.File):
+        file[path].attrs[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            edit("data/demo_1", "attempt", "three"),
+            "/data/demo_1 is no demo of collect_demos.py: expected whole numbers",
+        ),
+        (
+            edit("data/demo_1", "num_samples", 1.5),
+            "/data/demo_1 is no demo of collect_demos.py: expected whole numbers",
+        ),
+        (lambda file: file["data/demo_1"].attrs.pop("attempt"), "found only ['code', 'num_samples']"),
+        (lambda file: file.copy("data/demo_1", "data/demo_7"), "demo_1 and demo_7 are the same demo, of attempt 1"),
+        (edit("data", "attempts", "0, 1"), "its attribute attempts is no list of whole numbers"),
+        (edit("data", "attempts", 5), "its attribute attempts is no list of whole numbers"),
+        (edit("data", "collector", "[]"), "not a file of collect_demos.py"),
+        (edit("data", "collector", 5), "not a file of collect_demos.py"),
+        (lambda file: file.pop("data"), "not a file of collect_demos.py"),
+        (lambda file: file["data"].__setitem__("demo_2", h5py.SoftLink("/nowhere")), "link to something that is not"),
+    ],
+)
+def test_a_file_that_was_changed_by_hand_is_refused_in_one_sentence(suite, tmp_path, change, sentence):
+    path = collected(suite, tmp_path, [8, 9])
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(BadInput, match=f"^{re.escape(str(path))}: .*{re.escape(sentence)}"):
+        TaskDemos(suite, TASK, tmp_path, wanted=3, settings=SETTINGS)
+
+
+def test_a_file_that_another_program_writes_is_not_called_damaged(suite, tmp_path):
+    path = collected(suite, tmp_path, [8, 9])
+    script = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script, path], **pipes) as writer:
+        writer.stdout.readline()
+        with pytest.raises(BadInput, match="is open in another process"):
+            TaskDemos(suite, TASK, tmp_path, wanted=3, settings=SETTINGS)
+        writer.stdin.close()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """As on a disk that has no more room: the kernel refuses to let a file grow beyond."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_takes_nothing_that_was_written_before(suite, tmp_path):
+    path = collected(suite, tmp_path, [8, 9])
+    before = path.read_bytes()
+    more = TaskDemos(suite, TASK, tmp_path, wanted=3, settings=SETTINGS)
+    finish(more, 2, 3000)
+    full = pytest.raises(BadInput, match=f"^{path}: cannot be written \\(File too large\\); finished demos are kept")
+    with full, files_of_at_most(50_000):
+        more.assemble({})
+    assert path.read_bytes() == before
+    assert [file.name for file in more.unfinished.iterdir()] == ["attempt_00002.hdf5"]
+    again = TaskDemos(suite, TASK, tmp_path, wanted=3, settings=SETTINGS)
+    again.assemble({})
+    assert demos_in(path) == {"demo_0": 0, "demo_1": 1, "demo_2": 2}
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_demo_leaves_no_part_of_it(tmp_path):
+    path = tmp_path / "attempt_00000.hdf5"
+    with (
+        pytest.raises(BadInput, match="File too large"),
+        files_of_at_most(50_000),
+        written_hdf5(path, tmp_path) as file,
+    ):
+        frames = file.create_dataset("frames", (500, 16, 16, 3), np.uint8, chunks=(1, 16, 16, 3))
+        for i in range(500):
+            frames[i] = i % 256
+        frames[:]  # what is not there cannot be read either
+    assert list(tmp_path.iterdir()) == []
+
+
+# Several collectors
+
+
+def test_a_second_collector_of_a_task_is_refused_in_one_sentence(tmp_path):
+    with claimed([NAME], tmp_path):
+        second = run("--data_directory", tmp_path, "--demos_per_task", 2, *SAME_SETTINGS)
+    assert second.returncode == 2
+    assert re.fullmatch(
+        rf"error: another collect_demos\.py is collecting {NAME} in {tmp_path} \(process {os.getpid()} on .+\)\n",
+        second.stderr,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_collectors_of_different_tasks_share_a_folder(tmp_path):
+    with claimed(["butter", "milk"], tmp_path):
+        with claimed(["ketchup"], tmp_path):
+            pass
+        with (
+            pytest.raises(BadInput, match=r"another collect_demos\.py is collecting milk"),
+            claimed(["soup", "milk"], tmp_path),
+        ):
+            pass
+        with claimed(["soup"], tmp_path):  # which the refused one had claimed before
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_unfinished_demos_may_go_while_another_collector_begins(tmp_path, monkeypatch):
+    """Who ends last removes it, perhaps between the moment when another one makes it and when it locks a file in it."""
+    real_open = Path.open
+
+    def open_after_removal(path, *arguments):
+        monkeypatch.setattr(Path, "open", real_open)
+        path.parent.rmdir()
+        return path.open(*arguments)
+
+    monkeypatch.setattr(Path, "open", open_after_removal)
+    with claimed(["butter"], tmp_path):
+        assert (tmp_path / collect_demos.UNFINISHED / "butter.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (
+            "killed",
+            r"a worker was killed \(SIGKILL\), most likely for want of memory \(1.5 GB each\); use fewer --num_wo",
+        ),
+        (
+            "ended",
+            r"a worker ended with exit code 3, it may have said above why; finished demos are kept, and the same",
+        ),
+        ("bad input", r"the renderer has no GPU"),
+    ],
+)
+def test_the_failure_of_a_worker_process_is_named_as_what_it_is(suite, tmp_path, monkeypatch, failure, sentence):
+    monkeypatch.setattr(collect_demos, "Worker", FailingWorker)
+    settings = replace(SETTINGS, seed=SEEDS[failure])
+    with pytest.raises(BadInput, match=f"^{sentence}"):
+        collect([TaskDemos(suite, TASK, tmp_path, wanted=2, settings=settings)], 2, finish=None)
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "sentence"),
+    [
+        ([-15, -9, -15], "a worker was killed (SIGKILL), most likely for want of memory"),
+        ([-15, -11], "a worker was ended by SIGSEGV"),
+        ([-7], "a worker was ended by SIGBUS"),
+        ([None, 1], "a worker ended with exit code 1"),
+        ([-15, -15], "a worker was ended by SIGTERM"),  # the executor ends the others with it, too
+    ],
+)
+def test_memory_is_suspected_only_where_the_kernel_killed(exit_codes, sentence):
+    assert how_it_ended(exit_codes).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, "it solves nine of ten and more in the simulator that requirements.txt names"),
+        ({"start_noise": 0.5}, "less than --start_noise 0.5 makes it easier"),
+        (
+            {"start_noise": 0.5, "shift_target": 0.2},
+            "less than --start_noise 0.5 and --shift_target 0.2 makes it easier",
+        ),
+    ],
+)
+def test_the_advice_for_an_expert_that_fails_fits_the_settings(suite, tmp_path, changes, advice):
+    task = TaskDemos(suite, TASK, tmp_path, wanted=2, settings=replace(SETTINGS, **changes))
+    task.lengths = dict.fromkeys(range(14), 0)
+    check_expert(task)
+    task.lengths[14] = 0
+    task.broken = ["first", "no free place"]
+    broken = "in 2 attempts the simulation broke down, the last time with no free place"
+    with pytest.raises(
+        BadInput, match=f"^task 6: the expert failed 15 times and succeeded 0 times; {broken}; {advice}$"
+    ):
+        check_expert(task)
+
+
+# The command line
+
+
+@pytest.fixture
+def said_by(monkeypatch, capsys, tmp_path):
+    """What the command says, in this process, with exit code 2."""
+
+    def call(*arguments) -> str:
+        words = command("--data_directory", tmp_path / "demos", *arguments)[1:]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        with pytest.raises(SystemExit) as ended:
+            collect_demos.main()
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    return call
+
+
+def test_workers_are_as_many_as_the_job_has_cores_and_memory_for(monkeypatch):
+    monkeypatch.setattr(collect_demos, "affordable_processes", lambda gigabytes: {1.5: 3}[gigabytes])
+    assert collect_demos.parse_arguments([]).num_workers == 3
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch, said_by):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    said_by("--data_directory", "~/demos", "--tasks", "10")
+    assert (tmp_path / "home/demos").is_dir()
+    assert "no home folder of ~nobody_here is known" in said_by("--data_directory", "~nobody_here/demos")
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -313,14 +703,17 @@ def test_files_of_others_are_left_alone(suite, tmp_path):
         (["--image_size", "8"], "--image_size 8: expected 16 to 1024 pixels"),
         (["--visual_mesh_ratio", "1.5"], "--visual_mesh_ratio 1.5: expected above 0 and at most 1"),
         (["--missed_grasps", "1.5"], "--missed_grasps 1.5: expected a share of the demos, 0 to 1"),
+        (["--visual_mesh_ratio", "nan"], "--visual_mesh_ratio nan: expected above 0 and at most 1"),
+        (["--start_noise", "inf"], "--start_noise inf: expected 0 to 1 rad"),
+        (["--shift_target", "nan"], "--shift_target nan: expected 0 to 0.2 metres"),
+        (["--missed_grasps", "nan"], "--missed_grasps nan: expected a share of the demos, 0 to 1"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--num_workers", "0"], "--num_workers 0: expected at least 1"),
+        (["--data_directory", "/tmp/" + 300 * "x"], "File name too long"),
         (["--data_directory", REPO / "collect_demos.py"], "collect_demos.py: the data directory is a file"),
         (["--data_directory", "/proc/demos"], "/proc/demos: the data directory cannot be made"),
         (["--set", "data.demos_per_tusk=3"], "--set data.demos_per_tusk=3: no such key; did you mean"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, arguments, sentence):
-    ended = run("--data_directory", tmp_path / "demos", *arguments)
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr.count("\n") == 1
-    assert sentence in ended.stderr
+def test_bad_input_is_one_sentence_and_exit_code_2(said_by, arguments, sentence):
+    assert sentence in said_by(*arguments)

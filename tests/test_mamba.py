@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -574,12 +576,130 @@ def test_two_processes_may_build_at_once(empty_cache):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) for _ in range(2)]
     assert all("mamba backend: cpp" in process.communicate()[0] for process in processes)
     (library,) = empty_cache.iterdir()  # one file, and no rest of the building
-    assert library.suffix == ".so"
+    assert library.stem.endswith(cpu_kernel.digest(library.read_bytes()))
 
 
 def test_a_cache_folder_that_cannot_be_written_is_done_without(empty_cache, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert choose_mamba_backend("auto", torch.device("cpu")) == "cpp"
+
+
+@pytest.fixture
+def built(empty_cache):
+    """The file of the kernel that a first start kept, and nothing of it in memory as far as the code knows."""
+    cpu_kernel.kernel()
+    cpu_kernel.kernel.cache_clear()
+    (library,) = empty_cache.iterdir()
+    return library
+
+
+def test_a_damaged_kernel_is_never_loaded_and_is_built_anew(built):
+    """Loading a file that was cut short ends the process with SIGBUS."""
+    whole = built.read_bytes()
+    key = built.stem.split("_")[-2]
+    assert cpu_kernel.cached_kernel(key)
+    for damaged in (whole[:5000], whole[:-1], b"", bytes(len(whole)), whole[:4096] + bytes(len(whole) - 4096)):
+        built.unlink(missing_ok=True)  # the one that is in memory must stay as it is
+        built.write_bytes(damaged)
+        assert cpu_kernel.cached_kernel(key) is None
+        assert not built.exists()
+    built.write_bytes(whole[:5000])
+    assert cpu_kernel.kernel().lanes() in (4, 8, 16)
+    assert built.read_bytes() == whole
+
+
+def test_a_kernel_that_cannot_be_loaded_here_is_built_anew(built):
+    """As one that was built on a machine with a newer C library, in a home that both share."""
+    foreign = b"\x7fELF of another machine"
+    other = built.with_name(f"{built.stem[:-16]}{cpu_kernel.digest(foreign)}.so")
+    built.unlink()
+    other.write_bytes(foreign)
+    assert cpu_kernel.kernel().lanes() in (4, 8, 16)
+    assert sorted(built.parent.iterdir()) == sorted([built, other])  # the other machine's stays for the other machine
+
+
+def wrapper(folder: Path, script: str) -> str:
+    compiler = folder / "my compiler"
+    compiler.write_text(f"#!/bin/bash\n{script}\n")
+    compiler.chmod(0o755)
+    return f"'{compiler}'"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (
+            'if [[ " $* " == *" -shared "* ]]; then exec c++ "$@" "${0%/*}/undefined.cpp"; else exec c++ "$@"; fi',
+            "undefined symbol: no_such_symbol_anywhere",
+        ),
+        ("kill -9 $$", "my compiler' was ended by SIGKILL"),
+        ("sleep 100", "my compiler' does not end within 0.5 seconds"),
+        ("printf 'x.cpp:1: error: \\xff\\xfe\\n' >&2; exit 1", "my compiler' fails: x.cpp:1: error: \ufffd\ufffd"),
+        ("exit 3", "my compiler' fails: exit 3"),
+    ],
+)
+def test_a_compiler_that_fails_in_its_own_way_is_named(script, reason, empty_cache, monkeypatch, tmp_path, capsys):
+    (tmp_path / "undefined.cpp").write_text(
+        'extern "C" int no_such_symbol_anywhere; int* p = &no_such_symbol_anywhere;'
+    )
+    monkeypatch.setenv("CXX", wrapper(tmp_path, script))
+    if "sleep" in script:
+        monkeypatch.setattr(cpu_kernel, "LONGEST_COMPILATION", 0.5)
+    assert choose_mamba_backend("auto", torch.device("cpu")) == "torch"
+    assert reason in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"^training.mamba_backend=cpp, but no C\+\+ kernel: ") as refusal:
+        choose_mamba_backend("cpp", torch.device("cpu"))
+    assert reason in str(refusal.value)
+    assert "install g++" not in str(refusal.value)
+    assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize("command", ["c++ 'unclosed", "no-such-compiler -O1", "."])
+def test_a_setting_of_cxx_that_is_no_compiler_is_named(command, empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(OSError, match=re.escape(command)):
+        cpu_kernel.kernel()
+    monkeypatch.setenv("CXX", " ")  # as if it were not set
+    assert cpu_kernel.find_compiler()
+
+
+@pytest.mark.parametrize("home", ["unset", "relative", "a file", "not a folder to be made"])
+def test_without_a_place_to_keep_the_kernel_it_is_built_at_every_start(home, empty_cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    if home == "a file":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif home == "not a folder to be made":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "" if home == "unset" else "cache")
+        monkeypatch.setenv("HOME", "")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id without an entry
+    assert cpu_kernel.kernel().lanes() in (4, 8, 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def in_a_mount_namespace(mount: str, script: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs Python code where a file system that nobody else sees is mounted on `folder`."""
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount} "$0" && exec "$@"', folder]
+    return subprocess.run(
+        [*command, sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "TMPDIR"])
+def test_a_folder_from_which_nothing_may_be_executed_is_done_without(variable, empty_cache, monkeypatch, tmp_path):
+    mount, noexec = "mount -t tmpfs -o noexec,size=9m none", tmp_path / "noexec"
+    noexec.mkdir()
+    if not shutil.which("unshare") or in_a_mount_namespace(mount, "", noexec).returncode != 0:
+        pytest.skip("this machine lets nobody mount a file system")
+    monkeypatch.setenv(variable, str(noexec))
+    script = (
+        "import os, jepa.cpu_kernel as c; print(c.kernel().lanes()); c.kernel.cache_clear(); print(c.kernel().lanes())"
+    )
+    ended = in_a_mount_namespace(mount, script, noexec)
+    assert ended.returncode == 0, ended.stderr
+    assert len(set(ended.stdout.split())) == 1
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are for x86")
