@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from config import load_config
+from config import add_config_flags, load_config
 from errors import BadInput, exits_on_bad_input, is_out_of_memory, out_of_memory_named
 from files import Lock, expanded, replaced_whole
 from hdf5_files import open_hdf5
@@ -557,32 +557,29 @@ def report(tasks: list[TaskDemos]) -> None:
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     # fmt: off
     add = parser.add_argument
     of_config = argparse.SUPPRESS  # absent unless given; the config's value then holds
-    add("--config", default="conf/config.yaml", help="settings; only those of the section data matter here")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="changes one setting; may be repeated")
+    add_config_flags(parser)  # only the section data matters here
     add("--data_directory", default=of_config, help="folder of the files (default: data.data_directory of the config)")
     add("--demos_per_task", type=int, default=of_config, help="(default: data.demos_per_task of the config)")
-    add("--tasks", default="0-9", help="task numbers, such as 0-9 or 0,3,6")
-    add("--image_size", type=int, default=128, help="height and width of the pictures in pixels")
+    add("--tasks", default="0-9", help="task numbers, such as 0-9 or 0,3,6 (default: %(default)s)")
+    add("--image_size", type=int, default=128, help="height and width of the pictures in pixels (default: %(default)s)")
     add("--num_workers", type=int, default=affordable_processes(GB_PER_WORKER),
         help=f"processes of {GB_PER_WORKER} GB each; by default one for every core that this job may use, as far as "
         "its memory goes")
-    add("--seed", type=int, default=0, help="decides every demo")
+    add("--seed", type=int, default=0, help="decides every demo (default: %(default)s)")
     add("--visual_mesh_ratio", type=float, default=1.0,
-        help="below 1 draws with that share of the visual meshes' triangles: faster, but not LIBERO's own pictures")
+        help="below 1 draws with that share of the visual meshes' triangles: faster, but not LIBERO's own pictures (default: %(default)s)")
     add("--obs_alignment", choices=("after", "before"), default="after",
-        help="whether obs[t] is recorded after actions[t], as in LIBERO's own files, or before")
-    add("--start_noise", type=float, default=START_NOISE, help="standard deviation of the arm's start joints in rad")
+        help="whether obs[t] is recorded after actions[t], as in LIBERO's own files, or before (default: %(default)s)")
+    add("--start_noise", type=float, default=START_NOISE, help="standard deviation of the arm's start joints in rad (default: %(default)s)")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
-        help="move the target object by up to this in x and y, so that it stands elsewhere in every demo")
+        help="move the target object by up to this in x and y, so that it stands elsewhere in every demo (default: %(default)s)")
     add("--missed_grasps", type=float, default=0.0, metavar="SHARE",
         help="share of the demos that begin after a grasp that missed, where the expert notices and tries again; the "
-        "miss itself is not recorded")
+        "miss itself is not recorded (default: %(default)s)")
     # fmt: on
     return parser.parse_args(arguments)
 
@@ -605,7 +602,7 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
     if args.seed < 0:
         raise BadInput(f"--seed {args.seed}: expected 0 or more")
     if str(folder).startswith("/path/to"):
-        raise BadInput(f"data.data_directory is still {folder}; set it in {args.config} or give --data_directory")
+        raise BadInput(f"data.data_directory is still {folder}; set it in conf/config.yaml or give --data_directory")
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: the data directory is a file")
     try:

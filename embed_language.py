@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import load_config
-from dataloader import EMBEDDINGS_FILE, demos_of, embeddings_file, find_task_files, task_instruction
+from config import add_config_flags, load_config
+from dataloader import demos_of, embeddings_file, find_task_files, task_instruction
 from errors import BadInput, exits_on_bad_input
 from files import Lock, expanded, written_whole
 from hdf5_files import open_hdf5
@@ -148,10 +148,12 @@ def _unwritable_named(target: Path) -> Iterator[None]:
 @exits_on_bad_input
 def main() -> None:
     parser = argparse.ArgumentParser(description="Embeds the instructions of a data directory.")
-    parser.add_argument("--config", help="settings file (default: conf/config.yaml)")
-    parser.add_argument("--data_directory", help="folder of *_demo.hdf5 files (default: the config's)")
+    add_config_flags(parser)
     parser.add_argument(
-        "--output", metavar="FILE",
+        "--data_directory", type=expanded, metavar="DIR", help="folder of *_demo.hdf5 files (default: the config's)"
+    )
+    parser.add_argument(
+        "--output", type=expanded, metavar="FILE",
         help="where the embeddings go (default: the config's data.language_embeddings, or language_embeddings.npz in "
         "the data directory)",
     )  # fmt: skip
@@ -160,19 +162,10 @@ def main() -> None:
         help="clip (ViT-B/32), offline (weights inside a Python package), or auto: clip if it can be had "
         "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting of the config"
-    )
     arguments = parser.parse_args()
-    directory = expanded(arguments.data_directory or "")
-    if directory and not (arguments.config or arguments.set):
-        target = Path(directory) / EMBEDDINGS_FILE
-    else:
-        data = load_config(arguments.config or "conf/config.yaml", arguments.set).data
-        data = replace(data, data_directory=directory or data.data_directory)
-        directory, target = data.data_directory, embeddings_file(data)
-    if arguments.output:
-        target = Path(expanded(arguments.output))
+    data = load_config(arguments.config, arguments.set).data
+    data = replace(data, data_directory=arguments.data_directory or data.data_directory)
+    directory, target = data.data_directory, Path(arguments.output or embeddings_file(data))
 
     texts = set()
     for path in find_task_files(directory):
