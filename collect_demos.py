@@ -571,12 +571,15 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         "its memory goes")
     add("--seed", type=int, default=0, help="decides every demo (default: %(default)s)")
     add("--visual_mesh_ratio", type=float, default=1.0,
-        help="below 1 draws with that share of the visual meshes' triangles: faster, but not LIBERO's own pictures (default: %(default)s)")
+        help="below 1 draws with that share of the visual meshes' triangles: faster, but not LIBERO's own pictures "
+        "(default: %(default)s)")
     add("--obs_alignment", choices=("after", "before"), default="after",
         help="whether obs[t] is recorded after actions[t], as in LIBERO's own files, or before (default: %(default)s)")
-    add("--start_noise", type=float, default=START_NOISE, help="standard deviation of the arm's start joints in rad (default: %(default)s)")
+    add("--start_noise", type=float, default=START_NOISE,
+        help="standard deviation of the arm's start joints in rad (default: %(default)s)")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
-        help="move the target object by up to this in x and y, so that it stands elsewhere in every demo (default: %(default)s)")
+        help="move the target object by up to this in x and y, so that it stands elsewhere in every demo "
+        "(default: %(default)s)")
     add("--missed_grasps", type=float, default=0.0, metavar="SHARE",
         help="share of the demos that begin after a grasp that missed, where the expert notices and tries again; the "
         "miss itself is not recorded (default: %(default)s)")
