@@ -44,11 +44,8 @@ class Normalizer(nn.Module):
 class StateScaling(nn.Module):
     """z_t as the policy reads it. A buffer of the model, NaN until it is fitted, so that forgetting it is loud.
 
-    standardise: every dimension has mean 0 and variance 1. whiten: so has every direction, which brings what little
-    variance z spends on small things to the policy's attention. none: z as it is.
+    standardise: every dimension has mean 0 and variance 1. none: z as it is.
     """
-
-    FLOOR = 1e-4  # of the largest variance: directions with less are not blown up further
 
     def __init__(self, dim: int):
         super().__init__()
@@ -61,10 +58,6 @@ class StateScaling(nn.Module):
         mean, variance = states.mean(dim=0), states.var(dim=0, correction=0)
         if kind == "standardise":
             transform = torch.diag(torch.where(variance < CONSTANT_STD**2, 1.0, variance).rsqrt())
-        elif kind == "whiten":
-            eigenvalues, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
-            floor = max(self.FLOOR * eigenvalues[-1].item(), CONSTANT_STD**2)
-            transform = directions * eigenvalues.clamp_min(floor).rsqrt()
         else:
             mean, transform = torch.zeros_like(mean), torch.eye(len(mean), dtype=mean.dtype)
         self.mean.copy_(mean.float())

@@ -54,7 +54,6 @@ class ModelConfig:
     policy_layers: int
     policy_embed_dim: int
     prediction_gap: int  # K, frames from z_t to the state that the temporal predictor predicts
-    state_norm: str
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,6 @@ class Phase1Config:
     num_epochs: int
     learning_rate: float | None
     temporal_predictor_hidden_dim: int
-    predictor_dropout: float
-    rollout_length: int  # R, predictions that follow each other in a training window
     vicreg_on: str
     variance_weight: float
     covariance_weight: float
@@ -133,17 +130,16 @@ CHOICES = {
     "training.device": ("auto", "cuda", "mps", "cpu"),
     "training.mamba_backend": ("auto", "cuda", "cpp", "torch"),
     "training.precision": ("auto", "bf16", "fp32"),
-    "training.phase1.vicreg_on": ("both", "state", "prediction"),
-    "training.phase2.state_scaling": ("standardise", "whiten", "none"),
+    "training.phase1.vicreg_on": ("both", "state"),
+    "training.phase2.state_scaling": ("standardise", "none"),
     "training.phase2.flow_start": ("noise", "zero"),
-    "model.state_norm": ("none", "rms", "layer"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
     "data.split_seed", "training.weight_decay", "training.ema_momentum", "training.warmup_steps", "training.seed",
     "training.phase1.variance_weight", "training.phase1.covariance_weight",
     "training.phase1.inverse_dynamics_weight", "training.phase1.foresight_weight",
-    "training.phase1.proprioception_masking", "training.phase1.predictor_dropout",
+    "training.phase1.proprioception_masking",
     "training.phase1.num_epochs", "training.phase1.image_shift",
     "training.phase2.num_epochs", "training.phase2.image_shift", "training.phase2.state_noise",
 }  # fmt: skip
@@ -318,7 +314,6 @@ def _check_consistency(config: Config, source: str) -> None:
             raise BadInput(f"{source}: {key} is {seed}, expected at most 2^63 - 1")
     shares = {
         "training.ema_momentum": config.training.ema_momentum,
-        "training.phase1.predictor_dropout": config.training.phase1.predictor_dropout,
         "training.phase1.proprioception_masking": config.training.phase1.proprioception_masking,
     }
     for key, share in shares.items():

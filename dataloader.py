@@ -102,7 +102,7 @@ class LanguageTable:
 
 
 def transition_rows(demos: Sequence[Demo], reach: int) -> Tensor:
-    """Phase 1's samples: every row whose demo still has the row `reach` later, R * K of a window of R predictions."""
+    """Phase 1's samples: every row whose demo still has the row `reach` (K) later."""
     return torch.cat([torch.arange(len(demo) - reach) + demo.first_row for demo in demos])
 
 
@@ -158,14 +158,13 @@ class Batches:
     """The batches of one rank, epoch after epoch, on the device: `for batch in batches`.
 
     Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
-    with `frames`: `obs`, equal to libero_sim.from_simulator's. With a `gap` a sample is a window of R + 1 frames, `gap`
-    rows apart, R the rollout length: `obs` (R * B) is all but its last, `next_obs` all but its first, frame by frame,
-    and `robot_ahead` the robot's state at and `ahead` of each frame in `obs`;
+    with `frames`: `obs`, equal to libero_sim.from_simulator's; with a `gap` also `next_obs`, as many rows later, and
+    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9);
     with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
     With a `seed` every epoch is a permutation, and batch i of all W ranks together is rows [i * W * B, (i + 1) * W * B)
     of it, so that W ranks train on what one process with the joint batch would; what fills no batch is left out.
-    Without one, this rank's contiguous share comes in order and whole, and `gather_rows` joins the results.
+    Without one, this rank's contiguous share comes in order and whole; `rows_of_all_ranks` joins the results.
 
     Frames are read ahead by a thread, into (pinned) buffers that are made once: the pictures of a batch are valid until
     the next one is asked for. `waited` counts the seconds that the model waited for them.
@@ -184,14 +183,13 @@ class Batches:
         *,
         frames: Frames | DeviceFrames | None = None,
         gap: int = 0,
-        rollout_length: int = 1,
         ahead: Sequence[int] = (),
         states: Tensor | None = None,
         seed: int | None = None,
     ):
         self.rows, self.low_dimensional, self.num_actions = rows, low_dimensional, num_actions
         self.batch_size, self.seed, self.device = batch_size, seed, low_dimensional.device
-        self.frames, self.offsets = frames, [gap * frame for frame in range(rollout_length + 1)] if gap else [0]
+        self.frames, self.offsets = frames, (0, gap) if gap else (0,)
         self.ahead = ahead
         self.states = None if states is None else states.to(self.device)
         self.epoch, self.waited = 0, 0.0
@@ -237,19 +235,12 @@ class Batches:
         rows = rows.to(self.device)
         batch = {"actions": self.low_dimensional.actions_from(rows, self.num_actions)}
         if pictures is not None:
-            last = max(len(self.offsets) - 1, 1)
-            batch["obs"] = self._observations(rows, pictures[:last], self.offsets[:last])
-            if len(self.offsets) > 1:
-                batch["next_obs"] = self._observations(rows, pictures[1:], self.offsets[1:])
+            for name, offset, both_cameras in zip(("obs", "next_obs"), self.offsets, pictures, strict=False):
+                cameras = dict(zip(CAMERAS, both_cameras.unbind(1), strict=True))  # (B, S, S, 3) each
+                batch[name] = cameras | self.low_dimensional.obs(rows + offset)
             if self.ahead:
-                context_rows = torch.cat([rows + offset for offset in self.offsets[:last]])
-                batch["robot_ahead"] = self.low_dimensional.robot_ahead(context_rows, self.ahead)
+                batch["robot_ahead"] = self.low_dimensional.robot_ahead(rows, self.ahead)
         return batch
-
-    def _observations(self, rows: Tensor, pictures: Tensor, offsets: Sequence[int]) -> dict[str, Tensor]:
-        cameras = pictures.flatten(0, 1).unbind(1)  # (offsets * B, S, S, 3) each
-        rows = torch.cat([rows + offset for offset in offsets])
-        return dict(zip(CAMERAS, cameras, strict=True)) | self.low_dimensional.obs(rows)
 
     def _frames_on_device(self, rows: Tensor) -> Tensor:
         return self.frames.tensor[torch.stack([rows + offset for offset in self.offsets]).to(self.device)]
@@ -298,20 +289,6 @@ class Batches:
             ready.put((problem, None))
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Joins the rows of all ranks, in the order of the ranks; they may have different numbers of them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    shares = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(shares, padded)
-    return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
-
-
 def to_device(batch, device: torch.device):
     """A batch, a dict of tensors and dicts, on another device."""
     if isinstance(batch, dict):
@@ -323,14 +300,13 @@ def shift_pictures(batch: dict, pixels: int, image_size: int) -> dict:
     """Moves the pictures of every sample by up to `pixels` in both directions, edges repeated (Kostrikov et al. 2021).
 
     The pixels are those of the model, `image_size` a side, whatever the size of the pictures here. Both cameras move
-    alike, and so do all frames of a sample: what happens between them is untouched.
+    alike, and so do both frames of a sample: what happens between them is untouched.
     """
-    pictures_of_one = batch["obs"][CAMERAS[0]]  # (R * B, h, w, 3), frame by frame
-    size, count, device = pictures_of_one.shape[1], len(batch["actions"]), batch["actions"].device
-    shift = torch.randint(-pixels, pixels + 1, (2, count, 1), device=device)
-    shift = (shift * size / image_size).round().long().repeat(1, len(pictures_of_one) // count, 1)
-    rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (R * B, S) each
-    sample = torch.arange(len(pictures_of_one), device=device)[:, None, None]
+    B, size, device = len(batch["actions"]), batch["obs"][CAMERAS[0]].shape[1], batch["actions"].device
+    shift = torch.randint(-pixels, pixels + 1, (2, B, 1), device=device)
+    shift = (shift * size / image_size).round().long()
+    rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (B, S) each
+    sample = torch.arange(B, device=device)[:, None, None]
     shifted = dict(batch)
     for name in ("obs", "next_obs"):
         if name in batch:
@@ -564,7 +540,7 @@ def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_
     if len(actions) < min_actions + lag:
         raise BadInput(
             f"{path}: {key}: has {len(actions)} steps, expected at least {min_actions + lag} "
-            "(model.action_seq_len, or prediction_gap x rollout_length, and what the alignment takes)"
+            "(model.action_seq_len or model.prediction_gap, and what the alignment takes)"
         )
     robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in STATE_KEYS}
     image_size = demo["obs"][CAMERAS[0]].shape[1]

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import Batches, Demo, LowDimensional, frame_rows, gather_rows
+from dataloader import Batches, Demo, LowDimensional, frame_rows
 from errors import BadInput
 from files import written_whole
 from frame_cache import LAYOUT, DeviceFrames, Frames, source_of
+from jepa.all_ranks import rows_of_all_ranks
 from statevla_model import StateVLA
 
 
@@ -71,7 +72,7 @@ def encode_all(
     progress = tqdm(batches, desc=f"encoding {rows:,} frames", unit="batch", disable=batches.rank != 0)
     states = [model.encode(batch["obs"]) for batch in progress]
     own = torch.cat(states) if states else torch.empty(0, model.config.state_dim, device=low_dimensional.device)
-    z = gather_rows(own.float()).cpu()
+    z = rows_of_all_ranks(own.float()).cpu()
     broken = (~z.isfinite().all(dim=1)).nonzero().flatten()
     if len(broken):
         demo = next(demo for demo in reversed(demos) if demo.first_row <= broken[0])

@@ -11,18 +11,17 @@ from jepa.tokenizer import Tokenizer
 class JEPAStateEncoder(nn.Module):
     """forward(obs) is z_t (B, state_dim); `target(obs)` is the EMA copy's; `predictor(z_t, actions)` looks ahead."""
 
-    def __init__(self, config: ModelConfig, predictor_hidden_dim: int, predictor_dropout: float = 0.0):
+    def __init__(self, config: ModelConfig, predictor_hidden_dim: int):
         super().__init__()
         self.tokenizer = Tokenizer(
             config.image_size, config.patch_size, config.embed_dim, config.lang_emb_dim, config.robot_state_dim
         )
         self.encoder = ContextEncoder(
-            config.encoder_depth, config.embed_dim, config.state_dim, config.d_state, config.d_conv, config.expand,
-            config.state_norm,
+            config.encoder_depth, config.embed_dim, config.state_dim, config.d_state, config.d_conv, config.expand
         )  # fmt: skip
         self.target = TargetEncoder(self.tokenizer, self.encoder)
         self.predictor = TemporalPredictor(
-            config.state_dim, config.prediction_gap * config.action_dim, predictor_hidden_dim, predictor_dropout
+            config.state_dim, config.prediction_gap * config.action_dim, predictor_hidden_dim
         )
 
     def forward(self, obs: dict[str, Tensor], masked: Tensor | None = None) -> Tensor:

@@ -3,22 +3,29 @@
     python statevla_model.py --config conf/config.yaml      prints the component table with the counts of a built model
     python statevla_model.py --export CHECKPOINT OUTPUT     a checkpoint's weights alone, to be handed on
 
-Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, R rollout length.
+Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F frames of foresight.
 """
 
 import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer, StateScaling
-from config import Config, ModelConfig, add_config_flags, load_config, parse_config
+from config import Config, ModelConfig, TrainingConfig, add_config_flags, load_config, parse_config
 from errors import BadInput, exits_on_bad_input
 from files import expanded
-from jepa.temporal_predictor import Foresight, InverseDynamics, temporal_jepa_losses
+from jepa.all_ranks import rows_of_all_ranks
+from jepa.temporal_predictor import (
+    Foresight,
+    InverseDynamics,
+    covariance_loss,
+    representation_health,
+    variance_loss,
+)
 from state_encoder import JEPAStateEncoder
 from training.checkpoint import read_checkpoint, save_checkpoint, weights_alone
 
@@ -30,10 +37,10 @@ class StateVLA(nn.Module):
     joint_states (B, 7) in rad, gripper_states (B, 2) in metres, language (B, lang_emb_dim).
     """
 
-    def __init__(self, config: ModelConfig, predictor_hidden_dim: int = 512, predictor_dropout: float = 0.0):
+    def __init__(self, config: ModelConfig, predictor_hidden_dim: int = 512):
         super().__init__()
         self.config = config
-        self.state_encoder = JEPAStateEncoder(config, predictor_hidden_dim, predictor_dropout)
+        self.state_encoder = JEPAStateEncoder(config, predictor_hidden_dim)
         self.state_scaling = StateScaling(config.state_dim)
         self.policy = FlowMatchingPolicy(config)
         self.gripper = GripperClassifier(config)
@@ -114,23 +121,6 @@ class RecordedDecision:
         return self.model.act(self.model.encode(self.obs), self.x_1, self.sample_steps)
 
 
-class GatherRanks(torch.autograd.Function):
-    """Rows of all ranks, the same number on each: (B, D) -> (ranks * B, D). Every rank computes a loss from all rows;
-    the gradient of its own rows is the sum of what all these losses say about them."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        shares = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, rows.contiguous())
-        return torch.cat(shares)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 class StateVLATrainer(nn.Module):
     """Routes between the phases: forward(batch) gives the losses of its phase, `loss` being the one to minimise.
 
@@ -139,40 +129,33 @@ class StateVLATrainer(nn.Module):
     tokenizer and context encoder too. Everything else is frozen and stays in eval mode.
     """
 
-    def __init__(
-        self,
-        model: StateVLA,
-        phase: int,
-        variance_weight: float = 1.0,
-        covariance_weight: float = 0.04,
-        inverse_dynamics_weight: float = 0.0,
-        foresight_weight: float = 0.0,
-        proprioception_masking: float = 0.0,
-        vicreg_on: str = "both",
-        freeze_encoder: bool = True,
-        state_noise: float = 0.0,
-    ):
+    def __init__(self, model: StateVLA, phase: int, settings: TrainingConfig | None = None):
+        """`settings` are those of conf/config.yaml unless given."""
         super().__init__()
         if phase not in (1, 2):
             raise ValueError(f"phase is {phase}, expected 1 or 2")
+        settings = settings or load_config().training
+        recipe = settings.phase1
         self.model, self.phase = model, phase
-        self.weights = {"jepa_mse": 1.0, "jepa_variance": variance_weight, "jepa_covariance": covariance_weight}
-        self.proprioception_masking, self.vicreg_on = proprioception_masking, vicreg_on
-        self.freeze_encoder, self.state_noise = freeze_encoder, state_noise
+        self.weights = {
+            "jepa_mse": 1.0, "jepa_variance": recipe.variance_weight, "jepa_covariance": recipe.covariance_weight,
+        }  # fmt: skip
+        self.proprioception_masking, self.vicreg_on = recipe.proprioception_masking, recipe.vicreg_on
+        self.freeze_encoder, self.state_noise = settings.phase2.freeze_encoder, settings.phase2.state_noise
         self.inverse_dynamics = self.foresight = None
         encoder, state_dim = model.state_encoder, model.config.state_dim
         hidden_dim = encoder.predictor.project_state.out_features
-        if phase == 1 and inverse_dynamics_weight > 0:
-            self.weights["inverse_dynamics"] = inverse_dynamics_weight
+        if phase == 1 and recipe.inverse_dynamics_weight > 0:
+            self.weights["inverse_dynamics"] = recipe.inverse_dynamics_weight
             chunk_dim = model.config.prediction_gap * model.config.action_dim
             self.inverse_dynamics = InverseDynamics(state_dim, chunk_dim, hidden_dim)
-        if phase == 1 and foresight_weight > 0:
-            self.weights["foresight"] = foresight_weight
+        if phase == 1 and recipe.foresight_weight > 0:
+            self.weights["foresight"] = recipe.foresight_weight
             self.foresight = Foresight(state_dim, model.config.robot_state_dim, hidden_dim)
             self.robot_normalizer = Normalizer(model.config.robot_state_dim)
         trained = {
             1: [encoder.tokenizer, encoder.encoder, encoder.predictor, self.inverse_dynamics, self.foresight],
-            2: [model.policy, model.gripper, *([] if freeze_encoder else [encoder.tokenizer, encoder.encoder])],
+            2: [model.policy, model.gripper, *([] if self.freeze_encoder else [encoder.tokenizer, encoder.encoder])],
         }
         self.trained = [module for module in trained[phase] if module is not None]  # a plain list: registers nothing
         self.requires_grad_(False)
@@ -188,62 +171,49 @@ class StateVLATrainer(nn.Module):
         return self
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Phase 1: batch has actions (B, R * K, 7) and, frame by frame of the window, obs and next_obs (R * B), and for
-        foresight robot_ahead (R * B, F, 9). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
-        return self.phase1_losses(self.phase1_outputs(batch)) if self.phase == 1 else self.phase2_losses(batch)
+        """Phase 1: batch has obs, next_obs (K frames later), actions (B, K, 7) between them and, for foresight,
+        robot_ahead (B, F, 9). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
+        return self.phase1_losses([batch]) if self.phase == 1 else self.phase2_losses(batch)
 
-    def phase1_outputs(self, batch: dict) -> dict[str, Tensor]:
-        """What the losses are made of, before any statistics over the batch.
+    def phase1_losses(self, batches: Iterable[dict]) -> dict[str, Tensor]:
+        """Temporal JEPA: MSE to the EMA target + VICReg (Bardes et al. 2022), beside it the heads that are on.
 
-        From every frame of a window but its last the predictor goes on to the end of the window, on its own
-        predictions: z_next_pred, with the EMA target z_next_target and the start z_copied of each, has
-        R * (R + 1) / 2 * B rows.
+        The losses are over all rows of the batches, which is one in training and all held-out ones in validation, and
+        of all ranks, so that variance and covariance are those of the joint batch. In eval mode the signs of collapse
+        stand beside them.
         """
-        encoder, B = self.model.state_encoder, len(batch["actions"])
-        masked = None
-        if self.training and self.proprioception_masking:
-            masked = torch.rand(len(batch["obs"]["language"]), device=batch["actions"].device)
-            masked = masked < self.proprioception_masking
-        z_t = encoder(batch["obs"], masked)  # (R * B, D)
-        z_next = encoder.target(batch["next_obs"])  # (R * B, D)
-        R = len(z_t) // B
-        actions = batch["actions"].unflatten(1, (R, -1)).transpose(0, 1).flatten(0, 1)  # (R * B, K, 7)
-
-        predicted, predictions = z_t, []
-        for step in range(R):
-            predicted = encoder.predictor(predicted[: (R - step) * B], actions[step * B :])
-            predictions.append(predicted)
-        outputs = {
-            "z_t": z_t,
-            "z_next_pred": torch.cat(predictions),
-            "z_next_target": torch.cat([z_next[step * B :] for step in range(R)]),
-            "z_copied": torch.cat([z_t[: (R - step) * B] for step in range(R)]).detach(),
-        }
-        if self.inverse_dynamics is not None:
-            outputs["actions_pred"] = self.inverse_dynamics(z_t, z_next)
-            outputs["actions"] = actions.flatten(1)
-        if self.foresight is not None:
-            outputs["robot_foreseen"] = self.foresight(z_t)
-            outputs["robot_ahead"] = self.robot_normalizer.normalize(batch["robot_ahead"])
-        return outputs
-
-    def phase1_losses(self, outputs: dict[str, Tensor], gather: bool = True) -> dict[str, Tensor]:
-        """The losses over the global batch: with several processes the rows of all ranks are gathered first, so that
-        variance and covariance are those of the joint batch. DDP averages gradients over ranks while the backward of
-        the gathering sums them: together the gradient is that of one process with the joint batch."""
-        with torch.autocast(outputs["z_t"].device.type, enabled=False):  # covariances in bfloat16 would be noise
-            outputs = {name: rows.float() if rows.dtype == torch.bfloat16 else rows for name, rows in outputs.items()}
-            if gather and dist.is_initialized() and dist.get_world_size() > 1:
-                needed = {name: rows for name, rows in outputs.items() if name != "z_copied"}
-                outputs = {name: GatherRanks.apply(rows) for name, rows in needed.items()}
-            z_t, z_next_pred, z_next_target = (outputs[name] for name in ("z_t", "z_next_pred", "z_next_target"))
-            losses = temporal_jepa_losses(z_t, z_next_pred, z_next_target, self.vicreg_on)
-            if "actions_pred" in outputs:
-                losses["inverse_dynamics"] = F.mse_loss(outputs["actions_pred"], outputs["actions"])
-            if "robot_foreseen" in outputs:
-                losses["foresight"] = F.mse_loss(outputs["robot_foreseen"], outputs["robot_ahead"])
-        losses["loss"] = sum(self.weights[name] * value for name, value in losses.items())
+        encoder, parts = self.model.state_encoder, []
+        for batch in batches:
+            part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]))}  # (B, D)
+            part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
+            part["z_next_target"] = encoder.target(batch["next_obs"])  # (B, D), the EMA copy's, no gradient
+            part |= {name: batch[name] for name in ("actions", "robot_ahead") if name in batch}  # (B, K, 7), (B, F, 9)
+            parts.append(part)
+        with torch.autocast(parts[0]["actions"].device.type, enabled=False):  # covariances in bfloat16 would be noise
+            rows = {name: rows_of_all_ranks(in_float32([part[name] for part in parts])) for name in parts[0]}
+            z_t, z_next_pred, z_next_target = (rows[name] for name in ("z_t", "z_next_pred", "z_next_target"))
+            regularised = [z_t, z_next_pred] if self.vicreg_on == "both" else [z_t]  # z_t is what phase 2 consumes
+            losses = {
+                "jepa_mse": F.mse_loss(z_next_pred, z_next_target),
+                "jepa_variance": sum(variance_loss(z) for z in regularised) / len(regularised),
+                "jepa_covariance": sum(covariance_loss(z) for z in regularised) / len(regularised),
+            }
+            if self.inverse_dynamics is not None:
+                told = self.inverse_dynamics(z_t, z_next_target)  # (B, K * 7)
+                losses["inverse_dynamics"] = F.mse_loss(told, rows["actions"].flatten(1))
+            if self.foresight is not None:
+                foreseen = self.foresight(z_t)  # (B, F, 9)
+                losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
+            losses["loss"] = sum(self.weights[name] * value for name, value in losses.items())
+            if not self.training:
+                losses |= {"jepa_copy_mse": F.mse_loss(z_t, z_next_target), **representation_health(z_t)}
         return losses
+
+    def hidden_arms(self, actions: Tensor) -> Tensor | None:
+        """Which of the samples have their robot token hidden, (B,) bool, so that the arm must be seen; in training."""
+        if not (self.training and self.proprioception_masking):
+            return None
+        return torch.rand(len(actions), device=actions.device) < self.proprioception_masking
 
     def phase2_losses(self, batch: dict, per_sample: bool = False) -> dict[str, Tensor]:
         """Flow matching on the six pose deltas, BCE on the gripper. A frozen encoder's z_t carries no gradient."""
@@ -271,6 +241,12 @@ class StateVLATrainer(nn.Module):
         self.model.state_encoder.update_target(momentum)
 
 
+def in_float32(rows: Sequence[Tensor]) -> Tensor:
+    """Joins rows; those in bfloat16, under autocast, become float32."""
+    joined = torch.cat(list(rows))
+    return joined.float() if joined.dtype == torch.bfloat16 else joined
+
+
 def choose_device(name: str) -> torch.device:
     """auto takes CUDA, then Apple's MPS, then the CPU. Raises BadInput for a device that isn't there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -287,21 +263,9 @@ def choose_device(name: str) -> torch.device:
 
 def build_trainer(config: Config, phase: int) -> StateVLATrainer:
     """Model and trainer of a run from its settings, freshly initialised."""
-    recipe = config.training.phase1
-    model = StateVLA(config.model, recipe.temporal_predictor_hidden_dim, recipe.predictor_dropout)
+    model = StateVLA(config.model, config.training.phase1.temporal_predictor_hidden_dim)
     model.state_encoder.encoder.mamba.checkpoint_activations = config.training.activation_checkpointing
-    return StateVLATrainer(
-        model,
-        phase,
-        variance_weight=recipe.variance_weight,
-        covariance_weight=recipe.covariance_weight,
-        inverse_dynamics_weight=recipe.inverse_dynamics_weight,
-        foresight_weight=recipe.foresight_weight,
-        proprioception_masking=recipe.proprioception_masking,
-        vicreg_on=recipe.vicreg_on,
-        freeze_encoder=config.training.phase2.freeze_encoder,
-        state_noise=config.training.phase2.state_noise,
-    )
+    return StateVLATrainer(model, phase, config.training)
 
 
 def load_weights(module: nn.Module, found: dict[str, Tensor], source: str | Path) -> None:

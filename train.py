@@ -40,7 +40,6 @@ from dataloader import (
     chunk_rows,
     embeddings_file,
     frame_rows,
-    gather_rows,
     load_demos,
     load_language,
     same_language,
@@ -52,8 +51,9 @@ from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded, replaced_whole
 from frame_cache import open_frames
 from frozen_states import encode_all, frozen_states
+from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
-from jepa.temporal_predictor import FORESIGHT, representation_health
+from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
 from training.checkpoint import best_of_run, check_same_run, loss_of, read_checkpoint, save_checkpoint
@@ -151,7 +151,7 @@ def train(config: Config, phase: int, device: torch.device, resumed_from: str | 
         began = time.perf_counter()
         seed_noise(settings.seed, "validation")  # the same noise after every epoch
         with autocast:
-            metrics = validate(trainer, held_out_batches, device)
+            metrics = validate(trainer, held_out_batches)
         log.write_validation(epoch, step, metrics, config.model.state_dim)
         check_finite(metrics, step, optimizer.defaults["lr"], bfloat16)
         is_best = metrics["loss"] < best_loss
@@ -230,7 +230,7 @@ class Data:
 
 def load_data(config: Config, phase: int, held_out: Sequence[str]) -> Data:
     """`held_out` are the demos that the checkpoint which this run goes on from has held out."""
-    min_actions = phase1_reach(config) if phase == 1 else config.model.action_seq_len
+    min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
     demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed, held_out)
     tasks = sorted({demo.task for demo in demos})
@@ -241,28 +241,22 @@ def load_data(config: Config, phase: int, held_out: Sequence[str]) -> Data:
     return Data(demos, train_demos, held_out_demos, observation, language)
 
 
-def phase1_reach(config: Config) -> int:
-    """Frames from the first to the last of a sample of phase 1."""
-    return config.model.prediction_gap * config.training.phase1.rollout_length
-
-
 def phase1_batches(
     trainer: StateVLATrainer, data: Data, config: Config, device: torch.device, fit_statistics: bool
 ) -> tuple[Batches, Batches]:
     """Training and held-out samples of phase 1: frames, the actions between them, the robot's state ahead."""
-    low_dimensional, reach = LowDimensional(data.demos, data.language, device), phase1_reach(config)
+    low_dimensional, gap = LowDimensional(data.demos, data.language, device), config.model.prediction_gap
     if trainer.foresight and fit_statistics:
         now = low_dimensional.robot_ahead(frame_rows(data.train_demos).to(device), frames=[0])
         trainer.robot_normalizer.fit(now.squeeze(1))
     options = {
         "low_dimensional": low_dimensional,
-        "num_actions": reach,
-        "gap": config.model.prediction_gap,
-        "rollout_length": config.training.phase1.rollout_length,
+        "num_actions": gap,
+        "gap": gap,
         "ahead": FORESIGHT if trainer.foresight else (),
         "frames": open_frames(data.demos, config.data, config.model.image_size, device),
     }
-    rows = (transition_rows(demos, reach) for demos in (data.train_demos, data.held_out_demos))
+    rows = (transition_rows(demos, gap) for demos in (data.train_demos, data.held_out_demos))
     return both_batches(*rows, config, options)
 
 
@@ -302,17 +296,18 @@ def both_batches(train_rows: Tensor, held_out_rows: Tensor, config: Config, opti
 
 
 def check_enough_rows(phase: int, batches: Batches, held_out_batches: Batches) -> None:
-    """Raises BadInput where VICReg would take the variance of a single row, or nothing is left to validate on."""
-    joint_batch, held_out = batches.batch_size * batches.ranks, len(held_out_batches.rows)
-    if phase == 1 and joint_batch < 2:
+    """Raises BadInput where VICReg would take the variance of a single row, or a process has nothing to validate."""
+    held_out, ranks = len(held_out_batches.rows), batches.ranks
+    least = max(2, ranks) if phase == 1 else ranks
+    if phase == 1 and batches.batch_size * ranks < 2:
         raise BadInput(
             f"training.batch_size is {batches.batch_size}: phase 1 takes the variance of z over the batch and needs at "
             "least 2 samples; use --batch_size 2 or more"
         )
-    if held_out < 3 - phase:
+    if held_out < least:
         raise BadInput(
-            f"the held-out demos give {held_out} sample(s), phase {phase} needs at least {3 - phase}; lower "
-            "data.train_split or use longer demos"
+            f"the held-out demos give {held_out} sample(s), phase {phase} on {ranks} process(es) needs at least "
+            f"{least}; lower data.train_split or use longer demos"
         )
 
 
@@ -427,30 +422,22 @@ def ema_momentum(step: int, total_steps: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def validate(trainer: StateVLATrainer, batches: Batches, device: torch.device) -> dict[str, float]:
+def validate(trainer: StateVLATrainer, batches: Batches) -> dict[str, float]:
     """The losses over all held-out demos, whatever the batch size and the number of processes.
 
     Phase 1 adds what tells whether it works: `jepa_copy_mse`, the error of predicting that nothing changes (jepa_mse
     has to stay below it), and the mean std and effective rank of z (both near 0 where the representation collapses).
     """
     trainer.eval()
-    rows: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        outputs = trainer.phase1_outputs(batch) if trainer.phase == 1 else trainer.phase2_losses(batch, per_sample=True)
-        for name, values in outputs.items():
-            rows.setdefault(name, []).append(values)
-    if dist.get_world_size() > 1:
-        names = [None] * dist.get_world_size()
-        dist.all_gather_object(names, {name: values[0].shape[1:] for name, values in rows.items()})
-        for name, shape in max(names, key=len).items():  # a rank without a sample must take part all the same
-            rows.setdefault(name, [torch.empty(0, *shape, device=device)])
-    joined = {name: gather_rows(torch.cat(rows[name])) for name in sorted(rows)}
+    if trainer.phase == 1:
+        metrics = trainer.phase1_losses(batches)
+    else:
+        of_batches = [trainer.phase2_losses(batch, per_sample=True) for batch in batches]
+        metrics = {
+            name: rows_of_all_ranks(torch.cat([losses[name] for losses in of_batches])).mean() for name in of_batches[0]
+        }
     trainer.train()
-    if trainer.phase == 2:
-        return {name: float(values.mean()) for name, values in joined.items()}
-    metrics = trainer.phase1_losses(joined, gather=False)
-    metrics["jepa_copy_mse"] = torch.nn.functional.mse_loss(joined["z_copied"], joined["z_next_target"])
-    return {name: float(value) for name, value in (metrics | representation_health(joined["z_t"])).items()}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 if __name__ == "__main__":

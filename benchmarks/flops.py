@@ -67,8 +67,7 @@ def count(trainer: StateVLATrainer, config: Config, source_size: int) -> dict[st
     z_t, x_1 = torch.zeros(B, config.model.state_dim), torch.zeros(B, config.model.action_seq_len, 6)
 
     def losses():
-        outputs = trainer.phase1_outputs({"obs": obs, "actions": actions, "next_obs": obs})
-        return trainer.phase1_losses(outputs, gather=False)["loss"]
+        return trainer({"obs": obs, "actions": actions, "next_obs": obs})["loss"]
 
     loss = losses()
     counts = {

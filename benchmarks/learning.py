@@ -77,23 +77,16 @@ ROWS = {
     ),
     "fine_tuned": Row("pictures not shifted, then trained on", phase2=TRAIN_ALL, encoder_of="unshifted", claim=True),
     "gap_1": ingredient("predicts 1 frame ahead, not 5", "model.prediction_gap=1"),
-    "rollout_4": ingredient(
-        "four predictions in a row", "training.batch_size=16", *recipe(rollout_length=4, num_epochs=2)
-    ),
     "vicreg_on_both": ingredient("VICReg on prediction and z_t", *recipe(vicreg_on="both")),
-    "vicreg_on_prediction": ingredient("VICReg on the prediction", *recipe(vicreg_on="prediction")),
     "guide_weights": ingredient("VICReg 1.0 and 0.04", *recipe(variance_weight=1.0, covariance_weight=0.04)),
-    "rms_norm": ingredient("RMSNorm before VICReg", "model.state_norm=rms"),
     "no_inverse": ingredient("no inverse dynamics", *recipe(inverse_dynamics_weight=0)),
     "no_foresight": ingredient("no foresight", *recipe(foresight_weight=0)),
-    "dropout": ingredient("predictor dropout 0.1", *recipe(predictor_dropout=0.1)),
     "no_masking": ingredient("proprioception never masked", *recipe(proprioception_masking=0)),
     "constant_rate": ingredient(
         "no warm-up, constant rate", "training.warmup_steps=0", "training.learning_rate_schedule=constant"
     ),
     "slow_target": ingredient("EMA from 0.996, not 0.98", "training.ema_momentum=0.996"),
     "no_state_noise": ingredient("no noise on z", phase2=("training.phase2.state_noise=0",)),
-    "whitened": ingredient("z whitened", phase2=("training.phase2.state_scaling=whiten",)),
     "unscaled": ingredient("z as it is", phase2=("training.phase2.state_scaling=none",)),
 }
 

@@ -14,17 +14,13 @@ from jepa.mamba import MambaStack
 class ContextEncoder(nn.Module):
     """Mamba over the token sequence; z_t is read at CLS, the last position: (B, L, D) -> (B, state_dim).
 
-    Without a `state_norm` VICReg's variance term sees the scale that the encoder itself gives z_t.
+    There is no norm after the last block: VICReg's variance term must see the scale that the encoder itself gives z_t.
     """
 
-    def __init__(
-        self, depth: int, embed_dim: int, state_dim: int, d_state: int, d_conv: int, expand: int, state_norm: str
-    ):
+    def __init__(self, depth: int, embed_dim: int, state_dim: int, d_state: int, d_conv: int, expand: int):
         super().__init__()
         self.mamba = MambaStack(depth, embed_dim, d_state, d_conv, expand, with_mlp=True)
         to_state = [] if state_dim == embed_dim else [nn.Linear(embed_dim, state_dim)]
-        if state_norm != "none":
-            to_state.append({"rms": nn.RMSNorm, "layer": nn.LayerNorm}[state_norm](state_dim, eps=1e-5))
         self.to_state = nn.Sequential(*to_state)
 
     def forward(self, tokens: Tensor) -> Tensor:

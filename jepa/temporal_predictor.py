@@ -1,4 +1,5 @@
-"""Phase 1's objective: what does the action do to the state? z_t, a_t -> z'_{t+K}, and the losses that train it.
+"""Phase 1's parts: what does the action do to the state? z_t, a_t -> z'_{t+K}, the heads beside it and VICReg's terms.
+StateVLATrainer.phase1_losses puts them together.
 
 Letters: B batch, D state_dim, K prediction gap (1 in the guide), A action (7).
 """
@@ -15,13 +16,13 @@ class TemporalPredictor(nn.Module):
     """Residual: z'_{t+K} = z_t + delta(z_t, a_t .. a_{t+K-1}). The last layer starts at zero, so training starts from
     the copy baseline z' = z_t."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int, dropout: float = 0.0):
+    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
         self.project_state = nn.Linear(state_dim, hidden_dim)
         self.project_action = nn.Linear(action_dim, hidden_dim)
         self.mlp = nn.Sequential(
             nn.GELU(),
-            nn.Dropout(dropout),
+            nn.Identity(),  # weights keep the names that they have had since a dropout stood here
             nn.Linear(2 * hidden_dim, hidden_dim),
             nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim),
@@ -76,22 +77,6 @@ def covariance_loss(z: Tensor) -> Tensor:
     centred = z - z.mean(dim=0)
     covariance = centred.T @ centred / (len(z) - 1)  # (D, D)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
-
-
-def temporal_jepa_losses(
-    z_t: Tensor, z_next_pred: Tensor, z_next_target: Tensor, vicreg_on: str = "both"
-) -> dict[str, Tensor]:
-    """The guide's three terms. All (rows, D), of all ranks; the target must carry no gradient.
-
-    VICReg acts on z_t, which phase 2 consumes ("state"), on the "prediction", or on "both": the prediction alone could
-    be kept alive by the predictor.
-    """
-    regularised = {"state": [z_t], "prediction": [z_next_pred], "both": [z_t, z_next_pred]}[vicreg_on]
-    return {
-        "jepa_mse": F.mse_loss(z_next_pred, z_next_target),
-        "jepa_variance": sum(variance_loss(z) for z in regularised) / len(regularised),
-        "jepa_covariance": sum(covariance_loss(z) for z in regularised) / len(regularised),
-    }
 
 
 @torch.no_grad()

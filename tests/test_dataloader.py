@@ -152,12 +152,12 @@ def test_a_transition_holds_the_actions_between_its_two_observations(tmp_path, r
 
 @pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
 @pytest.mark.parametrize("frames", ["read by a thread", "on the device"])
-def test_a_window_holds_its_frames_one_after_the_other_and_all_the_actions_between(tmp_path, recorded, lag, frames):
-    predictions, gap, batch_size = 3, 4, 5
+def test_a_batch_holds_its_two_frames_and_all_the_actions_between(tmp_path, recorded, lag, frames):
+    gap, batch_size = 4, 5
     path = write_task_file(tmp_path, alignment=recorded, demos=2)
     demos, _ = load(tmp_path)
-    rows, reach = transition_rows(demos, predictions * gap), predictions * gap
-    options = {"gap": gap, "rollout_length": predictions, "batch_size": batch_size}
+    rows = transition_rows(demos, gap)
+    options = {"gap": gap, "batch_size": batch_size}
     if frames == "on the device":
         options["frames"] = DeviceFrames(open_frames(demos, data_config(tmp_path, "data.cache=ram"), 32, CPU), CPU)
     with h5py.File(path) as file:
@@ -165,17 +165,16 @@ def test_a_window_holds_its_frames_one_after_the_other_and_all_the_actions_betwe
             key: np.concatenate([file["data"][demo.key][key] for demo in demos])
             for key in ("actions", *(f"obs/{name}" for name in file["data/demo_0/obs"]))
         }
-    batches = list(copied(batches_of(demos, rows, reach, **options)))
-    assert [len(batch["actions"]) for batch in batches] == [5] * 7 + [1]  # 2 x (30 - 12)
+    batches = list(copied(batches_of(demos, rows, gap, **options)))
+    assert [len(batch["actions"]) for batch in batches] == [5] * 10 + [2]  # 2 x (30 - 4)
     for batch, starts in zip(batches, rows.split(batch_size), strict=True):
-        for name, first in (("obs", 0), ("next_obs", 1)):
-            seen = torch.cat([starts + frame * gap for frame in range(first, first + predictions)])
+        for name, seen in (("obs", starts), ("next_obs", starts + gap)):
             for key in ("agentview_rgb", "eye_in_hand_rgb", "joint_states", "gripper_states"):
                 found = batch[name][key].numpy()
                 np.testing.assert_array_equal(found, in_file[f"obs/{key}"][seen].astype(found.dtype), f"{name} {key}")
             assert torch.equal(batch[name]["language"], LANGUAGE[INSTRUCTION].expand(len(seen), -1))
         for start, actions in zip(starts, batch["actions"], strict=True):
-            expected = in_file["actions"][start + lag : start + lag + reach]
+            expected = in_file["actions"][start + lag : start + lag + gap]
             np.testing.assert_array_equal(actions, expected.astype(np.float32))
 
 
@@ -184,7 +183,7 @@ def test_the_robots_future_is_read_from_its_own_demo_and_ends_with_it(tmp_path, 
     path = write_task_file(tmp_path, alignment=recorded, demos=2)
     demos, _ = load(tmp_path)
     rows = transition_rows(demos, 6)
-    batches = batches_of(demos, rows, 6, gap=3, rollout_length=2, ahead=(0, 2, 20), batch_size=len(rows))
+    batches = batches_of(demos, rows, 6, gap=6, ahead=(0, 2, 20), batch_size=len(rows))
     (batch,) = copied(batches)
     with h5py.File(path) as file:
         obs = [file["data"][demo.key]["obs"] for demo in demos]
@@ -193,7 +192,6 @@ def test_the_robots_future_is_read_from_its_own_demo_and_ends_with_it(tmp_path, 
             for one in obs
         ]
     contexts = [(number, t) for number, demo in enumerate(demos) for t in range(len(demo) - 6)]
-    contexts += [(number, t + 3) for number, t in contexts]  # frame by frame of the window
     assert batch["robot_ahead"].shape == (len(contexts), 3, 9)
     for (number, t), ahead in zip(contexts, batch["robot_ahead"], strict=True):
         expected = [states[number][min(t + frames, len(states[number]) - 1)] for frames in (0, 2, 20)]
@@ -209,7 +207,7 @@ def copied(batches: Batches):
         }
 
 
-def test_a_window_never_crosses_the_end_of_a_demo(tmp_path):
+def test_a_transition_never_crosses_the_end_of_a_demo(tmp_path):
     write_task_file(tmp_path, demos=2, steps=15)
     write_task_file(tmp_path, task=BUTTER, demos=1, steps=13)
     demos, _ = load(tmp_path)
@@ -326,17 +324,15 @@ def test_a_failing_read_is_raised_where_the_batch_is_awaited(tmp_path):
         list(batches_of(demos, frame_rows(demos), 0))
 
 
-@pytest.mark.parametrize("predictions", [1, 3])
-def test_a_shift_moves_both_cameras_of_all_frames_of_a_sample_alike(predictions):
+def test_a_shift_moves_both_cameras_of_both_frames_of_a_sample_alike():
     torch.manual_seed(0)
-    ramp = torch.arange(10, 42, dtype=torch.uint8).expand(64 * predictions, 3, 32, 32).permute(0, 2, 3, 1)  # by column
+    ramp = torch.arange(10, 42, dtype=torch.uint8).expand(64, 3, 32, 32).permute(0, 2, 3, 1)  # by column
     pictures = {"agentview_rgb": ramp, "eye_in_hand_rgb": ramp.transpose(1, 2)}
     batch = {"obs": pictures, "next_obs": pictures, "actions": torch.zeros(64, 1, 7)}
     shifted = shift_pictures(batch, 8, image_size=64)  # 8 of the model's pixels are 4 of these
     columns = shifted["obs"]["agentview_rgb"][:, 0, 16, 0].int() - 26  # shift of each sample along one side
     rows = shifted["obs"]["eye_in_hand_rgb"][:, 16, 0, 0].int() - 26
     assert set(columns.tolist()) == set(rows.tolist()) == set(range(-4, 5))
-    assert torch.equal(columns.view(predictions, 64), columns[:64].expand(predictions, -1))  # frame by frame
     for i, column in enumerate(columns.tolist()):
         expected = (torch.arange(32) + column).clamp(0, 31) + 10
         for name in ("obs", "next_obs"):

@@ -28,11 +28,8 @@ CAME_LATER = {
     "data.cache": "none",
     "data.cache_directory": None,
     "data.language_embeddings": None,
-    "model.state_norm": "none",
     "training.precision": "fp32",
     "training.activation_checkpointing": False,
-    "training.phase1.predictor_dropout": 0.0,
-    "training.phase1.rollout_length": 1,
     "training.phase1.vicreg_on": "both",
     "training.phase1.foresight_weight": 0.0,
     "training.phase1.proprioception_masking": 0.0,
@@ -46,7 +43,12 @@ CAME_LATER = {
 }
 MOVED = {"training.image_shift": ("training.phase1.image_shift", "training.phase2.image_shift")}
 ANYTHING = object()
-REMOVED = {"training.num_workers": ANYTHING}  # of a loader that is gone; it never changed a number
+REMOVED = {
+    "training.num_workers": ANYTHING,  # of a loader that is gone; it never changed a number
+    "model.state_norm": "none",
+    "training.phase1.predictor_dropout": 0.0,
+    "training.phase1.rollout_length": 1,
+}
 
 
 def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
