@@ -273,7 +273,10 @@ class LiberoEnv:
         """Applies one action (7,) for 1/20 s and returns whether the task is solved."""
         if not np.isfinite(action).all():  # MuJoCo would reset itself without a word
             raise SimulatorError(f"the action {np.asarray(action).round(3).tolist()} is not finite")
+        before = self.sim.data.time
         _, _, success, _ = self._env.step(action)
+        if self.sim.data.time <= before:  # a reset scene can even look solved
+            raise SimulatorError("a position, velocity or acceleration became infinite or NaN: MuJoCo has reset itself")
         return bool(success)
 
     def check_success(self) -> bool:

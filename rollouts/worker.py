@@ -14,6 +14,7 @@ process, whose traceback the main process reads and reports.
 
 import faulthandler
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -144,7 +145,8 @@ def serve(pipe: Connection) -> None:
             pipe.send(("bad input", str(problem)))
             return
         end = time.perf_counter()
-        pipe.send(("finished", outcome | {"seconds": end - built, "construction_seconds": built - start}))
+        times = {"seconds": end - built, "construction_seconds": built - start}
+        pipe.send(("finished", outcome | times | {"renderer": os.environ.get("MUJOCO_GL", "cgl")}))
         if outcome["broken_by_policy"] is not None:
             task_of_env = None  # the next episode gets an environment that nothing is known against
 
