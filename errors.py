@@ -11,7 +11,14 @@ class BadInput(Exception):
     """The user's mistake in one sentence: which file or key, what was found, what was expected."""
 
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED", "Unable to allocate", "bad_alloc")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "Unable to allocate",
+    "bad_alloc",
+)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

@@ -456,17 +456,15 @@ def choose_output_dir(arguments: argparse.Namespace) -> Path:
     """The folder that is asked for, or a new one that no evaluation started at the same time gets, too."""
     if arguments.output_dir:
         return Path(arguments.output_dir)
-    for number in itertools.count(1):
-        directory = Path("results") / f"{arguments.task_suite}_{number}"
-        try:
-            directory.mkdir(parents=True)
-            return directory
-        except FileExistsError:
-            continue
-        except OSError as problem:
-            raise BadInput(
-                f"{directory}: cannot be made ({problem.strerror}); choose a folder with --output_dir"
-            ) from None
+    results = Path("results")
+    try:
+        results.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                (directory := results / f"{arguments.task_suite}_{number}").mkdir()
+                return directory
+    except OSError as problem:
+        raise BadInput(f"{results}: not writable ({problem.strerror}); choose a folder with --output_dir") from None
 
 
 def describe(settings: dict, num_episodes: int) -> str:

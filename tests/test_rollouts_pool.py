@@ -1,6 +1,7 @@
 """rollouts/pool.py with real worker processes and the real simulator."""
 
 import os
+import resource
 import signal
 import time
 from multiprocessing import Pipe
@@ -14,7 +15,7 @@ from errors import BadInput
 from libero_sim import SimulatorError, make_env, make_suite, task_init_states
 from rollouts.crashes import exception_line
 from rollouts.policies import ZeroPolicy
-from rollouts.pool import Waiting, Worker, _receive, play_all, sensible_number_of_workers
+from rollouts.pool import Attempt, Waiting, Worker, _receive, answer, play_all, sensible_number_of_workers
 from rollouts.worker import STAND_STILL, Episode, Rollouts, play_episode
 
 TASK = 6
@@ -148,6 +149,30 @@ the end"""
         "Fatal Python error: Segmentation fault"
     )
     assert exception_line("WARNING: nothing") is None
+
+
+def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    states = task_init_states(make_suite("libero_object"), TASK)  # reads files
+    rollouts = Rollouts("libero_object", 64, 0.2, MAX_STEPS, 0.0, False, "none", tmp_path)
+    records = play_all(episodes(0), lambda e: states[e.trial], ZeroPolicy(MAX_STEPS), rollouts, 1, 300)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # no more files than are open
+    try:
+        with pytest.raises(BadInput, match=r"a simulator's process cannot be started \(.*Too many open files"):
+            next(records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_running_out_of_memory_while_deciding_is_one_sentence():
+    class LargePolicy(ZeroPolicy):
+        def act(self, observations, episodes, generators):
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
+
+    worker = Worker.__new__(Worker)
+    worker.attempt, worker.generator = Attempt(episodes(0)[0]), None
+    with pytest.raises(BadInput, match=r"out of memory while deciding for 1 simulators; try fewer --num_workers"):
+        answer([(worker, None)], LargePolicy(MAX_STEPS))
 
 
 def test_there_are_never_more_workers_than_the_job_has_cores_and_memory(monkeypatch):
