@@ -97,15 +97,16 @@ def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
     task_ids = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        if not (first.isdecimal() and (last or first).isdecimal()):
             raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
-        task_ids |= set(range(int(first), int(last or first) + 1))
+        last = int(last or first)
+        if last >= suite.n_tasks:
+            raise BadInput(
+                f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {last}"
+            )
+        task_ids |= set(range(int(first), last + 1))
     if not task_ids:
         raise BadInput(f"--tasks {text}: names no task")
-    if max(task_ids) >= suite.n_tasks:
-        raise BadInput(
-            f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {max(task_ids)}"
-        )
     return sorted(task_ids)
 
 

@@ -23,6 +23,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -210,11 +211,11 @@ def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
 
 
 def keep_all(rollout: Iterator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
-    """Writes every episode down as soon as it is over, with the code that played it."""
-    code = code_version()
+    """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn."""
+    origins = {"code": code_version(), "renderer": os.environ.get("MUJOCO_GL", "cgl")}
     with progress, contextlib.closing(rollout):
         for episode in rollout:
-            folder.append(episode | {"code": code})
+            folder.append(episode | origins)
             if trouble := trouble_of(episode):
                 progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {trouble}")
             progress.set_postfix(successes=sum(one["success"] for one in folder.episodes), refresh=False)

@@ -14,7 +14,6 @@ process, whose traceback the main process reads and reports.
 
 import faulthandler
 import hashlib
-import os
 import signal
 import sys
 import time
@@ -146,7 +145,7 @@ def serve(pipe: Connection) -> None:
             return
         end = time.perf_counter()
         times = {"seconds": end - built, "construction_seconds": built - start}
-        pipe.send(("finished", outcome | times | {"renderer": os.environ.get("MUJOCO_GL", "cgl")}))
+        pipe.send(("finished", outcome | times))
         if outcome["broken_by_policy"] is not None:
             task_of_env = None  # the next episode gets an environment that nothing is known against
 

@@ -372,6 +372,8 @@ def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(check
         (("--task_suite", "libero_object_with_trigger"), "the installed LIBERO has no init states of task 0"),
         (("--tasks", "10"), "libero_object has the tasks 0 to 9, there is no task 10"),
         (("--tasks", "six"), "expected task ids such as 0,3"),
+        (("--tasks", "²"), "expected task ids such as 0,3"),
+        (("--tasks", "0-99999999999"), "there is no task 99999999999"),
         (("--tasks", "6", "--num_trials", "0"), "--num_trials 0: expected between 1 and 50"),
         (("--tasks", "6", "--num_trials", "51"), "--num_trials 51: expected between 1 and 50"),
         (("--tasks", "6", "--max_steps", "1000000000000"), "--max_steps 1000000000000: expected between 1 and 100000"),
