@@ -140,7 +140,7 @@ def differences(a: dict, b: dict) -> list[str]:
         elif in_a != in_b:
             found.append(f"{name} is {_said(in_a)} in A and {_said(in_b)} in B")
     for name in ORIGINS:
-        in_a, in_b = (" and ".join(distinct(each["episodes"], name)) for each in (a, b))
+        in_a, in_b = (", ".join(distinct(each["episodes"], name)) for each in (a, b))
         if in_a != in_b:
             found.append(f"{name} is {in_a} in A and {in_b} in B")
     return found

@@ -294,7 +294,7 @@ def test_a_comparison_names_every_version_and_setting_in_which_two_results_diffe
     b = write_results(tmp_path / "b.json", episodes, **changes)
     assert sorted(notes(a, b)) == [
         "note: 1 finished episodes have no partner and are left out",
-        "note: code is c0ffee in A and decade and not recorded in B",
+        "note: code is c0ffee in A and decade, not recorded in B",
         "note: device is cpu in A and cuda in B",
         "note: instructions of 6 is pick up the butter in A and grab the butter in B",
         "note: mamba_backend is not recorded in A and cuda in B",
