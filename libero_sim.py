@@ -97,15 +97,16 @@ def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
     task_ids = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        if not (first.isdecimal() and (last or first).isdecimal()):
             raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
-        task_ids |= set(range(int(first), int(last or first) + 1))
+        last = int(last or first)
+        if last >= suite.n_tasks:
+            raise BadInput(
+                f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {last}"
+            )
+        task_ids |= set(range(int(first), last + 1))
     if not task_ids:
         raise BadInput(f"--tasks {text}: names no task")
-    if max(task_ids) >= suite.n_tasks:
-        raise BadInput(
-            f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {max(task_ids)}"
-        )
     return sorted(task_ids)
 
 
@@ -273,7 +274,10 @@ class LiberoEnv:
         """Applies one action (7,) for 1/20 s and returns whether the task is solved."""
         if not np.isfinite(action).all():  # MuJoCo would reset itself without a word
             raise SimulatorError(f"the action {np.asarray(action).round(3).tolist()} is not finite")
+        before = self.sim.data.time
         _, _, success, _ = self._env.step(action)
+        if self.sim.data.time <= before:  # a reset scene can even look solved
+            raise SimulatorError("a position, velocity or acceleration became infinite or NaN: MuJoCo has reset itself")
         return bool(success)
 
     def check_success(self) -> bool:

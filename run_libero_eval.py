@@ -6,7 +6,8 @@
 The checkpoint alone says which cameras, picture size, robot state and language embeddings the policy was trained on.
 Each finished episode is on disk at once; the same command with the same --output_dir continues one that was stopped.
 An episode is a function of checkpoint, suite, task, init state and --seed, whatever the number of workers. One that
-the simulator could not finish counts as crashed, not as failed: success rates are over the episodes that were finished.
+the policy's own actions break has failed. One that the machine could not finish has crashed and is in no success rate;
+where one is left, the exit code is 1, and the same command tries it again.
 
     --side_by_side 0.05                              policy and baselines, on init states and shifted targets
     --policy replay | zero                           what a policy that doesn't look gets
@@ -17,10 +18,14 @@ the simulator could not finish counts as crashed, not as failed: success rates a
 import argparse
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +34,8 @@ from tqdm import tqdm
 
 from config import parse_config
 from dataloader import STATE_KEYS, LanguageTable, canonical_instruction
-from errors import BadInput, exits_on_bad_input
+from errors import BadInput, exits_on_bad_input, out_of_memory_named
+from files import expanded
 from jepa.mamba import choose_mamba_backend
 from jepa.tokenizer import CAMERAS
 from libero_sim import (
@@ -40,12 +46,22 @@ from libero_sim import (
     task_init_states,
     task_instruction,
 )
+from provenance import code_version
 from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
-from rollouts.policies import CheckpointPolicy, ReplayPolicy, ZeroPolicy, read_demo, training_demo, with_embeddings_of
+from rollouts.policies import (
+    CheckpointPolicy,
+    ReplayPolicy,
+    Task,
+    ZeroPolicy,
+    demo_of,
+    read_demo,
+    training_demo,
+    with_embeddings_of,
+)
 from rollouts.pool import play_all, sensible_number_of_workers
 from rollouts.report import write_report
 from rollouts.side_by_side import conditions, side_by_side, table_text
-from rollouts.statistics import comparison_text, figures_text, summarise, summarise_tasks
+from rollouts.statistics import ORIGINS, comparison_text, distinct, figures_text, summarise, summarise_tasks
 from rollouts.worker import Episode, Rollouts
 from statevla_model import choose_device, model_from_checkpoint, read_checkpoint
 
@@ -57,6 +73,7 @@ STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite tak
     "libero_10": 520,
 }
 LARGEST_SHIFT = 0.2  # metres
+LONGEST_EPISODE = 100_000  # steps, more than an hour
 
 
 @exits_on_bad_input
@@ -66,57 +83,82 @@ def main() -> None:
         print(comparison_text(*map(Path, arguments.compare)))
         return
     if arguments.merge:
-        folder = merge([Path(part) for part in arguments.merge], Path(arguments.output_dir))
-        finish(folder, checkpoint_name=None, checkpoint_epoch=None)
+        with merge([Path(part) for part in arguments.merge], Path(arguments.output_dir)) as folder:
+            settings = read_settings(folder.directory)
+            asked = len(settings["instructions"]) * settings["num_trials"]
+            finish(folder, checkpoint_name=None, checkpoint_epoch=None)
+        exit_unless_complete([(folder, asked)], "the commands of the shards play them, then merge into a new folder")
         return
+    advice = "the same command with this --output_dir tries them again"
     if arguments.side_by_side is None:
-        evaluate(arguments)
+        exit_unless_complete([evaluate(arguments)], advice)
         return
-    directory = choose_output_dir(arguments)
     check_all_sides(arguments)
+    directory, played = choose_output_dir(arguments), []
     for name, flags in conditions(arguments.side_by_side):
         print(f"== {name}")
         condition = copy.copy(arguments)
         vars(condition).update(flags, output_dir=str(directory / name))
-        evaluate(condition)
+        played.append(evaluate(condition))
+    exit_unless_complete(played, advice)
+
+
+def exit_unless_complete(evaluations: Sequence[tuple[EvaluationFolder, int]], advice: str) -> None:
+    """Ends the program with code 1 and one sentence where episodes that were asked for are in no figure.
+
+    evaluations: each folder and how many episodes were asked of it.
+    """
+    incomplete, left, crashed = [], 0, 0
+    for folder, asked in evaluations:
+        crashes = sum(episode["crashed"] for episode in folder.episodes)
+        missing = asked - (len(folder.episodes) - crashes)
+        if missing:
+            incomplete.append(str(folder.directory))
+            left, crashed = left + missing, crashed + crashes
+    if left:
+        where, asked = ", ".join(incomplete), sum(asked for _, asked in evaluations)
+        sys.exit(f"error: {where}: {left} of {asked} episodes are in no figure, {crashed} of them crashed; {advice}")
 
 
 def check_all_sides(arguments: argparse.Namespace) -> None:
     """Raises BadInput for what would stop a later one of the eight evaluations, before the first is played."""
     replay = copy.copy(arguments)
     vars(replay).update(policy="replay", shift_target=arguments.side_by_side)
-    _, init_states, instructions = asked_for(replay)
-    make_policy(replay, read_checkpoint(arguments.checkpoint, phase=2), instructions, init_states)
+    _, tasks = asked_for(replay)
+    make_policy(replay, read_checkpoint(arguments.checkpoint, phase=2), tasks)
 
 
 def asked_for(arguments: argparse.Namespace) -> tuple:
-    """The suite and, by task id, init states and instructions. Raises BadInput for what can't be had."""
+    """The suite and its tasks by id. Raises BadInput for what can't be had."""
     suite = make_suite(arguments.task_suite)
     task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
+    tasks = {}
     for task_id in task_ids:
         bddl_path(suite, task_id)  # raises here and now where a task's file is missing
         if arguments.shift_target and not target_is_an_object(suite, task_id):
             raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
-    init_states = {task_id: task_init_states(suite, task_id) for task_id in task_ids}
-    instructions = {
-        task_id: canonical_instruction(task_instruction(suite, arguments.task_suite, task_id)) for task_id in task_ids
-    }
-    check_numbers(arguments, min(len(states) for states in init_states.values()))
-    return suite, init_states, instructions
+    for task_id in task_ids:
+        named, told = suite.get_task(task_id), task_instruction(suite, arguments.task_suite, task_id)
+        name_tells = canonical_instruction(named.language) == canonical_instruction(told)
+        init_states = task_init_states(suite, task_id)
+        tasks[task_id] = Task(named.name, canonical_instruction(told), name_tells, init_states)
+    check_numbers(arguments, min(len(task.init_states) for task in tasks.values()))
+    return suite, tasks
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Plays what is missing of one evaluation, and reports it."""
+def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
+    """Plays what is missing of one evaluation, and reports it. Returns its folder, closed, and how many episodes were
+    asked for."""
     # What is asked for: tasks, their init states and instructions, and who acts.
-    suite, init_states, instructions = asked_for(arguments)
+    suite, tasks = asked_for(arguments)
     checkpoint = read_checkpoint(arguments.checkpoint, phase=2) if arguments.checkpoint else None
-    policy, settings = make_policy(arguments, checkpoint, instructions, init_states)
+    policy, settings = make_policy(arguments, checkpoint, tasks)
     settings |= {
         "task_suite": arguments.task_suite,
-        "instructions": {str(task_id): instruction for task_id, instruction in instructions.items()},
+        "instructions": {str(task_id): task.instruction for task_id, task in tasks.items()},
         "tasks_of_suite": suite.n_tasks,
         "num_trials": arguments.num_trials,
-        "init_states": min(len(states) for states in init_states.values()),
+        "init_states": min(len(task.init_states) for task in tasks.values()),
         "max_steps": arguments.max_steps,
         "shift_target": arguments.shift_target,
         "seed": arguments.seed,
@@ -127,57 +169,65 @@ def evaluate(arguments: argparse.Namespace) -> None:
         Episode(
             arguments.task_suite, task_id, trial, episode_seed(arguments.task_suite, task_id, trial, arguments.seed)
         )
-        for task_id in init_states
+        for task_id in tasks
         for trial in range(arguments.num_trials)
     ]
     episodes = shard_of(episodes, arguments.shard)
 
-    # What is there already, and the rest.
-    folder = EvaluationFolder(choose_output_dir(arguments), settings)
-    done = {(episode["task_id"], episode["trial"]) for episode in folder.episodes if not episode["crashed"]}
-    missing = [episode for episode in episodes if (episode.task_id, episode.trial) not in done]
-    print(describe(settings, len(episodes)))
-    if done:
-        print(f"{folder.directory}: {len(done)} episodes are there already, {len(missing)} are missing")
-    rollouts = Rollouts(
-        arguments.task_suite,
-        settings["image_size"],
-        settings["visual_mesh_ratio"],
-        arguments.max_steps,
-        arguments.shift_target,
-        policy.looks,
-        arguments.save_video,
-        folder.pictures.absolute(),
-    )
-    rollout = play_all(
-        missing,
-        lambda episode: init_states[episode.task_id][episode.trial],
-        lambda episode: instructions[episode.task_id],
-        policy,
-        rollouts,
-        arguments.num_workers or sensible_number_of_workers(),
-        arguments.episode_timeout,
-    )
-    try:
-        keep_all(rollout, folder, tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0))
-    except KeyboardInterrupt:
-        print(f"\nStopped. {len(folder.episodes)} of {len(episodes)} episodes are kept; the same command with", end=" ")
-        print(f"--output_dir {folder.directory} continues.")
-        sys.exit(130)
-    finish(folder, arguments.checkpoint, checkpoint and checkpoint["epoch"])
+    with EvaluationFolder(choose_output_dir(arguments), settings) as folder:
+        # What is there already, and the rest.
+        identity = [field.name for field in dataclasses.fields(Episode)]
+        done = {Episode(*(one[name] for name in identity)) for one in folder.episodes if not one["crashed"]}
+        missing = [episode for episode in episodes if episode not in done]
+        print(describe(settings, len(episodes)))
+        if done:
+            print(f"{folder.directory}: {len(done)} episodes are there already, {len(missing)} are missing")
+        rollouts = Rollouts(
+            arguments.task_suite,
+            settings["image_size"],
+            settings["visual_mesh_ratio"],
+            arguments.max_steps,
+            arguments.shift_target,
+            policy.looks,
+            arguments.save_video,
+            folder.pictures.absolute(),
+        )
+        rollout = play_all(
+            missing,
+            lambda episode: tasks[episode.task_id].init_states[episode.trial],
+            policy,
+            rollouts,
+            arguments.num_workers or sensible_number_of_workers(),
+            arguments.episode_timeout,
+        )
+        try:
+            keep_all(rollout, folder, tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0))
+        except KeyboardInterrupt:
+            kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
+            print(f"\nStopped. {kept}; the same command with --output_dir {folder.directory} continues.")
+            sys.exit(130)
+        finish(folder, arguments.checkpoint, checkpoint and checkpoint["epoch"])
+    return folder, len(episodes)
 
 
 def keep_all(rollout: Iterator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
-    """Writes every episode down as soon as it is over."""
+    """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn."""
+    origins = {"code": code_version(), "renderer": os.environ.get("MUJOCO_GL", "cgl")}
     with progress, contextlib.closing(rollout):
         for episode in rollout:
-            folder.append(episode)
-            if episode["crashed"]:
-                lines = episode["error"].splitlines()
-                why = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # how it ended, and the exception
-                progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {why}")
+            folder.append(episode | origins)
+            if trouble := trouble_of(episode):
+                progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {trouble}")
             progress.set_postfix(successes=sum(one["success"] for one in folder.episodes), refresh=False)
             progress.update()
+
+
+def trouble_of(episode: dict) -> str | None:
+    """Why an episode crashed, or how the policy broke it, in one line."""
+    if episode["crashed"]:
+        return f"crashed: {episode['error'].partition(chr(10))[0]}"
+    broken = episode.get("broken_by_policy")
+    return broken and f"broken off by the policy's own actions {broken}"
 
 
 def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epoch: int | None) -> None:
@@ -195,6 +245,7 @@ def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epo
         "checkpoint": checkpoint_name,
         "checkpoint_epoch": checkpoint_epoch,
         "settings": settings,
+        **{name: distinct(episodes, name) for name in ORIGINS},
         "episodes": episodes,
     }
     results["side_by_side"] = side_by_side(folder.directory, results)
@@ -205,6 +256,8 @@ def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epo
     if overall["decision_ms_mean"]:
         mean, median = overall["decision_ms_mean"], overall["decision_ms_median"]
         print(f"decisions: {mean:.1f} ms on average, median {median:.1f} ms")
+    for trouble, times in Counter(filter(None, map(trouble_of, episodes))).most_common():
+        print(f"{times} x {trouble}")
     print(f"overall: {figures_text(overall)}\n\n{table_text(results['side_by_side'])}\n")
     print(f"results: {folder.directory / 'results.json'}, to look at: {report}")
 
@@ -219,13 +272,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     # fmt: off
-    add("--checkpoint", help="phase-2 checkpoint; a baseline takes its picture settings and training demos from it")
+    add("--checkpoint", type=expanded,
+        help="phase-2 checkpoint; a baseline takes its picture settings and training demos from it")
     add("--task_suite", default="libero_object", help="LIBERO or LIBERO-PRO suite (default: %(default)s)")
     add("--tasks", help="task ids such as 0,3 or 2-5 (default: all tasks of the suite)")
     add("--num_trials", type=int, help="episodes a task, each from its own init state (default: all, at most 50)")
     add("--policy", choices=("checkpoint", "replay", "zero"), default="checkpoint",
         help="who acts: the checkpoint, a training demo of the task replayed blindly, or nobody (default: %(default)s)")
-    add("--demo", metavar="FILE[:demo_i]", help="for --policy replay: this demonstration, of the one task in --tasks")
+    add("--demo", type=expanded, metavar="FILE[:demo_i]",
+        help="for --policy replay: this demonstration, without a number the first, of the one task in --tasks")
     add("--execute_steps", type=int, help="actions executed of each chunk (default: the whole chunk)")
     add("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
     add("--flow_start", choices=("noise", "zero"),
@@ -237,15 +292,19 @@ def parse_arguments() -> argparse.Namespace:
         help="the policy (flow from noise, from zero), replay and standing still, from the init states and with the "
         "target shifted by up to this: eight evaluations in --output_dir and one table")
     add("--seed", type=int, default=0, help="seed of the flow's noise and of the scene (default: %(default)s)")
-    add("--output_dir", help="folder of the results, continued if started (default: a new results/<suite>_<number>)")
+    add("--output_dir", type=expanded,
+        help="folder of the results, continued if started (default: a new results/<suite>_<number>)")
     add("--save_video", choices=("all", "failures", "none"), nargs="?", const="all", default="none",
         help="episodes to keep as mp4, with a grid of each task; without a value all (default: %(default)s)")
     add("--num_workers", type=int, help="simulators side by side, 1.6 GB each (default: one a core, as memory allows)")
     add("--episode_timeout", type=float, default=900,
-        help="seconds after which an episode counts as hung and is tried once more (default: %(default)s)")
+        help="seconds after which an episode counts as hung and is tried once more; the policy's time is not counted "
+        "(default: %(default)s)")
     add("--shard", metavar="I/N", help="play only the I-th of N parts of the episodes, 1/N to N/N")
-    add("--merge", nargs="+", metavar="DIR", help="join the folders of shards into --output_dir; nothing is played")
-    add("--compare", nargs=2, metavar="RESULTS", help="pair two results.json by episode; nothing is played")
+    add("--merge", type=expanded, nargs="+", metavar="DIR",
+        help="join the folders of shards into --output_dir; nothing is played")
+    add("--compare", type=expanded, nargs=2, metavar="RESULTS",
+        help="pair two results.json by episode; nothing is played")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the checkpoint's config")
     # fmt: on
     arguments = parser.parse_args()
@@ -283,7 +342,8 @@ def check_numbers(arguments: argparse.Namespace, num_init_states: int) -> None:
     if not arguments.episode_timeout > 0:
         raise BadInput(f"--episode_timeout {arguments.episode_timeout:g}: expected more than 0 seconds")
     check_range("num_trials", arguments.num_trials, num_init_states)
-    for name in ("sample_steps", "max_steps", "num_workers"):
+    check_range("max_steps", arguments.max_steps, LONGEST_EPISODE)
+    for name in ("sample_steps", "num_workers"):
         if getattr(arguments, name) is not None:
             check_range(name, getattr(arguments, name))
 
@@ -294,9 +354,7 @@ def check_range(name: str, value: int, limit: int | None = None) -> None:
         raise BadInput(f"--{name} {value}: expected {bounds}")
 
 
-def make_policy(
-    arguments: argparse.Namespace, checkpoint: dict | None, instructions: dict[int, str], init_states: dict
-) -> tuple:
+def make_policy(arguments: argparse.Namespace, checkpoint: dict | None, tasks: dict[int, Task]) -> tuple:
     """Who acts, and the settings that say so."""
     settings = {"policy": arguments.policy, "image_size": 128, "visual_mesh_ratio": 1.0}
     if checkpoint:
@@ -309,23 +367,27 @@ def make_policy(
         return ZeroPolicy(arguments.max_steps), settings
     if arguments.policy == "replay":
         if arguments.demo:
-            if len(instructions) > 1:
+            if len(tasks) > 1:
                 raise BadInput(f"--demo {arguments.demo}: is of one task; choose that task with --tasks")
-            path, _, key = arguments.demo.partition(":")
-            demos = dict.fromkeys(instructions.values(), (Path(path), key or "demo_0"))
+            chosen = dict.fromkeys(tasks, demo_of(arguments.demo))
         else:
-            demos = {
-                text: training_demo(
-                    text, config.data.data_directory, checkpoint["held_out_demos"], init_states[task_id]
-                )
-                for task_id, text in instructions.items()
+            data, held_out = config.data, checkpoint["held_out_demos"]
+            chosen = {
+                task_id: training_demo(task, data.data_directory, data.demos_per_task, held_out)
+                for task_id, task in tasks.items()
             }
-        settings["demos"] = {text: f"{path.name}:{key}" for text, (path, key) in demos.items()}
-        actions = {text: read_demo(path, key) for text, (path, key) in demos.items()}
-        return ReplayPolicy(actions, arguments.max_steps), settings
+        demos = {task_id: (path, *read_demo(path, key)) for task_id, (path, key) in chosen.items()}
+        settings["demos"] = {str(task_id): f"{path.name}:{key}" for task_id, (path, key, _) in demos.items()}
+        settings["actions_sha256"] = {  # files of one name can hold other demonstrations
+            str(task_id): hashlib.sha256(actions.tobytes()).hexdigest() for task_id, (*_, actions) in demos.items()
+        }
+        return ReplayPolicy(
+            {task_id: actions for task_id, (*_, actions) in demos.items()}, arguments.max_steps
+        ), settings
 
     trained_language = LanguageTable(**checkpoint["language"])
-    language = with_embeddings_of(list(instructions.values()), trained_language)
+    instructions = [task.instruction for task in tasks.values()]
+    language = with_embeddings_of(instructions, trained_language)
     chunk_length = config.model.action_seq_len
     execute_steps = chunk_length if arguments.execute_steps is None else arguments.execute_steps
     check_range("execute_steps", execute_steps, chunk_length)
@@ -333,15 +395,21 @@ def make_policy(
     device = choose_device(config.training.device)
     settings |= {
         "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
-        "new_instructions": sorted(set(instructions.values()) - trained_language.embeddings.keys()),
+        "new_instructions": sorted(set(instructions) - trained_language.embeddings.keys()),
         "execute_steps": execute_steps,
         "sample_steps": arguments.sample_steps,
         "flow_start": flow_start,
         "device": device.type,
         "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
     }
-    model = model_from_checkpoint(checkpoint, arguments.checkpoint)
-    return CheckpointPolicy(model, language, device, execute_steps, arguments.sample_steps, flow_start), settings
+    with out_of_memory_named(
+        f"{arguments.checkpoint}: out of memory while loading it on {device.type}; other programs may hold it"
+        + (", and --set training.device=cpu needs none of the GPU's" if device.type != "cpu" else "")
+    ):
+        model = model_from_checkpoint(checkpoint, arguments.checkpoint)
+        told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
+        policy = CheckpointPolicy(model, told, device, execute_steps, arguments.sample_steps, flow_start)
+    return policy, settings
 
 
 def check_observation(observation: dict, source: str) -> None:
@@ -379,19 +447,25 @@ def shard_of(episodes: Sequence[Episode], shard: str | None) -> Sequence[Episode
     if shard is None:
         return episodes
     part, _, parts = shard.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts) <= len(episodes)):
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= len(episodes)):
         raise BadInput(f"--shard {shard}: expected I/N such as 3/16, with 1 <= I <= N <= {len(episodes)} episodes")
     first, last = ((int(part) + k) * len(episodes) // int(parts) for k in (-1, 0))
     return episodes[first:last]
 
 
 def choose_output_dir(arguments: argparse.Namespace) -> Path:
+    """The folder that is asked for, or a new one that no evaluation started at the same time gets, too."""
     if arguments.output_dir:
         return Path(arguments.output_dir)
-    number = 1
-    while (directory := Path("results") / f"{arguments.task_suite}_{number}").exists():
-        number += 1
-    return directory
+    results = Path("results")
+    try:
+        results.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                (directory := results / f"{arguments.task_suite}_{number}").mkdir()
+                return directory
+    except OSError as problem:
+        raise BadInput(f"{results}: not writable ({problem.strerror}); choose a folder with --output_dir") from None
 
 
 def describe(settings: dict, num_episodes: int) -> str:

@@ -17,7 +17,6 @@ import torch
 from measure import REPO, arguments, compared, print_table, ratio_text, write_results
 
 from config import load_config
-from dataloader import LanguageTable
 from jepa.mamba import choose_mamba_backend
 from libero_sim import bddl_path, from_simulator, import_libero, make_suite, task_init_states
 from rollouts.policies import CheckpointPolicy
@@ -27,7 +26,6 @@ from run_libero_eval import STEP_LIMITS
 from statevla_model import StateVLA
 
 SUITE, TASK, SIZE = "libero_object", 6, 128
-INSTRUCTION = "pick up the butter and place it in the basket"
 STANDARD, OURS, THINNED = "standard loop", "run_libero_eval.py", "run_libero_eval.py, meshes thinned to 0.2"
 
 
@@ -94,7 +92,7 @@ def untrained_policy() -> CheckpointPolicy:
     model = StateVLA(load_config(REPO / "conf/quickstart.yaml").model).eval()
     model.state_scaling.fit(torch.randn(64, model.config.state_dim))
     model.policy.normalizer.fit(torch.rand(64, 6) * 2 - 1)
-    language = LanguageTable("none", {INSTRUCTION: torch.randn(model.config.lang_emb_dim)})
+    language = {TASK: torch.randn(model.config.lang_emb_dim)}
     return CheckpointPolicy(model, language, device, model.config.action_seq_len, 4, "noise")
 
 
@@ -110,7 +108,7 @@ def standard_episode(env, init_state, policy: CheckpointPolicy, max_steps: int) 
         env_obs, *_ = env.step(STAND_STILL)
     steps = 0
     while steps < max_steps:
-        [chunk] = policy.act([from_simulator(env_obs)], [INSTRUCTION], [generator])
+        [chunk] = policy.act([from_simulator(env_obs)], [Episode(SUITE, TASK, 0, 0)], [generator])
         for action in chunk[: max_steps - steps]:
             env_obs, *_ = env.step(action)
             steps += 1
@@ -124,11 +122,7 @@ def our_episodes(
     with tempfile.TemporaryDirectory() as pictures:
         rollouts = Rollouts(SUITE, SIZE, visual_mesh_ratio, max_steps, 0.0, True, "none", Path(pictures))
         episodes = [Episode(SUITE, TASK, trial, trial) for trial in range(2 * num_workers)]
-        records = list(
-            play_all(
-                episodes, lambda e: init_states[e.trial], lambda e: INSTRUCTION, policy, rollouts, num_workers, 900
-            )
-        )
+        records = list(play_all(episodes, lambda e: init_states[e.trial], policy, rollouts, num_workers, 900))
     assert not any(record["crashed"] or record["success"] for record in records), records
     built = max(record["construction_seconds"] for record in records)
     return sum(record["seconds"] for record in records) / len(records) / num_workers, built

@@ -7,20 +7,21 @@
 A killed evaluation leaves whole lines and at most one torn one, and goes on from there.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from errors import BadInput
-from files import written_whole
+from files import Lock, written_whole
 
 PICTURES = "episodes"
+EPISODE_KEYS = {"suite", "task_id", "trial", "seed", "crashed", "success", "steps", "decision_ms", "tries", "error"}
+SETTINGS_KEYS = {"policy", "task_suite", "instructions", "num_trials", "seed", "max_steps", "shard"}
 
 
 class EvaluationFolder:
-    """Opened by one evaluation at a time.
+    """Opened by one evaluation at a time, until `close()` or the process's end. Usable as a context manager.
 
     Raises BadInput where the folder can't be written, is in use, or holds an evaluation with other settings.
     """
@@ -28,23 +29,33 @@ class EvaluationFolder:
     def __init__(self, directory: Path, settings: dict):
         self.directory, self.episodes_file = directory, directory / "episodes.jsonl"
         self.pictures = directory / PICTURES
-        settings_file = directory / "settings.json"
-        if (directory / "results.json").exists() and not settings_file.exists():
-            raise BadInput(f"--output_dir {directory}: already holds another program's results.json; choose another")
+        settings_file, where = directory / "settings.json", f"--output_dir {directory}"
         try:
+            if (directory / "results.json").exists() and not settings_file.exists():
+                raise BadInput(f"{where}: already holds another program's results.json; choose another")
             self.pictures.mkdir(parents=True, exist_ok=True)
-            self._lock = open(directory / ".lock", "w")  # noqa: SIM115  held until this process ends, however it ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"--output_dir {directory}: another evaluation is writing into this folder") from None
+            self._lock = Lock(directory / ".lock", f"{where}: another evaluation is writing into this folder")
         except OSError as problem:
-            raise BadInput(f"--output_dir {directory}: not writable ({problem.strerror})") from None
-        if settings_file.exists():
-            check_same(read_settings(directory), settings, f"--output_dir {directory}", "; choose another folder")
-        else:
-            write_whole(settings_file, json.dumps(settings, indent=2) + "\n")
-        self.episodes = read_episodes(directory)
-        self._forget_torn_line()
+            raise BadInput(f"{where}: not writable ({problem.strerror})") from None
+        try:
+            if settings_file.exists():
+                check_same(read_settings(directory), settings, where, "; choose another folder")
+            else:
+                write_whole(settings_file, json.dumps(settings, indent=2) + "\n")
+            self.episodes = read_episodes(directory)
+            self._forget_torn_line()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> "EvaluationFolder":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.close()
 
     def append(self, episode: dict) -> None:
         """Returns when the episode is on the disk."""
@@ -65,32 +76,43 @@ class EvaluationFolder:
         if self.episodes_file.exists():
             whole, newline, torn = self.episodes_file.read_bytes().rpartition(b"\n")
             if torn:
-                os.truncate(self.episodes_file, len(whole + newline))
+                try:
+                    os.truncate(self.episodes_file, len(whole + newline))
+                except OSError as problem:
+                    raise BadInput(f"{self.episodes_file}: cannot be written ({problem.strerror})") from None
 
 
 def read_settings(directory: Path) -> dict:
     path = directory / "settings.json"
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except OSError as problem:
         raise BadInput(f"{path}: cannot be read ({problem.strerror}); is {directory} an evaluation's folder?") from None
     except ValueError:
         raise BadInput(f"{path}: not readable as JSON") from None
+    if not isinstance(settings, dict) or not settings.keys() >= SETTINGS_KEYS:
+        raise BadInput(f"{path}: is not of run_libero_eval.py; expected the keys {', '.join(sorted(SETTINGS_KEYS))}")
+    return settings
 
 
 def read_episodes(directory: Path) -> list[dict]:
     """The episodes that are over; a last line without its end is not one. One that crashed and was played again later
     is what it was the last time."""
     path = directory / "episodes.jsonl"
-    if not path.exists():
+    try:
+        *lines, _ = path.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
         return []
-    *lines, _ = path.read_text(errors="replace").split("\n")
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror})") from None
     episodes = {}
     for number, line in enumerate(lines, start=1):
         try:
             episode = json.loads(line)
         except ValueError:
             raise BadInput(f"{path}: line {number} is not readable as JSON") from None
+        if not isinstance(episode, dict) or not episode.keys() >= EPISODE_KEYS:
+            raise BadInput(f"{path}: line {number} is no episode; expected the keys {', '.join(sorted(EPISODE_KEYS))}")
         episodes[episode["task_id"], episode["trial"]] = episode
     return list(episodes.values())
 
@@ -131,8 +153,16 @@ def merge(parts: Sequence[Path], directory: Path) -> EvaluationFolder:
         folder.append(episode)
     for part in parts:
         for picture in sorted((part / PICTURES).glob("task*")):
-            write_whole(folder.pictures / picture.name, picture.read_bytes())
+            if picture.suffix in (".mp4", ".png"):  # a killed worker may have left a part of one
+                write_whole(folder.pictures / picture.name, _read_bytes(picture))
     return folder
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror})") from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

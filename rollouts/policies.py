@@ -1,12 +1,15 @@
 """What decides in a rollout: a trained checkpoint, or one of two baselines that every figure should be held against.
 
-    policy.act(observations, instructions, generators) -> one chunk of actions (n, 7) float64 for each environment
+    policy.act(observations, episodes, generators) -> one chunk of actions (n, 7) float64 for each environment
 
-Observations are libero_sim.from_simulator's, or None for a policy with `looks` False. Each episode brings its own
-generator, so that what one environment is told depends on no other. `rows` is the size of a forward pass.
+Observations are libero_sim.from_simulator's, or None for a policy with `looks` False. An episode says by its task id
+what is asked for: in libero_90 twelve instructions stand for 28 tasks. Each brings its own generator, so that what one
+environment is told depends on no other. `rows` is the size of a forward pass.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -16,12 +19,23 @@ import torch
 from dataloader import LanguageTable, canonical_instruction, find_task_files, task_instruction, to_device
 from embed_language import CLIP, OFFLINE, embed
 from errors import BadInput
-from rollouts.worker import STAND_STILL
+from hdf5_files import open_hdf5
+from rollouts.worker import STAND_STILL, Episode
 from statevla_model import RecordedDecision, StateVLA
 
 ARM_JOINTS = slice(1, 8)  # of a flattened state, whose [0] is the time
 SAME_START = 0.2  # rad: a demo whose arm starts further from an episode's start begins in the middle of its task
 CUDA_BATCH = 16  # rows of every forward pass on a GPU, however many environments have asked
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task of the suite."""
+
+    name: str  # LIBERO's, of its files: the scene's name where there are several, and the words
+    instruction: str  # what the robot is told, as `canonical_instruction` writes it
+    name_tells: bool  # whether the name says so, too: some suites of LIBERO-PRO keep the names of the one they vary
+    init_states: np.ndarray  # (n, S)
 
 
 class CheckpointPolicy:
@@ -38,12 +52,13 @@ class CheckpointPolicy:
     def __init__(
         self,
         model: StateVLA,
-        language: LanguageTable,
+        language: Mapping[int, torch.Tensor],
         device: torch.device,
         execute_steps: int,
         sample_steps: int,
         flow_start: str,
     ):
+        """language: task id -> the embedding (lang_emb_dim,) of what the robot is told."""
         self.model, self.language, self.device = model.to(device), language, device
         self.execute_steps, self.sample_steps, self.flow_start = execute_steps, sample_steps, flow_start
         self.rows = CUDA_BATCH if device.type == "cuda" else 1
@@ -52,7 +67,7 @@ class CheckpointPolicy:
             torch.set_num_threads(1)
 
     def act(
-        self, observations: Sequence[dict], instructions: Sequence[str], generators: Sequence[torch.Generator]
+        self, observations: Sequence[dict], episodes: Sequence[Episode], generators: Sequence[torch.Generator]
     ) -> list[np.ndarray]:
         """n observations of n environments -> n chunks (execute_steps, 7)."""
         starts = [self.model.start_of_flow(1, self.flow_start, generator) for generator in generators]
@@ -64,7 +79,7 @@ class CheckpointPolicy:
                 name: torch.stack([torch.from_numpy(np.ascontiguousarray(observations[i][name])) for i in padded])
                 for name in observations[first]
             }
-            batch["language"] = torch.stack([self.language[instructions[i]] for i in padded])
+            batch["language"] = torch.stack([self.language[episodes[i].task_id] for i in padded])
             batch = to_device(batch, self.device)
             if self.decide is None:
                 self.decide = RecordedDecision(self.model, batch, self.sample_steps)
@@ -83,15 +98,15 @@ class ReplayPolicy:
     looks = False
     rows = 1
 
-    def __init__(self, demo_actions: dict[str, np.ndarray], max_steps: int):
-        """demo_actions: instruction -> (T, 7) in robot units."""
+    def __init__(self, demo_actions: Mapping[int, np.ndarray], max_steps: int):
+        """demo_actions: task id -> (T, 7) in robot units."""
         self.chunks = {}
-        for instruction, actions in demo_actions.items():
+        for task_id, actions in demo_actions.items():
             rest = np.tile([0, 0, 0, 0, 0, 0, actions[-1, 6]], (max(max_steps - len(actions), 0), 1))
-            self.chunks[instruction] = np.concatenate([actions, rest])
+            self.chunks[task_id] = np.concatenate([actions, rest])
 
-    def act(self, observations, instructions: Sequence[str], generators) -> list[np.ndarray]:
-        return [self.chunks[instruction] for instruction in instructions]
+    def act(self, observations, episodes: Sequence[Episode], generators) -> list[np.ndarray]:
+        return [self.chunks[episode.task_id] for episode in episodes]
 
 
 class ZeroPolicy:
@@ -103,46 +118,47 @@ class ZeroPolicy:
     def __init__(self, max_steps: int):
         self.chunk = np.tile(STAND_STILL, (max_steps, 1))
 
-    def act(self, observations, instructions: Sequence[str], generators) -> list[np.ndarray]:
-        return [self.chunk for _ in instructions]
+    def act(self, observations, episodes: Sequence[Episode], generators) -> list[np.ndarray]:
+        return [self.chunk for _ in episodes]
 
 
 # ------------------------------------------------------------------------------------------------- demonstrations
 
 
-def read_demo(path: Path, key: str) -> np.ndarray:
-    """Actions (T, 7) of one demonstration in LIBERO's HDF5 layout."""
-    try:
-        with h5py.File(path, "r") as file:
-            if key not in file.get("data", ()):
-                raise BadInput(f"--demo {path}:{key}: the file has no such demonstration; expected one like demo_0")
-            actions = np.asarray(file["data"][key]["actions"], np.float64)
-    except (OSError, KeyError) as problem:
-        raise BadInput(f"--demo {path}: not readable as a LIBERO HDF5 file ({problem})") from None
-    if actions.ndim != 2 or actions.shape[1] != 7 or not np.isfinite(actions).all():
-        raise BadInput(f"--demo {path}:{key}: key actions is {actions.shape}, expected finite (T, 7)")
-    return actions
+def demo_of(text: str) -> tuple[Path, str | None]:
+    """What --demo names, FILE or FILE:demo_<number>; a path may have colons of its own."""
+    match = re.fullmatch(r"(.+):(demo_\d+)", text)
+    return (Path(match[1]), match[2]) if match else (Path(text), None)
+
+
+def read_demo(path: Path, key: str | None) -> tuple[str, np.ndarray]:
+    """Key and actions (T, 7) of one demonstration in LIBERO's HDF5 layout; without a key the first by number."""
+    with open_hdf5(path) as file:
+        demos = _demos_by_number(file)
+        if not demos:
+            raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
+        key = key or next(iter(demos))
+        if key not in demos:
+            there = f"{next(iter(demos))} to {list(demos)[-1]}"
+            raise BadInput(f"{path}: has no demonstration {key}; it holds {len(demos)}, {there}")
+        actions = _array(demos[key], "actions", path)
+    if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions) or not np.isfinite(actions).all():
+        raise BadInput(f"{path}: {key}: key actions is {actions.shape}, expected finite (T, 7)")
+    return key, actions
 
 
 def training_demo(
-    instruction: str, data_directory: str, held_out_demos: Sequence[str], init_states: np.ndarray
+    task: Task, data_directory: str, demos_per_task: int, held_out_demos: Sequence[str]
 ) -> tuple[Path, str]:
     """Of a task's demonstrations that the checkpoint was trained on, the one that starts most like the task's init
-    states (n, S): file and key. Which demo is replayed decides much, and a baseline should be a strong one, so one that
-    begins after a missed grasp, its arm elsewhere, is out of the question."""
-    for path in find_task_files(data_directory):
-        try:
-            with h5py.File(path, "r") as file:
-                if task_instruction(path, file["data"]) != instruction:
-                    continue
-                starts = {
-                    key: demo["states"][0]
-                    for key, demo in file["data"].items()
-                    if f"{path.name}/{key}" not in held_out_demos
-                }
-        except (OSError, KeyError) as problem:
-            raise BadInput(f"{path}: not readable as a LIBERO HDF5 file ({problem}); name a demo with --demo") from None
-        usual = init_states.mean(axis=0)
+    states: file and key. Which demo is replayed decides much, and a baseline should be a strong one, so one that begins
+    after a missed grasp, its arm elsewhere, is out of the question."""
+    usual = task.init_states.mean(axis=0)
+    path = _file_of(task, find_task_files(data_directory))
+    if path is not None:
+        with open_hdf5(path) as file:
+            seen = list(_demos_by_number(file).items())[:demos_per_task]  # as the loader takes them
+            starts = {key: _first_state(demo, path) for key, demo in seen if f"{path.name}/{key}" not in held_out_demos}
         if any(start.shape != usual.shape for start in starts.values()):
             raise BadInput(f"{path}: key states is of another scene than the suite's; name a demo with --demo")
         distance = {
@@ -152,7 +168,61 @@ def training_demo(
         }
         if distance:
             return path, min(distance, key=distance.get)
-    raise BadInput(f"{data_directory}: has no training demo of '{instruction}' to replay; name one with --demo")
+    raise BadInput(f"{data_directory}: has no training demo of '{task.instruction}' to replay; name one with --demo")
+
+
+def _file_of(task: Task, paths: Sequence[Path]) -> Path | None:
+    """The file of the task's demonstrations, None where there is none. A file with LIBERO's name is of the task of that
+    name alone; others go by their instruction and by the width of their states, as do all files where a task's name
+    doesn't tell.
+
+    Raises BadInput where several could be meant.
+    """
+    if task.name_tells:
+        for path in paths:
+            if path.stem == f"{task.name}_demo":
+                return path
+    fitting, found = [], None
+    for path in paths:
+        if task.name_tells and path.stem.endswith("_demo"):
+            continue
+        with open_hdf5(path) as file:
+            demos = _demos_by_number(file)
+            if demos and task_instruction(path, file["data"]) == task.instruction:
+                found = path
+                if _first_state(next(iter(demos.values())), path).shape == task.init_states[0].shape:
+                    fitting.append(path)
+    if len(fitting) > 1:
+        raise BadInput(
+            f"{fitting[0]} and {fitting[1].name}: are both of '{task.instruction}', and neither has the name of the"
+            f" task, {task.name}_demo.hdf5; name a demo with --demo"
+        )
+    return fitting[0] if fitting else found
+
+
+def _demos_by_number(file: h5py.File) -> dict[str, h5py.Group]:
+    data = file.get("data")
+    keys = [key for key in data if re.fullmatch(r"demo_\d+", key)] if isinstance(data, h5py.Group) else []
+    return {key: data[key] for key in sorted(keys, key=lambda key: int(key[5:]))}
+
+
+def _first_state(demo: h5py.Group, path: Path) -> np.ndarray:
+    """(S,), the flattened simulator state at the demo's beginning."""
+    states = _array(demo, "states", path)
+    if states.ndim != 2 or not len(states):
+        raise BadInput(f"{path}: {demo.name.split('/')[-1]}: key states is {states.shape}, expected (T, S)")
+    return states[0]
+
+
+def _array(demo: h5py.Group, key: str, path: Path) -> np.ndarray:
+    """A demonstration's dataset of numbers as float64."""
+    where = f"{path}: {demo.name.split('/')[-1]}: key {key}"
+    if not isinstance(demo, h5py.Group) or key not in list(demo):  # in a list: a link that leads nowhere is there
+        raise BadInput(f"{where} is missing")
+    dataset = demo[key]
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
+        raise BadInput(f"{where} holds no numbers")
+    return dataset[()].astype(np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------- language

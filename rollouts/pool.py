@@ -2,6 +2,7 @@
 
 A worker that dies, hangs or cannot build its environment is replaced and its episode tried once more. Workers keep to
 one task for as long as it has episodes, since building an environment takes seconds; while one builds, others step.
+A worker's time is what it works for: while it waits for the policy its clock stands still.
 """
 
 import math
@@ -21,12 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import BadInput
+from errors import BadInput, out_of_memory_named
+from machine import available_cores, available_gigabytes
+from rollouts.crashes import exception_line, place_of_hang
 from rollouts.worker import Episode, Rollouts
 
 GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
 TRIES = 2
 LAST_WORDS = 4000  # characters of a dead worker's output that are kept
+LONGEST_WAIT = 3600.0  # seconds; the system's call takes no endless ones
 
 
 @dataclass(frozen=True)
@@ -40,39 +44,32 @@ class Attempt:
 
 def sensible_number_of_workers() -> int:
     """One a core, as far as memory goes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores, int(_free_gigabytes() / GB_PER_ENVIRONMENT)))
-
-
-def _free_gigabytes() -> float:
-    """What Linux says is available, or, elsewhere, half of what is built in."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) / 1e6
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
+    return max(1, min(available_cores(), int(available_gigabytes() / GB_PER_ENVIRONMENT)))
 
 
 class Worker:
-    """A worker process as the main process sees it."""
+    """A worker process as the main process sees it. Raises BadInput where none can be started."""
 
     def __init__(self, rollouts: Rollouts):
-        self.pipe, theirs = Pipe()
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
         # One thread each: there is a process for every core already. LP is Mesa's software renderer, 0: no helpers.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rollouts.worker", str(theirs.fileno())],
-            cwd=Path(__file__).parent.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=self.said,
-            stderr=self.said,
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C reaches the main process alone
-        )
+        try:
+            self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
+            self.pipe, theirs = Pipe()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rollouts.worker", str(theirs.fileno())],
+                cwd=Path(__file__).parent.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=self.said,
+                stderr=self.said,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the main process alone
+            )
+        except OSError as problem:  # no memory, no more processes or files for this user, a full temporary folder
+            raise BadInput(f"a simulator's process cannot be started ({problem}); try fewer --num_workers") from None
         theirs.close()
-        self.pipe.send(rollouts)
+        self.send(rollouts)
         self.task_id: int | None = None
         self.attempt: Attempt | None = None
 
@@ -80,8 +77,20 @@ class Worker:
         self.attempt, self.task_id = attempt, attempt.episode.task_id
         self.generator = torch.Generator().manual_seed(attempt.episode.seed)
         self.decision_ms: list[float] = []
-        self.begun, self.deadline = time.perf_counter(), time.monotonic() + timeout
-        self.send((attempt.episode, init_state))
+        self.seconds_left = timeout
+        self.set_to_work((attempt.episode, init_state))
+
+    def set_to_work(self, message) -> None:
+        self.send(message)
+        self.deadline = time.monotonic() + self.seconds_left
+
+    def stop_clock(self, seconds_worked: float) -> None:
+        """It waits for an answer. By its own account: how long its message lay here is not its fault."""
+        self.seconds_left -= seconds_worked
+
+    def is_late(self) -> bool:
+        """Not while a message of its lies here unread."""
+        return self.deadline < time.monotonic() and not self.pipe.poll()
 
     def send(self, message) -> None:
         try:
@@ -89,17 +98,17 @@ class Worker:
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died; the next read finds out, and how
 
-    def last_words(self) -> str:
-        """How it ended and the end of what it printed, a traceback most likely."""
+    def how_it_ended(self) -> str:
         try:
             code = self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:  # it has closed its pipe and hangs all the same
             self.process.kill()
             code = self.process.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def output(self) -> str:
         self.said.seek(0)
-        text = self.said.read().decode(errors="replace").strip()
-        return f"{how}\n{text[-LAST_WORDS:]}".strip()
+        return self.said.read().decode(errors="replace").strip()
 
     def kill(self) -> None:
         self.process.kill()
@@ -111,7 +120,6 @@ class Worker:
 def play_all(
     episodes: Sequence[Episode],
     init_state_of: Callable[[Episode], np.ndarray],
-    instruction_of: Callable[[Episode], str],
     policy,
     rollouts: Rollouts,
     num_workers: int,
@@ -130,12 +138,14 @@ def play_all(
             for worker in staff.ready():
                 kind, content = _receive(worker.pipe)
                 if kind == "observation":
+                    obs, seconds_worked = content
+                    worker.stop_clock(seconds_worked)
                     staff.environment_worked = True
-                    asking.append((worker, content))
+                    asking.append((worker, obs))
                 elif (over := staff.hear(worker, kind, content)) is not None:
                     yield over
             if asking:
-                answer(asking, policy, instruction_of)
+                answer(asking, policy)
             for worker in staff.late():
                 if (over := staff.stop(worker)) is not None:
                     yield over
@@ -144,20 +154,24 @@ def play_all(
             worker.kill()
 
 
-def answer(asking: list[tuple[Worker, dict]], policy, instruction_of: Callable[[Episode], str]) -> None:
+def answer(asking: list[tuple[Worker, dict]], policy) -> None:
     """One decision of the policy for all workers that wait for one."""
     start = time.perf_counter()
-    chunks = policy.act(
-        [obs for _, obs in asking],
-        [instruction_of(worker.attempt.episode) for worker, _ in asking],
-        [worker.generator for worker, _ in asking],
-    )
+    with out_of_memory_named(
+        f"out of memory while deciding for {len(asking)} simulators; try fewer --num_workers: each has its share of the"
+        " memory, and of the GPU's where it draws on one"
+    ):
+        chunks = policy.act(
+            [obs for _, obs in asking],
+            [worker.attempt.episode for worker, _ in asking],
+            [worker.generator for worker, _ in asking],
+        )
     passes = math.ceil(len(asking) / policy.rows)
     ms = 1000 * (time.perf_counter() - start) / passes
     for (worker, _), chunk in zip(asking, chunks, strict=True):
         if policy.looks:  # a baseline decides nothing
             worker.decision_ms.append(round(ms, 3))
-        worker.send(chunk)
+        worker.set_to_work(chunk)
 
 
 class Staff:
@@ -191,12 +205,12 @@ class Staff:
 
     def ready(self) -> list[Worker]:
         """Those that have sent something, waited for until the first is late."""
-        first_deadline = min(worker.deadline for worker in self.workers)
-        ready = wait([worker.pipe for worker in self.workers], timeout=max(first_deadline - time.monotonic(), 0))
+        seconds = min(worker.deadline for worker in self.workers) - time.monotonic()
+        ready = wait([worker.pipe for worker in self.workers], timeout=min(max(seconds, 0), LONGEST_WAIT))
         return [worker for worker in self.workers if worker.pipe in ready]
 
     def late(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.deadline < time.monotonic()]
+        return [worker for worker in self.workers if worker.is_late()]
 
     def hear(self, worker: Worker, kind: str, content) -> dict | None:
         """What a worker says that asks for no action. Returns the record of an episode that is over."""
@@ -206,18 +220,27 @@ class Staff:
             return finished
         if kind == "bad input" or (kind == "no environment" and not self.environment_worked):
             raise BadInput(content)
-        return self.crashed(worker, content if kind == "no environment" else worker.last_words())
+        if kind == "no environment":
+            return self.crashed(worker, content)
+        how, said = worker.how_it_ended(), worker.output()
+        exception = exception_line(said)
+        return self.crashed(worker, f"{how}: {exception}" if exception else how, said)
 
     def stop(self, worker: Worker) -> dict | None:
         """Ends a worker that hangs. Returns the record of its episode if that has been tried often enough."""
         worker.process.send_signal(signal.SIGUSR1)  # faulthandler prints where it hangs
         time.sleep(0.2)
         worker.process.kill()
-        how = f"not finished within --episode_timeout {self.episode_timeout:g} seconds"
-        return self.crashed(worker, f"{how}\n{worker.last_words()}")
+        worker.process.wait()
+        said = worker.output()
+        how = f"not finished within --episode_timeout {self.episode_timeout:g} seconds of its own work"
+        place = place_of_hang(said)
+        return self.crashed(worker, f"{how}, {place}" if place else how, said)
 
-    def crashed(self, worker: Worker, how: str) -> dict | None:
-        """The record of an episode that has crashed for the last time; before that it is tried again."""
+    def crashed(self, worker: Worker, why: str, said: str = "") -> dict | None:
+        """The record of an episode that has crashed for the last time; before that it is tried again. `why` is the
+        first line of what is kept."""
+        how = f"{why}\n{said[-LAST_WORDS:]}".strip()
         attempt = worker.attempt
         self.dismiss(worker)
         if attempt.number < TRIES:
@@ -225,7 +248,7 @@ class Staff:
             self.employ()
             return None
         self.employ()
-        return record(attempt, {"success": False, "steps": None}, [], how)
+        return record(attempt, {"success": False, "steps": None, "broken_by_policy": None}, [], how)
 
 
 def _receive(pipe: Connection) -> tuple:

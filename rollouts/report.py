@@ -14,8 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from errors import BadInput
+from files import replaced_whole
 from rollouts.folder import PICTURES, write_whole
 from rollouts.side_by_side import table_text
+from rollouts.statistics import ORIGINS, troubles
 from rollouts.video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
 
 MANY = 10  # videos; a grid of more shows them at half size
@@ -59,7 +61,8 @@ def draw_success_bars(tasks: Sequence[dict], overall: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlim=(0, 116), xlabel="success rate in %, line: 95% Wilson interval", xticks=range(0, 101, 20))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    with replaced_whole(path) as part:
+        figure.savefig(part, format="png", dpi=130)
     plt.close(figure)
 
 
@@ -78,14 +81,22 @@ def draw_failure_sheet(directory: Path, failed: Sequence[dict]) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     for i, (episode, picture) in enumerate(pictures):
         y, x = i // columns * (tile + label), i % columns * tile
-        sheet[y + label : y + label + tile, x : x + tile] = halved(
-            (255 * plt.imread(picture)[..., :3]).astype(np.uint8)
-        )
+        sheet[y + label : y + label + tile, x : x + tile] = halved(_read_png(picture))
         axes.text(x + 3, y + label / 2, f"task {episode['task_id']}, init {episode['trial']}", va="center", fontsize=7)
     axes.imshow(sheet, interpolation="nearest")
     axes.axis("off")
-    figure.savefig(path)
+    with replaced_whole(path) as part:
+        figure.savefig(part, format="png")
     plt.close(figure)
+
+
+def _read_png(path: Path) -> np.ndarray:
+    try:
+        return (255 * plt.imread(path)[..., :3]).astype(np.uint8)
+    except (OSError, SyntaxError, ValueError) as problem:  # SyntaxError is Pillow's word for a damaged PNG
+        raise BadInput(
+            f"{path}: not readable as a picture ({problem}); delete it, and the report goes without"
+        ) from None
 
 
 def write_grid(directory: Path, episodes: Sequence[dict]) -> None:
@@ -163,6 +174,7 @@ def page(directory: Path, results: dict) -> str:
             '<h2>Failures</h2><p class="soft">The last frame of each.</p>',
             '<p><a href="failures.png"><img src="failures.png" alt="Last frames of the failed episodes"></a></p>',
         ]
+    sections += broken_section(results["episodes"])
     sections += crash_section(results["episodes"])
     sections += ["<h2>Settings</h2>", settings_table(results)]
     return (
@@ -216,26 +228,35 @@ def task_section(directory: Path, task: dict, episodes: Sequence[dict]) -> list[
     return section
 
 
+def broken_section(episodes: Sequence[dict]) -> list[str]:
+    """Failures that the policy's own actions broke off."""
+    items = [
+        f"<li>task {episode['task_id']}, init state {episode['trial']}: {html.escape(episode['broken_by_policy'])}</li>"
+        for episode in episodes
+        if episode.get("broken_by_policy") is not None
+    ]
+    return ["<h2>Broken off by the policy's own actions</h2>", f"<ul>{''.join(items)}</ul>"] if items else []
+
+
 def crash_section(episodes: Sequence[dict]) -> list[str]:
     """Crashes, and episodes that were finished only at the second try."""
     section = []
     for episode in episodes:
         where = f"task {episode['task_id']}, init state {episode['trial']}"
         if episode["crashed"]:
-            said = html.escape(episode["error"])
-            section.append(
-                f"<details><summary>{where}: crashed {episode['tries']} times</summary><pre>{said}</pre></details>"
-            )
-        elif episode["earlier_crash"]:
-            said = html.escape(episode["earlier_crash"])
-            section.append(
-                f"<details><summary>{where}: finished at the second try</summary><pre>{said}</pre></details>"
-            )
+            what, said = f"crashed {episode['tries']} times", html.escape(episode["error"])
+        elif episode.get("earlier_crash"):
+            what, said = "finished at the second try", html.escape(episode["earlier_crash"])
+        else:
+            continue
+        why = said.partition("\n")[0]
+        section.append(f"<details><summary>{where}: {what}; {why}</summary><pre>{said}</pre></details>")
     return ["<h2>Crashes</h2>", *section] if section else []
 
 
 def settings_table(results: dict) -> str:
-    rows = {"checkpoint": results["checkpoint"], "epoch": results["checkpoint_epoch"], **results["settings"]}
+    origins = {name: ", ".join(results[name]) for name in ORIGINS}
+    rows = {"checkpoint": results["checkpoint"], "epoch": results["checkpoint_epoch"], **results["settings"], **origins}
     rows = {name: value for name, value in rows.items() if value not in (None, [])}
     cells = "".join(
         f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
@@ -254,9 +275,7 @@ def _details(row: dict) -> str:
         parts.append(f"{row['mean_steps_to_success']:.0f} steps to success on average")
     if row["decision_ms_mean"] is not None:
         parts.append(f"{row['decision_ms_mean']:.1f} ms a decision (median {row['decision_ms_median']:.1f})")
-    if row["crashed"]:
-        parts.append(f"{row['crashed']} crashed and not counted")
-    return " · ".join(parts)
+    return " · ".join([*parts, *troubles(row)])
 
 
 def _number(value: float | None, spec: str) -> str:

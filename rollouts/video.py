@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from errors import BadInput
+from files import replaced_whole
 
 VIDEO_SIZE, VIDEO_EVERY, CONTROL_HZ = 256, 2, 20  # pixels; environment steps between video frames; steps a second
 HELD_FRAMES = 10  # a grid's last frame stays for a second, so that the outcomes can be read
@@ -64,8 +65,11 @@ def write_mp4(frames: Sequence[np.ndarray], path: Path, frames_per_second: int) 
 
 
 def read_mp4(path: Path) -> list[np.ndarray]:
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    try:
+        with av.open(str(path)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, IndexError, av.FFmpegError) as problem:  # IndexError: no video in it
+        raise BadInput(f"{path}: not readable as a video ({problem}); delete it, and the report goes without") from None
 
 
 def write_png(frame: np.ndarray, path: Path) -> None:
@@ -79,11 +83,9 @@ def write_png(frame: np.ndarray, path: Path) -> None:
 
 @contextlib.contextmanager
 def _written_whole(path: Path) -> Iterator[Path]:
-    """Gives a name to write to, which takes the place of `path` when complete. Raises BadInput on a full disk."""
-    part = path.with_name(f".{path.name}")
+    """`replaced_whole`. Raises BadInput on a full disk."""
     try:
-        yield part
-        part.replace(path)
+        with replaced_whole(path) as part:
+            yield part
     except (OSError, av.FFmpegError) as problem:
-        part.unlink(missing_ok=True)
         raise BadInput(f"{path}: cannot be written ({problem.strerror})") from None

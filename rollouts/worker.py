@@ -3,12 +3,13 @@
 It runs as `python -m rollouts.worker FD`, FD being its end of a pipe to pool.py, and never imports torch. Down
 the pipe come the Rollouts, then (Episode, init_state) again and again; up go
 
-    ("observation", obs)        answered with the actions to execute, (n, 7) float64
-    ("finished", outcome)       the episode's outcome, a dictionary
-    ("no environment", why)     the environment cannot be built
-    ("bad input", why)          one sentence that stops the evaluation, such as a full disk
+    ("observation", (obs, seconds))  answered with the actions to execute, (n, 7) float64; seconds of work before it
+    ("finished", outcome)            the episode's outcome, a dictionary
+    ("no environment", why)          the environment cannot be built
+    ("bad input", why)               one sentence that stops the evaluation, such as a full disk
 
-Nothing else is caught here: an error ends this process, whose traceback the main process reads and reports.
+A simulation that the policy's own actions break is an outcome, too. Nothing else is caught here: an error ends this
+process, whose traceback the main process reads and reports.
 """
 
 import faulthandler
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import BadInput
-from libero_sim import LiberoEnv, from_simulator, make_env, make_suite
+from libero_sim import LiberoEnv, SimulatorError, from_simulator, make_env, make_suite
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 
 WAIT_STEPS = 10  # the objects fall into place before the policy starts
@@ -66,7 +67,11 @@ def play_episode(
     rollouts: Rollouts,
     ask: Callable[[dict | None], np.ndarray],
 ) -> dict:
-    """One rollout; `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video."""
+    """One rollout; `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video.
+
+    An action that is not finite, or with which the simulation breaks down, ends the episode as a failure of the policy,
+    named in `broken_by_policy`. Raises SimulatorError for what breaks down without it: the scene or the renderer.
+    """
     env.reset(seed=episode.seed)
     env.set_init_state(init_state)
     if rollouts.shift_target:
@@ -76,29 +81,34 @@ def play_episode(
 
     frames = []
     executed = hashlib.sha256()  # two episodes with the same fingerprint went exactly the same way
-    steps, success = 0, False
-    while steps < rollouts.max_steps and not success:
+    steps, success, broken = 0, False, None
+    while steps < rollouts.max_steps and not success and broken is None:
         for action in ask(from_simulator(env.observe()) if rollouts.policy_looks else None):
+            poses = env.poses()
             if rollouts.save_video != "none" and steps % VIDEO_EVERY == 0:
-                frames.append(draw_for_people(env))
+                frames.append(draw_for_people(env, poses))
             executed.update(np.ascontiguousarray(action, np.float64).tobytes())
-            success = env.step(action)
+            try:
+                success = env.step(action)
+            except SimulatorError as problem:  # the scene has stood still before: these actions have done it
+                broken = f"after {steps} steps: {problem}"
+                break
             steps += 1
             if success or steps == rollouts.max_steps:
                 break
     executed.update(env.state().tobytes())
 
     if rollouts.save_video == "all" or not success:  # a failure's last frame is always kept
-        frames.append(draw_for_people(env))
+        frames.append(draw_for_people(env, poses if broken else env.poses()))  # of a broken one the last whole scene
         write_png(frames[-1], rollouts.pictures / f"{episode.name}_last.png")
         if rollouts.save_video != "none":
             video = rollouts.pictures / f"{episode.name}_{'success' if success else 'failure'}.mp4"
             write_mp4(framed(frames, success), video, CONTROL_HZ // VIDEO_EVERY)
-    return {"success": success, "steps": steps, "fingerprint": executed.hexdigest()}
+    return {"success": success, "steps": steps, "fingerprint": executed.hexdigest(), "broken_by_policy": broken}
 
 
-def draw_for_people(env: LiberoEnv) -> np.ndarray:
-    return upright(env.draw(env.poses(), VIDEO_SIZE, ("agentview",))["agentview_image"])
+def draw_for_people(env: LiberoEnv, poses: dict) -> np.ndarray:
+    return upright(env.draw(poses, VIDEO_SIZE, ("agentview",))["agentview_image"])
 
 
 def serve(pipe: Connection) -> None:
@@ -107,12 +117,15 @@ def serve(pipe: Connection) -> None:
     env, task_of_env = None, None
 
     def ask(obs: dict | None) -> np.ndarray:
-        pipe.send(("observation", obs))
-        return pipe.recv()
+        nonlocal working_since
+        pipe.send(("observation", (obs, time.perf_counter() - working_since)))
+        actions = pipe.recv()
+        working_since = time.perf_counter()
+        return actions
 
     while True:
         episode, init_state = pipe.recv()
-        start = time.perf_counter()
+        start = working_since = time.perf_counter()
         if task_of_env != episode.task_id:
             if env is not None:
                 env.close()
@@ -131,7 +144,10 @@ def serve(pipe: Connection) -> None:
             pipe.send(("bad input", str(problem)))
             return
         end = time.perf_counter()
-        pipe.send(("finished", outcome | {"seconds": end - built, "construction_seconds": built - start}))
+        times = {"seconds": end - built, "construction_seconds": built - start}
+        pipe.send(("finished", outcome | times))
+        if outcome["broken_by_policy"] is not None:
+            task_of_env = None  # the next episode gets an environment that nothing is known against
 
 
 if __name__ == "__main__":

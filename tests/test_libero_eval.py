@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from libero_files import write_task_file
 from test_rollouts_folder import Page
 from test_training import ROOT, SMALL, one_sentence, run
 
@@ -22,9 +24,18 @@ from dataloader import LanguageTable
 from errors import BadInput
 from libero_sim import make_env, make_suite, task_init_states
 from rollouts.folder import read_episodes
-from rollouts.policies import CheckpointPolicy, ReplayPolicy, training_demo, with_embeddings_of
+from rollouts.policies import (
+    CheckpointPolicy,
+    ReplayPolicy,
+    Task,
+    demo_of,
+    read_demo,
+    training_demo,
+    with_embeddings_of,
+)
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
-from run_libero_eval import main, make_policy, parse_arguments
+from rollouts.worker import Episode
+from run_libero_eval import choose_output_dir, main, make_policy, parse_arguments
 from statevla_model import load_checkpoint, read_checkpoint, save_checkpoint
 
 
@@ -62,6 +73,7 @@ def test_checkpoint_describes_what_the_collector_recorded(checkpoint):
     }
 
 
+EPISODE = Episode("libero_object", 6, 0, 0)
 SHORT = ("--tasks", 6, "--max_steps", 25, "--execute_steps", 5)
 
 
@@ -153,6 +165,38 @@ def test_a_shifted_target_is_another_episode_and_the_title_says_so(checkpoint, t
     assert "--shift_target 0.5: expected 0 to 0.2 metres" in said
 
 
+def test_an_evaluation_that_could_not_play_everything_prints_its_figures_and_ends_with_code_1(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = "--policy zero --tasks 6 --num_trials 1 --max_steps 2 --episode_timeout 0.3 --output_dir ~/out"
+    command = ["run_libero_eval.py", *flags.split(), "--seed", str(2**63)]  # any number will do
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == (
+        f"error: {tmp_path / 'out'}: 1 of 1 episodes are in no figure, 1 of them crashed;"
+        " the same command with this --output_dir tries them again"
+    )
+    printed = capsys.readouterr().out
+    assert "1 x crashed: not finished within --episode_timeout 0.3 seconds" in printed
+    assert "overall: 0/0 successes, 1 crashed" in printed
+    [episode] = read_episodes(tmp_path / "out")
+    assert re.fullmatch(r"[0-9a-f]{40}( \+ changes)?|unknown", episode["code"])
+    assert json.loads((tmp_path / "out/results.json").read_text())["code"] == [episode["code"]]
+
+
+def test_evaluations_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--policy", "zero"])
+    chosen = [choose_output_dir(parse_arguments()) for _ in range(2)]
+    assert chosen == [Path("results/libero_object_1"), Path("results/libero_object_2")]
+    shutil.rmtree("results")
+    Path("results").symlink_to("nowhere")
+    with pytest.raises(BadInput, match=r"results: not writable \(File exists\); choose a folder with --output_dir"):
+        choose_output_dir(parse_arguments())
+
+
 def wait_until(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -183,8 +227,8 @@ def test_suites_of_other_families_run_without_a_checkpoint(suite, tmp_path):
 
 def test_a_batch_is_answered_as_each_observation_by_itself(checkpoint):
     language = LanguageTable(**read_checkpoint(checkpoint)["language"])
-    policy = CheckpointPolicy(load_checkpoint(checkpoint), language, torch.device("cpu"), 10, 4, "noise")
     [task] = language.embeddings
+    policy = CheckpointPolicy(load_checkpoint(checkpoint), {6: language[task]}, torch.device("cpu"), 10, 4, "noise")
     rng = np.random.default_rng(0)
     observations = [
         {
@@ -197,7 +241,7 @@ def test_a_batch_is_answered_as_each_observation_by_itself(checkpoint):
     ]
 
     def act(rows):
-        return policy.act([observations[i] for i in rows], [task] * len(rows), [seeded(i) for i in rows])
+        return policy.act([observations[i] for i in rows], [EPISODE] * len(rows), [seeded(i) for i in rows])
 
     def seeded(i):
         return torch.Generator().manual_seed(i)
@@ -212,25 +256,98 @@ def test_a_batch_is_answered_as_each_observation_by_itself(checkpoint):
     np.testing.assert_array_equal(together[2], expected.double().numpy())
 
 
+def butter(init_states: np.ndarray) -> Task:
+    words = "pick up the butter and place it in the basket"
+    return Task(words.replace(" ", "_"), words, True, init_states)
+
+
 def test_a_replay_is_one_training_demo_from_its_first_action(checkpoint, collected_demos):
     held_out = read_checkpoint(checkpoint)["held_out_demos"]
-    butter = "pick up the butter and place it in the basket"
     init_states = task_init_states(make_suite("libero_object"), 6)
-    path, key = training_demo(butter, collected_demos, held_out, init_states)
+    path, key = training_demo(butter(init_states), collected_demos, 50, held_out)
     assert f"{path.name}/{key}" not in held_out and path.parent == collected_demos
     with h5py.File(path) as file:
         last_start = file["data/demo_1/states"][0]
-    assert training_demo(butter, collected_demos, [], np.stack([last_start, last_start]))[1] == "demo_1"
+    assert training_demo(butter(last_start[None]), collected_demos, 50, [])[1] == "demo_1"
+    assert training_demo(butter(last_start[None]), collected_demos, 1, [])[1] == "demo_0"  # data.demos_per_task
     elsewhere = last_start.copy()
     elsewhere[3] += 0.5  # rad: no demo's arm starts there, as it does in one that begins after a missed grasp
-    with pytest.raises(BadInput, match=f"no training demo of '{butter}' to replay"):
-        training_demo(butter, collected_demos, [], elsewhere[None])
+    with pytest.raises(BadInput, match="no training demo of 'pick up the butter and place it in the basket' to replay"):
+        training_demo(butter(elsewhere[None]), collected_demos, 50, [])
     with pytest.raises(BadInput, match="no training demo of 'open the drawer' to replay; name one with --demo"):
-        training_demo("open the drawer", collected_demos, held_out, init_states)
+        training_demo(Task("open_the_drawer", "open the drawer", True, init_states), collected_demos, 50, held_out)
     demo = np.random.default_rng(0).uniform(-1, 1, (5, 7))
-    [chunk] = ReplayPolicy({"task": demo}, max_steps=8).act([None], ["task"], [None])
+    [chunk] = ReplayPolicy({6: demo}, max_steps=8).act([None], [EPISODE], [None])
     np.testing.assert_array_equal(chunk[:5], demo)
     np.testing.assert_array_equal(chunk[5:], [[0, 0, 0, 0, 0, 0, demo[-1, 6]]] * 3)
+
+
+def still_file(directory: Path, name: str, width: int = 20, **options) -> Path:
+    """A task's file whose demos all begin at rest, in a scene whose state has this width."""
+    path = write_task_file(directory, name, **options)
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            del demo["states"]
+            demo["states"] = np.zeros((30, width))
+    return path
+
+
+def test_a_demo_belongs_to_the_task_of_its_file_whatever_the_words(tmp_path):
+    """In libero_90 the same words are said in several scenes."""
+    words, scenes = "open the drawer", ("KITCHEN_SCENE1", "KITCHEN_SCENE2")
+    first, second = (
+        still_file(tmp_path, f"{scene}_open_the_drawer", width) for scene, width in zip(scenes, (20, 24), strict=True)
+    )
+
+    def found(scene: str, width: int, name_tells: bool = True) -> str:
+        task = Task(f"{scene}_open_the_drawer", words, name_tells, np.zeros((2, width)))
+        return training_demo(task, tmp_path, 50, [])[0].name
+
+    assert (found(scenes[0], 20), found(scenes[1], 24)) == (first.name, second.name)
+    with pytest.raises(BadInput, match="no training demo of 'open the drawer'"):  # another scene's is none
+        found("KITCHEN_SCENE3", 20)
+    with pytest.raises(BadInput, match=r"KITCHEN_SCENE1_.*key states is of another scene than the suite's"):
+        found(scenes[0], 24)
+    assert found("KITCHEN_SCENE3", 24, name_tells=False) == second.name  # LIBERO-PRO, whose names don't tell
+    own = first.rename(tmp_path / "drawer.hdf5")  # a name of one's own: problem_info tells
+    with h5py.File(own, "r+") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": words})
+    assert found("KITCHEN_SCENE3", 20) == own.name
+    with pytest.raises(BadInput, match=r"drawer.hdf5: key states is of another scene"):
+        found("KITCHEN_SCENE3", 24)
+    shutil.copy(own, tmp_path / "drawer (1).hdf5")
+    with pytest.raises(BadInput, match=r"drawer.hdf5: are both of 'open the drawer', and neither has the name"):
+        found("KITCHEN_SCENE3", 20)
+
+
+def test_demos_with_gaps_in_their_numbers_are_replayed(tmp_path):
+    path = still_file(tmp_path, "open_the_drawer", demos=12, official=False)  # demo_1, demo_3, ... demo_23
+    task = Task("open_the_drawer", "open the drawer", True, np.zeros((1, 20)))
+    assert training_demo(task, tmp_path, 2, [f"{path.name}/demo_1"]) == (path, "demo_3")  # 2 by number, not by name
+    assert read_demo(path, None)[0] == "demo_1"
+    with pytest.raises(BadInput, match="has no demonstration demo_0; it holds 12, demo_1 to demo_23"):
+        read_demo(path, "demo_0")
+
+
+def test_a_path_with_a_colon_names_a_demo(tmp_path):
+    path = write_task_file(tmp_path).rename(tmp_path / "a:b.hdf5")
+    assert demo_of(f"{path}:demo_2") == (path, "demo_2") and demo_of(str(path)) == (path, None)
+    assert demo_of("C:x/a.hdf5") == (Path("C:x/a.hdf5"), None)
+    for actions, sentence in (
+        (None, "demo_1: key actions is missing"),
+        (np.array([b"x"]), "demo_1: key actions holds no numbers"),
+        (np.zeros((0, 7)), r"demo_1: key actions is \(0, 7\), expected finite \(T, 7\)"),
+    ):
+        with h5py.File(path, "r+") as file:
+            demo = file["data/demo_1"]
+            demo.pop("actions", None)
+            if actions is not None:
+                demo["actions"] = actions
+        with pytest.raises(BadInput, match=sentence):
+            read_demo(path, "demo_1")
+    path.write_bytes(b"no HDF5")
+    with pytest.raises(BadInput, match="is no HDF5 file"):
+        read_demo(path, None)
 
 
 def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(checkpoint):
@@ -255,8 +372,11 @@ def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(check
         (("--task_suite", "libero_object_with_trigger"), "the installed LIBERO has no init states of task 0"),
         (("--tasks", "10"), "libero_object has the tasks 0 to 9, there is no task 10"),
         (("--tasks", "six"), "expected task ids such as 0,3"),
+        (("--tasks", "²"), "expected task ids such as 0,3"),
+        (("--tasks", "0-99999999999"), "there is no task 99999999999"),
         (("--tasks", "6", "--num_trials", "0"), "--num_trials 0: expected between 1 and 50"),
         (("--tasks", "6", "--num_trials", "51"), "--num_trials 51: expected between 1 and 50"),
+        (("--tasks", "6", "--max_steps", "1000000000000"), "--max_steps 1000000000000: expected between 1 and 100000"),
         (("--tasks", "6", "--shard", "3/2"), "--shard 3/2: expected I/N such as 3/16"),
         (("--tasks", "6", "--execute_steps", "11"), "--execute_steps 11: expected between 1 and 10"),
         (("--policy", "replay", "--demo", "no.hdf5"), "--demo no.hdf5: is of one task; choose that task with --tasks"),
@@ -283,8 +403,9 @@ def test_the_flow_starts_where_the_checkpoint_says_unless_a_flag_says_otherwise(
 
     def answers(path, *flags):
         monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--checkpoint", str(path), *flags])
-        policy, settings = make_policy(parse_arguments(), read_checkpoint(path), {6: task}, {})
-        rollouts = [policy.act([observation], [task], [torch.Generator().manual_seed(seed)])[0] for seed in (0, 1)]
+        tasks = {6: Task("", task, True, np.zeros((1, 20)))}
+        policy, settings = make_policy(parse_arguments(), read_checkpoint(path), tasks)
+        rollouts = [policy.act([observation], [EPISODE], [torch.Generator().manual_seed(seed)])[0] for seed in (0, 1)]
         offline = []
         for seed in ("0", "1"):
             output = tmp_path / "offline.json"

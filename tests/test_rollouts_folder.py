@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import ROOT, one_sentence, run
+from test_training import ROOT, run
 
 from errors import BadInput
 from rollouts.folder import EvaluationFolder, merge, read_episodes
 from rollouts.report import write_report
 from rollouts.side_by_side import conditions, side_by_side, table_text
-from rollouts.statistics import exact_mcnemar, figures_text, summarise, wilson_interval
+from rollouts.statistics import comparison_text, exact_mcnemar, figures_text, summarise, wilson_interval
 from rollouts.video import write_mp4, write_png
 from rollouts.worker import Episode
-from run_libero_eval import describe, episode_seed, shard_of
+from run_libero_eval import describe, episode_seed, main, shard_of
 
 SETTINGS = {
     "policy": "checkpoint", "image_size": 64, "visual_mesh_ratio": 1.0, "weights_sha256": "abc", "flow_start": "noise",
@@ -33,6 +33,7 @@ def episode(task_id: int, trial: int, success: bool = True, error: str | None = 
         "suite": "libero_object", "task_id": task_id, "trial": trial, "seed": 1, "crashed": error is not None,
         "success": success and error is None, "steps": None if error else 100,
         "decision_ms": [] if error else [5.0, 7.0], "tries": 2 if error else 1, "error": error, "earlier_crash": None,
+        "broken_by_policy": None, "renderer": "egl", "code": "c0ffee",
     }  # fmt: skip
 
 
@@ -43,15 +44,16 @@ def folder_with(path: Path, *episodes: dict, **changes) -> EvaluationFolder:
     return folder
 
 
-def close(folder: EvaluationFolder) -> None:
-    folder._lock.close()
+def broken(task_id: int, trial: int) -> dict:
+    """A failure of an episode that the policy's own actions broke."""
+    return episode(task_id, trial, success=False) | {"broken_by_policy": "after 3 steps: the action [nan] is <wrong>"}
 
 
 # ---------------------------------------------------------------------------------------------------------- folder
 
 
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
-    close(folder_with(tmp_path, episode(6, 0), episode(6, 1)))
+    folder_with(tmp_path, episode(6, 0), episode(6, 1)).close()
     with (tmp_path / "episodes.jsonl").open("a") as file:
         file.write('{"task_id": 6, "tri')
     folder = EvaluationFolder(tmp_path, SETTINGS)
@@ -63,14 +65,14 @@ def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
 def test_an_episode_that_crashed_and_was_played_again_counts_once_as_what_it_was_the_last_time(tmp_path):
     folder = folder_with(tmp_path, episode(6, 0, error="killed by SIGKILL"), episode(6, 1))
     folder.append(episode(6, 0))
-    close(folder)
+    folder.close()
     for episodes in (folder.episodes, read_episodes(tmp_path)):
         assert sorted((one["trial"], one["crashed"]) for one in episodes) == [(0, False), (1, False)]
     assert (tmp_path / "episodes.jsonl").read_text().count("\n") == 3  # what happened stays written down
 
 
 def test_a_folder_of_other_settings_is_refused_by_name_and_left_alone(tmp_path):
-    close(folder_with(tmp_path, episode(6, 0)))
+    folder_with(tmp_path, episode(6, 0)).close()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(BadInput, match="was evaluated with weights_sha256 abc, not def"):
         EvaluationFolder(tmp_path, SETTINGS | {"weights_sha256": "def"})
@@ -81,10 +83,11 @@ def test_a_folder_of_other_settings_is_refused_by_name_and_left_alone(tmp_path):
 
 def test_two_evaluations_never_write_into_one_folder(tmp_path):
     first = EvaluationFolder(tmp_path, SETTINGS)
-    with pytest.raises(BadInput, match="another evaluation is writing into this folder"):
+    with pytest.raises(BadInput, match=r"another evaluation is writing into this folder \(process \d+ on"):
         EvaluationFolder(tmp_path, SETTINGS)
-    close(first)
-    EvaluationFolder(tmp_path, SETTINGS)
+    first.close()
+    assert not (tmp_path / ".lock").exists()
+    EvaluationFolder(tmp_path, SETTINGS).close()
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
@@ -109,6 +112,27 @@ main()"""
     assert 2 < len(kept) < 20 and f"{len(kept)} finished episodes are kept" in done.stderr
 
 
+def test_a_folder_that_cannot_be_written_or_read_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"--output_dir .*file: not writable \(File exists|Not a directory"):
+        EvaluationFolder(tmp_path / "file", SETTINGS)
+    EvaluationFolder(tmp_path / "own", SETTINGS).close()
+    for name, content, sentence in (
+        ("episodes.jsonl", '{"task_id": 6, "trial": 0}\n', "line 1 is no episode; expected the keys crashed, "),
+        ("episodes.jsonl", "[]\n", "line 1 is no episode"),
+        ("episodes.jsonl", "{\n", "line 1 is not readable as JSON"),
+        ("settings.json", "[]", "is not of run_libero_eval.py; expected the keys instructions, "),
+        ("settings.json", "{}", "is not of run_libero_eval.py"),
+        ("settings.json", "{", "not readable as JSON"),
+    ):
+        (tmp_path / "own" / name).write_text(content)
+        with pytest.raises(BadInput, match=sentence):
+            EvaluationFolder(tmp_path / "own", SETTINGS)
+        with pytest.raises(BadInput, match=sentence):
+            merge([tmp_path / "own"], tmp_path / "all")
+    assert not (tmp_path / "own/.lock").exists()  # who is refused leaves the folder free
+
+
 # ------------------------------------------------------------------------------------------------ shards and merging
 
 
@@ -117,7 +141,7 @@ def test_shards_are_a_partition_in_one_piece_each():
     parts = [shard_of(episodes, f"{i}/4") for i in range(1, 5)]
     assert [one for part in parts for one in part] == episodes
     assert all(3 <= len(part) <= 4 for part in parts)
-    for wrong in ("0/4", "5/4", "1/16", "one/4", "3"):
+    for wrong in ("0/4", "5/4", "1/16", "one/4", "3", "²/4"):
         with pytest.raises(BadInput, match=f"--shard {wrong}: expected I/N"):
             shard_of(episodes, wrong)
 
@@ -127,7 +151,7 @@ def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     for number, share in ((2, whole[3:]), (1, whole[:3])):
         folder = folder_with(tmp_path / str(number), *share, shard=f"{number}/2")
         write_png(np.zeros((256, 256, 3), np.uint8), folder.pictures / f"task{3 * number}_trial1_last.png")
-        close(folder)
+        folder.close()
     said = run("run_libero_eval.py", "--merge", tmp_path / "2", tmp_path / "1", "--output_dir", tmp_path / "all").stdout
     results = json.loads((tmp_path / "all/results.json").read_text())
     assert results["episodes"] == whole
@@ -139,10 +163,36 @@ def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     assert (tmp_path / "all/failures.png").exists()
 
 
+def test_a_figure_that_lacks_episodes_ends_with_code_1_and_says_why_they_crashed(tmp_path, monkeypatch, capsys):
+    said = "ended with exit code 1: MemoryError: 3 GiB\nTraceback (most recent call last):\nMemoryError: 3 GiB\nthe end"
+    whole = [episode(3, trial) for trial in range(3)] + [episode(6, 0), episode(6, 1, error=said), broken(6, 2)]
+    folder_with(tmp_path / "a", *whole[:3], shard="1/2").close()
+    folder_with(tmp_path / "b", *whole[3:], shard="2/2").close()
+
+    def ends_with(parts: str, name: str) -> str:
+        command = ["--merge", *(str(tmp_path / part) for part in parts), "--output_dir", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code  # a text is printed on stderr, and the exit code is 1
+
+    assert ends_with("ab", "all") == (
+        f"error: {tmp_path / 'all'}: 1 of 6 episodes are in no figure, 1 of them crashed;"
+        " the commands of the shards play them, then merge into a new folder"
+    )
+    printed = capsys.readouterr().out
+    assert "overall: 4/5 successes = 80.0%" in printed
+    assert "1 of the failures broken off by the policy's own actions, 1 crashed" in printed
+    assert "1 x crashed: ended with exit code 1: MemoryError: 3 GiB\n" in printed
+    assert "1 x broken off by the policy's own actions after 3 steps: the action [nan] is <wrong>\n" in printed
+    assert re.search(r"^policy, flow from noise +4 of 5 \(38 to 96%\), 1 crashed", printed, re.MULTILINE)
+    assert "half: 3 of 6 episodes are in no figure, 0 of them crashed" in ends_with("a", "half")
+
+
 def test_shards_that_do_not_belong_together_are_refused(tmp_path):
-    close(folder_with(tmp_path / "a", episode(6, 0), shard="1/2"))
-    close(folder_with(tmp_path / "again", episode(6, 0), shard="2/2"))
-    close(folder_with(tmp_path / "other", episode(6, 1), shard="2/2", seed=1))
+    folder_with(tmp_path / "a", episode(6, 0), shard="1/2").close()
+    folder_with(tmp_path / "again", episode(6, 0), shard="2/2").close()
+    folder_with(tmp_path / "other", episode(6, 1), shard="2/2", seed=1).close()
     with pytest.raises(BadInput, match=r"task 6, init state 0 is in both .*a and .*again"):
         merge([tmp_path / "a", tmp_path / "again"], tmp_path / "all")
     with pytest.raises(BadInput, match=r"cannot be merged: .*other: was evaluated with seed 1, not 0"):
@@ -172,6 +222,13 @@ def test_crashed_episodes_count_neither_way():
     assert figures_text(summarise([episode(6, 0, error="died")])) == "0/0 successes, 1 crashed"
 
 
+def test_an_episode_that_the_policy_broke_is_a_failed_trial():
+    row = summarise([episode(6, 0), broken(6, 1), episode(6, 2, error="died")])
+    assert (row["successes"], row["trials"], row["crashed"], row["broken_by_policy"]) == (1, 2, 1, 1)
+    before_there_was_the_key = {key: value for key, value in episode(6, 0).items() if key != "broken_by_policy"}
+    assert summarise([before_there_was_the_key])["broken_by_policy"] == 0
+
+
 def test_a_subset_says_so_in_the_title():
     assert describe(SETTINGS, 6) == "libero_object, all 2 tasks x all 3 init states, flow started from noise"
     assert "2 of 10 tasks x 3 of 50 init states" in describe(SETTINGS | {"tasks_of_suite": 10, "init_states": 50}, 6)
@@ -195,20 +252,62 @@ def test_every_episode_has_a_seed_of_its_own():
     assert episode_seed("libero_object", 6, 0, 0) == episode_seed("libero_object", 6, 0, 0)
 
 
+def write_results(path: Path, episodes: list[dict], **changes) -> Path:
+    path.write_text(json.dumps({"title": path.stem, "settings": SETTINGS | changes, "episodes": episodes}))
+    return path
+
+
 def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
-    outcomes = {"a": "110111", "b": "100001"}
-    for name, solved in outcomes.items():
+    paths = []
+    for name, solved in {"a": "110111", "b": "100001"}.items():
         episodes = [episode(6, trial, success=one == "1") for trial, one in enumerate(solved)]
         extra = [episode(3, 0), episode(3, 1, error="died")] if name == "a" else []
-        results = {"title": name, "settings": SETTINGS, "episodes": episodes + extra}
-        (tmp_path / f"{name}.json").write_text(json.dumps(results))
-    said = run("run_libero_eval.py", "--compare", tmp_path / "a.json", tmp_path / "b.json").stdout
+        paths.append(write_results(tmp_path / f"{name}.json", episodes + extra))
+    said = run("run_libero_eval.py", "--compare", *paths).stdout
     assert "both 2, only A 3, only B 0, neither 1" in said
     assert "A - B: +50.0 percentage points over 6 paired episodes, exact McNemar p = 0.25" in said
     assert "note: 1 finished episodes have no partner" in said
-    (tmp_path / "b.json").write_text("[]")
-    wrong = run("run_libero_eval.py", "--compare", tmp_path / "a.json", tmp_path / "b.json", expect=2)
-    assert "not a results.json of run_libero_eval.py" in one_sentence(wrong)
+    assert [line for line in said.splitlines() if line.startswith("note: ") and " B" in line] == []
+    assert "note: 1 crashed episodes of A are left out" in said
+    for wrong in ("[]", '{"title": "x", "settings": {"policy": "zero"}, "episodes": [{"crashed": false}]}'):
+        paths[1].write_text(wrong)
+        with pytest.raises(BadInput, match=r"not a results.json of run_libero_eval.py"):
+            comparison_text(*paths)
+
+
+def notes(a: Path, b: Path) -> list[str]:
+    return [line for line in comparison_text(a, b).splitlines() if line.startswith("note: ")]
+
+
+def test_a_comparison_names_every_version_and_setting_in_which_two_results_differ(tmp_path):
+    a = write_results(tmp_path / "a.json", [episode(6, 0)], **{"version of mujoco": "2.3.7", "device": "cpu"})
+    older = {key: value for key, value in episode(6, 1).items() if key != "code"}
+    changes = {
+        "version of mujoco": "3.3.2",
+        "device": "cuda",
+        "mamba_backend": "cuda",
+        "max_steps": 100,
+        "weights_sha256": "def",  # what is compared
+        "instructions": {"6": "grab the butter"},
+    }
+    episodes = [episode(6, 0) | {"code": "decade", "renderer": "osmesa"}, older | {"renderer": "osmesa"}]
+    b = write_results(tmp_path / "b.json", episodes, **changes)
+    assert sorted(notes(a, b)) == [
+        "note: 1 finished episodes have no partner and are left out",
+        "note: code is c0ffee in A and decade, not recorded in B",
+        "note: device is cpu in A and cuda in B",
+        "note: instructions of 6 is pick up the butter in A and grab the butter in B",
+        "note: mamba_backend is not recorded in A and cuda in B",
+        "note: max_steps is 280 in A and 100 in B",
+        "note: renderer is egl in A and osmesa in B",
+        "note: version of mujoco is 2.3.7 in A and 3.3.2 in B",
+    ]
+    same = write_results(tmp_path / "c.json", [episode(6, 0)], **{"version of mujoco": "2.3.7", "device": "cpu"})
+    assert notes(a, same) == []
+    standing = {key: value for key, value in SETTINGS.items() if key not in ("flow_start", "weights_sha256")}
+    standing |= {"version of mujoco": "2.3.7", "policy": "zero"}  # nothing that only a model has is missed
+    same.write_text(json.dumps({"title": "c", "settings": standing, "episodes": [episode(6, 0)]}))
+    assert notes(a, same) == ["note: policy is checkpoint in A and zero in B"]
 
 
 # ---------------------------------------------------------------------------------------------------- side by side
@@ -264,7 +363,7 @@ def test_neighbouring_evaluations_of_the_same_scenes_stand_side_by_side(tmp_path
     "change",
     [
         {"task_suite": "libero_goal"}, {"instructions": {"6": "pick up the butter"}}, {"num_trials": 2},
-        {"max_steps": 100}, {"seed": 1},
+        {"max_steps": 100}, {"seed": 1}, {"version of mujoco": "3.17.0"}, {"simulator": "not LIBERO's"},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -390,7 +489,7 @@ class Page(HTMLParser):
 
 def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
     said = "killed by SIGSEGV\nFatal Python error: <Segmentation fault>"
-    episodes = [episode(3, 0), episode(3, 1, success=False), episode(6, 0, error=said), episode(6, 1) | {"tries": 2}]
+    episodes = [episode(3, 0), broken(3, 1), episode(6, 0, error=said), episode(6, 1) | {"tries": 2}]
     episodes[3]["earlier_crash"] = "killed by SIGKILL"
     folder = folder_with(tmp_path, *episodes)
     grey = np.full((256, 256, 3), 120, np.uint8)
@@ -404,7 +503,7 @@ def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
     ]
     results = {
         "title": describe(SETTINGS, 4), "overall": summarise(episodes), "tasks": tasks, "episodes": episodes,
-        "settings": SETTINGS, "checkpoint": "<best>.pt", "checkpoint_epoch": 3,
+        "settings": SETTINGS, "checkpoint": "<best>.pt", "checkpoint_epoch": 3, "code": ["c0ffee"], "renderer": ["egl"],
     }  # fmt: skip
     results["side_by_side"] = side_by_side(tmp_path, results)
     page = Page(write_report(tmp_path, results).read_text())
@@ -414,5 +513,13 @@ def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
     }  # fmt: skip
     assert all((tmp_path / link).stat().st_size > 0 for link in page.links)
     assert said in page.text and "killed by SIGKILL" in page.text and "take <this> & that" in page.text
-    assert "2/3 successes = 66.7%" in page.text
+    assert "2/3 successes = 66.7%" in page.text and "c0ffee" in page.text
+    assert "task 3, init state 1: after 3 steps: the action [nan] is <wrong>" in page.text
+    assert "1 of the failures broken off by the policy's own actions · 1 crashed" in page.text
+    (folder.pictures / "task3_trial0_success.mp4").write_bytes(b"half a video")
+    with pytest.raises(BadInput, match=r"task3_trial0_success.mp4: not readable as a video"):
+        write_report(tmp_path, results)
+    (folder.pictures / "task3_trial1_last.png").write_bytes(b"half a picture")
+    with pytest.raises(BadInput, match=r"task3_trial1_last.png: not readable as a picture"):
+        write_report(tmp_path, results)
     assert table_text(results["side_by_side"]) in page.text and "2 of 3 (21 to 94%)" in page.text

@@ -1,6 +1,7 @@
 """rollouts/pool.py with real worker processes and the real simulator."""
 
 import os
+import resource
 import signal
 import time
 from multiprocessing import Pipe
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import rollouts.pool
 from errors import BadInput
-from libero_sim import make_suite, task_init_states
+from libero_sim import SimulatorError, make_env, make_suite, task_init_states
+from rollouts.crashes import exception_line
 from rollouts.policies import ZeroPolicy
-from rollouts.pool import Waiting, _receive, play_all
-from rollouts.worker import Episode, Rollouts
+from rollouts.pool import Attempt, Waiting, Worker, _receive, answer, play_all, sensible_number_of_workers
+from rollouts.worker import STAND_STILL, Episode, Rollouts, play_episode
 
 TASK = 6
 MAX_STEPS = 4
@@ -27,9 +30,7 @@ def play(folder: Path, policy, *trials: int, num_workers: int = 2, timeout: floa
     """-> trial -> its record."""
     states = task_init_states(make_suite("libero_object"), TASK)
     rollouts = Rollouts(suite, 64, 0.2, MAX_STEPS, 0.0, False, "none", folder)
-    records = play_all(
-        episodes(*trials), lambda e: states[e.trial], lambda e: str(e.trial), policy, rollouts, num_workers, timeout
-    )
+    records = play_all(episodes(*trials), lambda e: states[e.trial], policy, rollouts, num_workers, timeout)
     return {record["trial"]: record for record in records}
 
 
@@ -40,27 +41,145 @@ def workers() -> list[int]:
 
 
 class TroublePolicy(ZeroPolicy):
-    """For init state 0 it kills the worker that asks first, and sends NaN to the one that tries again."""
+    """Kills the first worker that plays init state 0, sends NaN to the one that tries it again, and to init state 2
+    what is no action, with which the worker's program fails."""
 
     def __init__(self):
         super().__init__(MAX_STEPS)
         self.killed = False
 
-    def act(self, observations, instructions, generators):
-        if "0" in instructions and not self.killed:
+    def act(self, observations, episodes, generators):
+        if any(episode.trial == 0 for episode in episodes) and not self.killed:
             self.killed = True
             for worker in workers():
                 os.kill(worker, signal.SIGKILL)
-        return [self.chunk * (np.nan if instruction == "0" else 1) for instruction in instructions]
+        answers = {0: self.chunk * np.nan, 2: self.chunk[:, :5]}
+        return [answers.get(episode.trial, self.chunk) for episode in episodes]
 
 
-def test_a_crash_is_tried_once_more_and_then_reported_with_what_the_worker_said(tmp_path):
-    records = play(tmp_path, TroublePolicy(), 0, 1, num_workers=1)
-    assert records[0]["crashed"] and not records[0]["success"] and records[0]["tries"] == 2
-    assert "killed by SIGKILL" in records[0]["earlier_crash"]
-    assert "SimulatorError: the action [nan" in records[0]["error"] and "Traceback" in records[0]["error"]
-    assert not records[1]["crashed"] and records[1]["steps"] == MAX_STEPS and records[1]["tries"] == 1
+def test_what_the_machine_did_is_a_crash_and_what_the_policy_did_is_a_failure(tmp_path):
+    records = play(tmp_path, TroublePolicy(), 0, 1, 2, num_workers=1)
+    broken, ordinary, crashed = (records[trial] for trial in (0, 1, 2))
+    assert not broken["crashed"] and not broken["success"] and broken["steps"] == 0
+    assert broken["tries"] == 2 and broken["earlier_crash"] == "killed by SIGKILL"  # the crash alone is tried again
+    assert broken["broken_by_policy"].startswith("after 0 steps: the action [nan, nan")
+    assert (tmp_path / "task6_trial0_last.png").exists()
+    assert not ordinary["crashed"] and ordinary["steps"] == MAX_STEPS and ordinary["tries"] == 1
+    assert ordinary["broken_by_policy"] is None  # the environment that was broken before is not played on
+    assert crashed["crashed"] and crashed["tries"] == 2 and crashed["steps"] is None
+    first_line, *rest = crashed["error"].splitlines()
+    assert first_line.startswith("ended with exit code 1: ") and first_line.split(": ", 1)[1] in rest
+    assert "Traceback (most recent call last):" in rest
     assert not workers()
+
+
+def test_a_simulation_that_blows_up_is_the_policys_failure_only_after_its_first_action(tmp_path, monkeypatch):
+    """MuJoCo then resets itself without a word, and the reset scene passes for solved."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings there
+    suite = make_suite("libero_object")
+    env, init_state = make_env(suite, TASK, 64, visual_mesh_ratio=0.2), task_init_states(suite, TASK)[0]
+    [episode] = episodes(0)
+
+    def blows_up(obs):
+        env.sim.data.qvel[:] = 1e12
+        return np.tile(STAND_STILL, (MAX_STEPS, 1))
+
+    rollouts = Rollouts("libero_object", 64, 0.2, MAX_STEPS, 0.0, False, "all", tmp_path)
+    outcome = play_episode(env, episode, init_state, rollouts, blows_up)
+    assert (outcome["success"], outcome["steps"]) == (False, 0)
+    assert "after 0 steps: a position, velocity or acceleration became infinite or NaN" in outcome["broken_by_policy"]
+    assert (tmp_path / "task6_trial0_failure.mp4").exists()
+
+    no_scene = np.full_like(init_state, 1e12)
+    no_scene[0] = 1.0  # the time
+    with pytest.raises(SimulatorError):
+        play_episode(env, episode, no_scene, rollouts, blows_up)
+    env.close()
+
+
+class SlowPolicy(ZeroPolicy):
+    """Takes three hours for each decision, by the clock of the main process."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(1)
+        self.hours, real = 0, time.monotonic
+        monkeypatch.setattr(rollouts.pool.time, "monotonic", lambda: real() + 3600 * self.hours)
+
+    def act(self, observations, episodes, generators):
+        self.hours += 3
+        return super().act(observations, episodes, generators)
+
+
+def test_the_clock_of_a_worker_stands_still_while_the_policy_decides(tmp_path, monkeypatch):
+    policy = SlowPolicy(monkeypatch)
+    record = play(tmp_path, policy, 0, num_workers=1, timeout=600)[0]
+    assert policy.hours == 3 * MAX_STEPS
+    assert not record["crashed"] and record["tries"] == 1 and record["steps"] == MAX_STEPS
+
+
+def test_a_worker_whose_message_lies_unread_is_not_late():
+    ours, theirs = Pipe()
+    worker = Worker.__new__(Worker)
+    worker.pipe, worker.deadline = ours, time.monotonic() - 1
+    assert worker.is_late()
+    theirs.send(("observation", None))
+    assert not worker.is_late()
+
+
+def test_the_exception_that_ended_a_worker_is_found_in_what_it_printed():
+    said = """loading
+Traceback (most recent call last):
+  File "a.py", line 1, in f
+ValueError: the first
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "b.py", line 2, in g
+    raise MemoryError
+MemoryError: Unable to allocate 3 GiB
+for two arrays
+Exception ignored in: <function EGLGLContext.__del__>
+Traceback (most recent call last):
+  File "c.py", line 3, in __del__
+OpenGL.raw.EGL._errors.EGLError: EGL_NOT_INITIALIZED
+the end"""
+    assert exception_line(said) == "MemoryError: Unable to allocate 3 GiB"
+    assert exception_line("Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call first):") == (
+        "Fatal Python error: Segmentation fault"
+    )
+    assert exception_line("WARNING: nothing") is None
+
+
+def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    states = task_init_states(make_suite("libero_object"), TASK)  # reads files
+    rollouts = Rollouts("libero_object", 64, 0.2, MAX_STEPS, 0.0, False, "none", tmp_path)
+    records = play_all(episodes(0), lambda e: states[e.trial], ZeroPolicy(MAX_STEPS), rollouts, 1, 300)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # no more files than are open
+    try:
+        with pytest.raises(BadInput, match=r"a simulator's process cannot be started \(.*Too many open files"):
+            next(records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_running_out_of_memory_while_deciding_is_one_sentence():
+    class LargePolicy(ZeroPolicy):
+        def act(self, observations, episodes, generators):
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
+
+    worker = Worker.__new__(Worker)
+    worker.attempt, worker.generator = Attempt(episodes(0)[0]), None
+    with pytest.raises(BadInput, match=r"out of memory while deciding for 1 simulators; try fewer --num_workers"):
+        answer([(worker, None)], LargePolicy(MAX_STEPS))
+
+
+def test_there_are_never_more_workers_than_the_job_has_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(rollouts.pool, "available_cores", lambda: 8)
+    for gigabytes, number in ((100, 8), (5, 3), (1, 1)):
+        monkeypatch.setattr(rollouts.pool, "available_gigabytes", lambda gigabytes=gigabytes: gigabytes)
+        assert sensible_number_of_workers() == number
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message_has_died():
@@ -74,7 +193,7 @@ def test_an_episode_that_hangs_is_ended(tmp_path):
     begun = time.monotonic()
     record = play(tmp_path, ZeroPolicy(MAX_STEPS), 0, timeout=0.5)[0]
     assert record["crashed"] and record["tries"] == 2 and record["steps"] is None
-    assert "not finished within --episode_timeout 0.5 seconds" in record["error"]
+    assert "not finished within --episode_timeout 0.5 seconds of its own work" in record["error"]
     assert time.monotonic() - begun < 30 and not workers()
 
 
