@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import parse_config
+from config import add_set_flag, parse_config
 from dataloader import STATE_KEYS, LanguageTable, canonical_instruction
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
@@ -63,7 +63,8 @@ from rollouts.report import write_report
 from rollouts.side_by_side import conditions, side_by_side, table_text
 from rollouts.statistics import ORIGINS, comparison_text, distinct, figures_text, summarise, summarise_tasks
 from rollouts.worker import Episode, Rollouts
-from statevla_model import choose_device, model_from_checkpoint, read_checkpoint
+from statevla_model import choose_device, model_from_checkpoint
+from training.checkpoint import read_checkpoint
 
 STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite takes; its variants have the same
     "libero_spatial": 220,
@@ -305,7 +306,7 @@ def parse_arguments() -> argparse.Namespace:
         help="join the folders of shards into --output_dir; nothing is played")
     add("--compare", type=expanded, nargs=2, metavar="RESULTS",
         help="pair two results.json by episode; nothing is played")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the checkpoint's config")
+    add_set_flag(parser)
     # fmt: on
     arguments = parser.parse_args()
     arguments.task_suite = arguments.task_suite.lower()

@@ -36,7 +36,8 @@ from rollouts.policies import (
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
 from rollouts.worker import Episode
 from run_libero_eval import choose_output_dir, main, make_policy, parse_arguments
-from statevla_model import load_checkpoint, read_checkpoint, save_checkpoint
+from statevla_model import load_checkpoint
+from training.checkpoint import read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
