@@ -21,7 +21,7 @@ import os
 import pickle
 import re
 import sys
-import tempfile
+import textwrap
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 
 from errors import BadInput
-from files import replaced_whole
+from files import keeps_files, private_temporary_folder, replaced_whole
 from thin_meshes import thin_visual_meshes
 
 if sys.platform != "darwin":  # read by mujoco and robosuite when they are imported; macOS has one renderer only
@@ -160,7 +160,7 @@ def task_init_states(suite, task_id: int) -> np.ndarray:
         task = suite.get_task(task_id)
         raise BadInput(
             f"{task.problem_folder}: the installed LIBERO's init states of task {task_id}, {task.name}, cannot be read"
-            f" ({_first_line(problem)})"
+            f" ({_in_short(problem)})"
         ) from None
     if len(init_states) == 0:
         task = suite.get_task(task_id)
@@ -197,9 +197,9 @@ class LiberoEnv:
 
     def __init__(self, bddl_file: Path, image_size: int, visual_mesh_ratio: float):
         libero = import_libero()
-        _choose_egl_device()
         self.bddl_file, self.image_size = Path(bddl_file), image_size
         try:
+            _choose_egl_device()
             self._env = libero.OffScreenRenderEnv(
                 bddl_file_name=str(bddl_file),
                 use_camera_obs=False,  # step() draws nothing
@@ -211,7 +211,7 @@ class LiberoEnv:
         except FileNotFoundError as problem:
             raise BadInput(f"the installed LIBERO lacks an asset of this task, {problem.filename}") from None
         except ValueError as problem:  # MuJoCo's compiler: a mesh or texture that is missing or none
-            raise BadInput(f"{bddl_file}: MuJoCo cannot build this task's scene ({_first_line(problem)})") from None
+            raise BadInput(f"{bddl_file}: MuJoCo cannot build this task's scene ({_in_short(problem)})") from None
         self.domain, self.sim = self._env.env, self._env.sim
         atexit.register(self.close)  # a renderer that outlives EGL's own exit handler ends in tracebacks
         self.model_xml = self.sim.model.get_xml()
@@ -384,7 +384,7 @@ def import_libero() -> SimpleNamespace:
             from robosuite.utils.observables import Observable, sensor
 
             sys.modules["robosuite"].macros = sys.modules["robosuite.macros"]  # the import system's part, see below
-    except IMPORT_PROBLEMS as problem:
+    except _import_problems() as problem:
         raise _import_problem(problem) from None
     finally:
         logging.disable(silent_before)
@@ -440,25 +440,13 @@ def _set_robosuites_macros() -> None:
     macros.FILE_LOGGING_LEVEL = None
     if "NUMBA_CACHE_DIR" not in os.environ:
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
-        if not (_keeps_files(folder / "utils/__pycache__") or _keeps_files(user_cache)):
-            private = Path(tempfile.gettempdir()) / f"numba_{os.getuid()}"
-            if _keeps_files(private, private=True):
-                os.environ["NUMBA_CACHE_DIR"] = str(private)
-            else:
+        if not (keeps_files(folder / "utils/__pycache__") or keeps_files(user_cache)):
+            private = private_temporary_folder("statevla_numba")
+            if private is None:
                 macros.CACHE_NUMBA = False  # every process compiles them anew, which takes it some ten seconds
+            else:
+                os.environ["NUMBA_CACHE_DIR"] = str(private)
     sys.modules["robosuite.macros"] = macros
-
-
-def _keeps_files(folder: Path, private: bool = False) -> bool:
-    """Whether files can be made in this folder, itself made if need be; `private`: and by nobody else, since what lies
-    there is trusted."""
-    try:
-        folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        found = folder.lstat()
-    except OSError:
-        return False
-    return not private or (found.st_uid == os.getuid() and found.st_mode & 0o077 == 0)
 
 
 def _load_triton_before_mesa() -> None:
@@ -475,28 +463,28 @@ def _load_triton_before_mesa() -> None:
 
 @functools.cache
 def _choose_egl_device() -> None:
-    """Opens the EGL device that this process draws with. Raises BadInput where there is none.
+    """Opens the EGL device that this process draws with, for MuJoCo and for robosuite.
 
     robosuite takes CUDA_VISIBLE_DEVICES for the number of an EGL device and fails where it is none: on a machine whose
-    EGL knows fewer devices, with the name of a GPU or of a MIG part, with no number at all. Here MUJOCO_EGL_DEVICE_ID
-    decides, then the first number of CUDA_VISIBLE_DEVICES if EGL knows it, then the first device that can be opened.
+    EGL knows fewer devices, with the name of a GPU or of a part of one, with nothing at all.
     """
     if os.environ.get("MUJOCO_GL") != "egl":  # robosuite has put egl there by now, unless osmesa or glx were asked for
         return
+    from robosuite.renderers.context import egl_context
+
+    egl_context.EGL_DISPLAY = _open_egl_display()
+
+
+@functools.cache
+def _open_egl_display():
+    """The display of the EGL device that MUJOCO_EGL_DEVICE_ID names; otherwise of the one with the first number in
+    CUDA_VISIBLE_DEVICES, or of the first that can be opened. Raises RuntimeError where there is none."""
     _load_triton_before_mesa()
-    libero = import_libero()
-    try:
-        from mujoco import egl
-        from robosuite.renderers.context import egl_context
+    from mujoco import egl
+    from OpenGL.error import GLError
 
-        display = _open_egl_display(egl.egl_ext, libero.GLError)
-    except (ImportError, RuntimeError, libero.GLError) as problem:
-        raise _no_renderer(problem) from None
-    egl.EGL_DISPLAY = egl_context.EGL_DISPLAY = display
-
-
-def _open_egl_display(egl, GLError: type):
-    devices = egl.eglQueryDevicesEXT()
+    extension = egl.egl_ext
+    devices = extension.eglQueryDevicesEXT()
     wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     if wanted:
         if not wanted.isdigit() or int(wanted) >= len(devices):
@@ -504,27 +492,60 @@ def _open_egl_display(egl, GLError: type):
         candidates = [int(wanted)]
     else:
         first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
-        candidates = list(range(len(devices)))
-        candidates.sort(key=lambda device: str(device) != first_gpu)
+        candidates = sorted(range(len(devices)), key=lambda device: str(device) != first_gpu)
     for device in candidates:
-        display = egl.eglGetPlatformDisplayEXT(egl.EGL_PLATFORM_DEVICE_EXT, devices[device], None)
-        if display != egl.EGL_NO_DISPLAY and egl.eglGetError() == egl.EGL_SUCCESS:
-            with contextlib.suppress(GLError):  # this one cannot be opened; perhaps the job may not use it
-                if egl.eglInitialize(display, None, None) == egl.EGL_TRUE:
+        display = extension.eglGetPlatformDisplayEXT(extension.EGL_PLATFORM_DEVICE_EXT, devices[device], None)
+        if display != extension.EGL_NO_DISPLAY and extension.eglGetError() == extension.EGL_SUCCESS:
+            with contextlib.suppress(GLError):  # it cannot be opened; perhaps this job may not use it
+                if extension.eglInitialize(display, None, None) == extension.EGL_TRUE:
+                    egl.EGL_DISPLAY = display
                     return display
     raise RuntimeError(f"none of EGL's {len(candidates)} devices can be opened")
+
+
+def renderer_name() -> str:
+    """What OpenGL says of itself: renderer, vendor and version, then the way to it, such as egl. Loads the renderer and
+    not LIBERO. Raises BadInput where there is none."""
+    _check_renderer_library()
+    try:
+        with _environment_for_the_import():
+            import mujoco
+
+        way = os.environ.get("MUJOCO_GL", "")
+        if way in ("osmesa", "glx") or sys.platform == "darwin":
+            context = mujoco.GLContext(1, 1)
+        else:  # robosuite takes EGL in every other case
+            _open_egl_display()
+            context, way = mujoco.egl.GLContext(1, 1), "egl"
+        try:
+            context.make_current()
+            from OpenGL.raw.GL.VERSION.GL_1_0 import GL_RENDERER, GL_VENDOR, GL_VERSION, glGetString
+
+            names = [ctypes.string_at(glGetString(name)).decode() for name in (GL_RENDERER, GL_VENDOR, GL_VERSION)]
+        finally:
+            context.free()
+    except _import_problems() as problem:
+        raise _import_problem(problem) from None
+    return ", ".join([*names, way])
 
 
 # ---- what went wrong ---------------------------------------------------------------------------------------------
 
 
-def _first_line(problem: BaseException) -> str:
-    return str(problem).strip().partition("\n")[0].rstrip(".")
+def _import_problems() -> tuple[type[BaseException], ...]:
+    """IMPORT_PROBLEMS and, from the moment that it is loaded, OpenGL's own."""
+    opengl = sys.modules.get("OpenGL.error")
+    return IMPORT_PROBLEMS if opengl is None else (*IMPORT_PROBLEMS, opengl.Error)
+
+
+def _in_short(problem: BaseException) -> str:
+    """The text of an error on one line; torch's and OpenGL's have many."""
+    return textwrap.shorten(str(problem), 300, placeholder=" ...").rstrip(".")
 
 
 def _no_renderer(problem: BaseException | str) -> BadInput:
     """The sentence for a machine that cannot draw: the advice follows from the error's own text."""
-    text = str(problem) if isinstance(problem, str) else _first_line(problem)
+    text = str(problem) if isinstance(problem, str) else _in_short(problem)
     settings = ", ".join(f"{name}={os.environ[name]}" for name in RENDERER_VARIABLES if name in os.environ)
     if "MUJOCO_EGL_DEVICE_ID" in text or "invalid literal for int" in text:
         advice = "set MUJOCO_EGL_DEVICE_ID to the number of an EGL device, such as 0, or unset it"
@@ -541,8 +562,8 @@ def _no_renderer(problem: BaseException | str) -> BadInput:
 
 
 def _import_problem(problem: BaseException) -> BadInput:
-    text = _first_line(problem)
-    if re.search("EGL|OSMesa|MUJOCO_GL|PYOPENGL|invalid literal for int", text):
+    text = _in_short(problem)
+    if re.search("EGL|GLError|OSMesa|MUJOCO_GL|PYOPENGL|invalid literal for int", f"{type(problem).__name__}: {text}"):
         return _no_renderer(problem)
     said = f"LIBERO cannot be imported ({type(problem).__name__}: {text})"
     if isinstance(problem, ModuleNotFoundError):
@@ -599,7 +620,7 @@ def _check_liberos_folders(installed) -> None:
         try:
             folder = Path(installed.get_libero_path(name))
         except IMPORT_PROBLEMS as problem:
-            raise BadInput(f"{config_file}: LIBERO cannot read it ({_first_line(problem)})") from None
+            raise BadInput(f"{config_file}: LIBERO cannot read it ({_in_short(problem)})") from None
         if not folder.is_dir():
             written = f"{config_file}: its {name}" if Path(config_file).exists() else f"the installed LIBERO's {name}"
             raise BadInput(
