@@ -1,20 +1,27 @@
-# Two commands do all the set-up they need on a fresh Debian or Ubuntu machine with Python 3.10+:
+# Two commands do all the set-up they need on a fresh Debian or Ubuntu machine with Python 3.10 to 3.13:
 #
 #   make demo    real LIBERO demonstrations -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
 #   make test    the tests
 #
 # make lint checks the style, make bench measures how fast all of it is, make table prints the component table,
 # make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks.
-# PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes.
+# PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes. Another Python is tested beside the
+# first one with: make test PYTHON=python3.13 VENV=/tmp/venv313
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help demo libero-object-cpu libero-object-gpu test lint bench table clean-demo install system-packages
 
-PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# An environment that is there keeps its Python, whatever python3 has become meanwhile; one that is half made, or whose
+# Python is gone, is made anew.
+IS_SOUND := $(shell $(RUN) -c "import pip" 2>/dev/null && echo yes)
+PYTHON ?= $(if $(IS_SOUND),$(RUN),python3)
+ifndef IS_SOUND
+.PHONY: $(VENV)/.installed
+endif
 TORCH := torch==2.13.0
 # Without an NVIDIA GPU PyTorch's own CPU build is enough: 0.2 GB instead of 3. It sorts before PyPI's build.
 CPU_BUILD := $(shell command -v nvidia-smi >/dev/null || \
@@ -30,7 +37,7 @@ PHASE2 := $(RUNS)/phase2_flow_matching
 ROLLOUTS := $(RUNS)/rollouts
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
 
 demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
 	@echo
@@ -110,7 +117,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt | system-packages
 	@echo "== installing into $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(if $(IS_SOUND),,$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV))
 	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH) $(CPU_BUILD)
 	@time $(VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	@touch $@
@@ -128,6 +135,7 @@ $(VENV)/peers/.installed: benchmarks/requirements.txt | install
 	@$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/peers -r benchmarks/requirements.txt
 	@touch $@
 
-# What no Python package brings: the software renderer's libraries, venv itself on Debian, and a C++ compiler.
+# What no Python package brings: the software renderer's libraries, venv itself on Debian, and a C++ compiler. A Python
+# that has no simulator, or is not the environment's, is refused.
 system-packages:
-	@.ci/system-packages $(PYTHON)
+	@.ci/system-packages $(PYTHON) $(RUN)

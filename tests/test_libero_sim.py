@@ -1,5 +1,9 @@
 """The simulator, against LIBERO's own environment as the definition. Needs a working renderer; takes half a minute."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +12,7 @@ import torch
 
 import libero_sim
 from errors import BadInput
+from files import keeps_files, private_temporary_folder
 from libero_sim import (
     CAMERAS,
     SIM_KEYS,
@@ -19,6 +24,7 @@ from libero_sim import (
     task_init_states,
 )
 
+ROOT = Path(__file__).parent.parent
 TASK = 6
 SIZE = 64
 
@@ -210,11 +216,29 @@ def test_init_states_are_loaded_and_reproduced(env, suite):
     np.testing.assert_array_equal(env.state(), init_states[7])
 
 
-def test_init_states_stored_with_torch_save_are_loaded(tmp_path):
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_init_states_stored_with_torch_save_by_either_numpy_are_loaded(core, tmp_path):
+    path = tmp_path / "upstream.pruned_init"
     init_states = np.random.default_rng(0).normal(size=(3, 110))
-    torch.save(init_states, tmp_path / "upstream.pruned_init")
-    upstream_suite = SimpleNamespace(get_task_init_states=lambda task_id: torch.load(tmp_path / "upstream.pruned_init"))
+    torch.save(init_states, path, _use_new_zipfile_serialization=False)
+    here = np.empty(0).__reduce__()[0].__module__.encode()  # the two numpys' files differ in this name
+    stored = path.read_bytes()
+    assert stored.count(here) == 1
+    path.write_bytes(stored.replace(here, f"numpy.{core}.multiarray".encode()))
+    upstream_suite = SimpleNamespace(get_task_init_states=lambda task_id: torch.load(path))
     np.testing.assert_array_equal(task_init_states(upstream_suite, 0), init_states)
+
+
+def test_init_states_that_cannot_be_read_are_one_sentence(tmp_path):
+    path = tmp_path / "upstream.pruned_init"
+    upstream_suite = SimpleNamespace(
+        get_task_init_states=lambda task_id: torch.load(path),
+        get_task=lambda task_id: SimpleNamespace(problem_folder="libero_x", name="lift"),
+    )
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04 cut short"):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=r"libero_x: the installed LIBERO's init states of task 0, lift, cannot be"):
+            task_init_states(upstream_suite, 0)
 
 
 def test_unknown_suite_is_answered_with_the_known_ones():
@@ -235,6 +259,109 @@ def test_upstreams_first_question_is_answered_once(tmp_path, monkeypatch):
     config_file.write_text("the user's own")
     libero_sim._answer_upstreams_first_question()
     assert config_file.read_text() == "the user's own"
+
+
+def in_a_process(code: str, **variables: str | None) -> str:
+    """What Python code prints that imports libero_sim with these variables set, or for None not set."""
+    environment = {name: value for name, value in (os.environ | variables).items() if value is not None}
+    command = [sys.executable, "-c", f"import os, sys\nfrom libero_sim import *\n{code}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_opens_no_log_of_all_users_and_leaves_the_settings_of_gpus_alone():
+    """robosuite would open /tmp/robosuite.log, and assert that MUJOCO_EGL_DEVICE_ID is one of CUDA_VISIBLE_DEVICES."""
+    said = in_a_process(
+        """
+opened = []
+sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
+import_libero()
+import robosuite
+print(os.environ["CUDA_VISIBLE_DEVICES"], robosuite.macros.FILE_LOGGING_LEVEL, robosuite.macros.CACHE_NUMBA)
+print([name for name in opened if name.endswith("robosuite.log")], len(opened) > 100)
+""",
+        CUDA_VISIBLE_DEVICES="3",
+        MUJOCO_EGL_DEVICE_ID="0",
+    )
+    assert said == "3 None True\n[] True\n"
+
+
+def test_folders_of_an_installation_that_is_gone_are_named(tmp_path):
+    """LIBERO's config.yaml outlives the LIBERO that it was written for. HOME is no home either, as in a container."""
+    (tmp_path / "config.yaml").write_text(f"bddl_files: {tmp_path / 'gone'}\n")
+    said = in_a_process(
+        """
+from errors import BadInput
+try:
+    import_libero()
+except BadInput as problem:
+    print(problem)
+""",
+        LIBERO_CONFIG_PATH=str(tmp_path),
+        HOME="/proc/nobody",
+    )
+    assert said.startswith(f"{tmp_path}/config.yaml: its bddl_files, {tmp_path}/gone, is no folder here; delete that")
+
+
+@pytest.mark.skipif(os.environ.get("MUJOCO_GL") != "egl", reason="about EGL's devices")
+def test_settings_that_name_gpus_do_not_stop_the_renderer(env, monkeypatch):
+    choose = libero_sim._open_egl_display.__wrapped__
+    for visible in ("0", "3", "99,1", "", "-1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-1/2/3"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert choose()
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")  # EGL's device, whatever CUDA sees
+    assert choose()
+    for wrong in ("77", "-1", "cuda:0"):
+        monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", wrong)
+        with pytest.raises(RuntimeError, match=f"MUJOCO_EGL_DEVICE_ID is {wrong}, the EGL devices are 0 to") as caught:
+            choose()
+        said = str(libero_sim._no_renderer(caught.value))
+        assert "way to draw without a screen; set MUJOCO_EGL_DEVICE_ID to the number of an EGL device" in said
+        assert f"MUJOCO_EGL_DEVICE_ID={wrong}, CUDA_VISIBLE_DEVICES=MIG-1/2/3" in said and "apt-get" not in said
+
+
+def test_torch_with_triton_and_a_renderer_live_in_one_process(env):
+    """torch.optim imports triton, whose LLVM and that of Mesa's renderer ended in a segmentation fault."""
+    pytest.importorskip("triton")
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    env.reset(seed=0)
+    assert env.observe()["agentview_image"].any()
+
+
+@pytest.mark.parametrize(
+    "problem, advice",
+    [
+        (ModuleNotFoundError("No module named 'bddl'"), "(ModuleNotFoundError: No module named 'bddl'); run `pip"),
+        (ImportError("libGL.so.1: cannot open shared object file"), "run `apt-get install libgl1 libglib2.0-0`"),
+        (RuntimeError("invalid value for environment variable MUJOCO_GL: glx2"), "set MUJOCO_GL to egl or osmesa (inv"),
+        (
+            ImportError("Cannot initialize a EGL device display."),
+            "run `apt-get install libegl1 libegl-mesa0 libgl1-mes",
+        ),
+        (ImportError("The PYOPENGL_PLATFORM environment variable is set to 'glx'"), "unset PYOPENGL_PLATFORM"),
+        (RuntimeError("cannot cache function 'f': no locator available"), "set NUMBA_CACHE_DIR to a folder that can"),
+    ],
+)
+def test_the_errors_own_text_chooses_the_advice(problem, advice):
+    assert advice in str(libero_sim._import_problem(problem))
+
+
+def test_other_causes_get_no_advice():
+    said = str(libero_sim._import_problem(PermissionError(13, "Permission denied", "/srv/libero/benchmark.py")))
+    assert said == (
+        "LIBERO cannot be imported (PermissionError: [Errno 13] Permission denied: '/srv/libero/benchmark.py')"
+    )
+
+
+def test_a_folder_that_keeps_nothing_is_known(tmp_path, monkeypatch):
+    assert keeps_files(tmp_path / "new") and list((tmp_path / "new").iterdir()) == []
+    assert not keeps_files(Path("/proc/nobody"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = private_temporary_folder("cache")
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)  # made by somebody who wants others to put things there
+    assert private_temporary_folder("cache") is None
 
 
 def test_missing_renderer_names_the_packages(monkeypatch):
