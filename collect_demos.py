@@ -42,6 +42,7 @@ from libero_sim import SIM_KEYS, SIMULATOR_ERRORS, LiberoEnv, import_libero, mak
 from machine import affordable_processes
 from provenance import code_version
 from scripted_expert import ScriptedExpert
+from simulator_check import simulator_difference
 
 TASK_SUITE = "libero_object"
 LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
@@ -634,9 +635,12 @@ def main() -> None:
         tasks = [TaskDemos(suite, task_id, folder, wanted, settings) for task_id in task_ids]
         if args.visual_mesh_ratio < 1:
             print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
+        if simulator := simulator_difference():
+            print(f"Not LIBERO's own simulator: {simulator}.")
 
         def finish(task: TaskDemos) -> None:
-            task.assemble(libero_attributes(suite, task.task_id, settings.image_size))
+            attributes = libero_attributes(suite, task.task_id, settings.image_size)
+            task.assemble(attributes | {"simulator": simulator or "as LIBERO's own"})
 
         no_memory = (
             f"out of memory with --num_workers {args.num_workers} ({GB_PER_WORKER} GB each); use fewer; {CONTINUES}"

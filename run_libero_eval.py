@@ -23,7 +23,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -63,6 +62,7 @@ from rollouts.report import write_report
 from rollouts.side_by_side import conditions, side_by_side, table_text
 from rollouts.statistics import ORIGINS, comparison_text, distinct, figures_text, summarise, summarise_tasks
 from rollouts.worker import Episode, Rollouts
+from simulator_check import renderer_name, simulator_difference
 from statevla_model import choose_device, model_from_checkpoint
 from training.checkpoint import read_checkpoint
 
@@ -164,6 +164,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
         "shift_target": arguments.shift_target,
         "seed": arguments.seed,
         "shard": arguments.shard,
+        "simulator": simulator_difference(),
         **versions(),
     }
     episodes = [
@@ -213,7 +214,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
 
 def keep_all(rollout: Iterator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
     """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn."""
-    origins = {"code": code_version(), "renderer": os.environ.get("MUJOCO_GL", "cgl")}
+    origins = {"code": code_version(), "renderer": renderer_name()}
     with progress, contextlib.closing(rollout):
         for episode in rollout:
             folder.append(episode | origins)
@@ -484,6 +485,8 @@ def describe(settings: dict, num_episodes: int) -> str:
         title += f", only {num_episodes} of {tasks * trials} episodes"
     if settings["visual_mesh_ratio"] < 1:
         title += f", visual meshes thinned to {settings['visual_mesh_ratio']:g} (not LIBERO's own pictures)"
+    if settings.get("simulator"):
+        title += f", {settings['simulator']}"
     if new := settings.get("new_instructions"):
         title += f", instructions that the checkpoint was not trained on: {len(new)}"
     return title + (f", flow started from {settings['flow_start']}" if "flow_start" in settings else "")
