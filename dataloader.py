@@ -513,7 +513,9 @@ def _object(path: Path, within: str, group: h5py.Group, name: str, kind: type):
     try:
         found = group[name]
     except HDF5_ERRORS as problem:
-        raise hdf5_problem(path, problem, within) from None
+        link = group.get(name, getlink=True)
+        target = f", a link to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
+        raise hdf5_problem(path, problem, within + target) from None
     if not isinstance(found, kind):
         raise BadInput(f"{path}: {within} is a {type(found).__name__.lower()}, expected a {kind.__name__.lower()}")
     return found

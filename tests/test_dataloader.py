@@ -765,7 +765,7 @@ def test_demos_that_lie_in_other_files_are_read_through_their_links(tmp_path):
     assert [demo.parts for demo in demos] == [(tmp_path / "parts/demo_0.h5",), (), (tmp_path / "parts/demo_2.h5",)]
     assert all(torch.equal(a.actions, b.actions) for a, b in zip(demos, expected, strict=True))
     (tmp_path / "parts/demo_2.h5").unlink()
-    with pytest.raises(BadInput, match=f"{path}: demo_2: it links to a file that is not there"):
+    with pytest.raises(BadInput, match=f"{path}: demo_2, a link to parts/demo_2.h5: it links to a file that is not there"):
         load(tmp_path)
 
 
