@@ -170,7 +170,7 @@ class Batches:
     Frames are read ahead by a thread, into (pinned) buffers that are made once: the pictures of a batch are valid until
     the next one is asked for. `waited` counts the seconds that the model waited for them.
 
-    Raises BadInput if not one batch fits.
+    Raises BadInput if there is no row, or, with a `seed`, if not one batch fits.
     """
 
     BUFFERS = 3  # one with the model, one ready, one being filled
@@ -197,6 +197,8 @@ class Batches:
         self.epoch, self.waited = 0, 0.0
         self.buffers: list[Tensor] = []
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if not len(rows):
+            raise BadInput("the demos are too short for a single sample, or there are none; expected at least one")
         if seed is not None and not len(self):
             raise BadInput(
                 f"training.batch_size is {batch_size} on {self.ranks} process(es), but there are only {len(rows)} "
