@@ -169,7 +169,7 @@ class Batches:
     Frames are read ahead by a thread, into (pinned) buffers that are made once: the pictures of a batch are valid until
     the next one is asked for. `waited` counts the seconds that the model waited for them.
 
-    Raises BadInput if not one batch fits.
+    Raises BadInput if there is no row, or, with a `seed`, if not one batch fits.
     """
 
     BUFFERS = 3  # one with the model, one ready, one being filled
@@ -195,6 +195,8 @@ class Batches:
         self.epoch, self.waited = 0, 0.0
         self.buffers: list[Tensor] = []
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if not len(rows):
+            raise BadInput("the demos are too short for a single sample, or there are none; expected at least one")
         if seed is not None and not len(self):
             raise BadInput(
                 f"training.batch_size is {batch_size} on {self.ranks} process(es), but there are only {len(rows)} "
@@ -489,7 +491,9 @@ def _object(path: Path, within: str, group: h5py.Group, name: str, kind: type):
     try:
         found = group[name]
     except HDF5_ERRORS as problem:
-        raise hdf5_problem(path, problem, within) from None
+        link = group.get(name, getlink=True)
+        target = f", a link to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
+        raise hdf5_problem(path, problem, within + target) from None
     if not isinstance(found, kind):
         raise BadInput(f"{path}: {within} is a {type(found).__name__.lower()}, expected a {kind.__name__.lower()}")
     return found

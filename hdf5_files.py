@@ -101,7 +101,7 @@ def _meaning(path: Path, problem: BaseException) -> str:
         return f"{subject} is open in another process, which writes it; try again when that one has ended"
     if "already open for write" in reason or "consistency flags" in reason:
         return (
-            f"{subject} is marked as open for writing: a program writes it or was killed while it did; if none has "
+            f"{subject} is marked as open for write: a program writes it or was killed while it did; if none has "
             "it open, `h5clear -s` (package hdf5-tools) takes the mark away, and what was not yet written is missing"
         )
     if "truncated file" in reason:

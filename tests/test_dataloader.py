@@ -290,6 +290,14 @@ def test_a_batch_is_what_its_ranks_get_together(tmp_path):
         assert set(joint["z_t"].flatten().tolist()) == set(torch.cat([first["z_t"], second["z_t"]]).flatten().tolist())
 
 
+def test_demos_too_short_for_one_sample_are_refused_in_training_and_in_validation(tmp_path):
+    write_task_file(tmp_path, alignment="before", steps=12)
+    demos, _ = load(tmp_path)
+    for seed in (0, None):
+        with pytest.raises(BadInput, match="too short for a single sample"):
+            batches_of(demos, transition_rows(demos, 12), 12, gap=12, seed=seed)
+
+
 def test_reading_ahead_never_overwrites_the_batch_in_use(tmp_path):
     write_task_file(tmp_path, demos=6)
     demos, _ = load(tmp_path)
@@ -761,7 +769,9 @@ def test_demos_that_lie_in_other_files_are_read_through_their_links(tmp_path):
     assert [demo.parts for demo in demos] == [(tmp_path / "parts/demo_0.h5",), (), (tmp_path / "parts/demo_2.h5",)]
     assert all(torch.equal(a.actions, b.actions) for a, b in zip(demos, expected, strict=True))
     (tmp_path / "parts/demo_2.h5").unlink()
-    with pytest.raises(BadInput, match=f"{path}: demo_2: it links to a file that is not there"):
+    with pytest.raises(
+        BadInput, match=f"{path}: demo_2, a link to parts/demo_2.h5: it links to a file that is not there"
+    ):
         load(tmp_path)
 
 

@@ -1,8 +1,10 @@
 """The flat files of frames, and the states z that phase 2 keeps: never stale, never half, written once."""
 
+import errno
 import json
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -248,6 +250,20 @@ def test_processes_that_convert_at_once_agree_and_write_one_file(tmp_path):
     demos, _ = load(tmp_path)
     assert sums == {int(all_frames(demos, HDF5Frames(demos)).sum(dtype=np.int64))}
     assert len(cached(tmp_path)) == 1
+
+
+def test_where_files_cannot_be_locked_nobody_reads_half_a_conversion(tmp_path, monkeypatch, capsys):
+    def cannot_lock(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", cannot_lock)
+    write_task_file(tmp_path, demos=6)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: frames_of(tmp_path), range(3)))
+    for demos, frames in results:
+        np.testing.assert_array_equal(all_frames(demos, frames), all_frames(demos, HDF5Frames(demos)))
+    assert len(cached(tmp_path)) == 1 and not cached(tmp_path, ".part")
+    assert "cannot lock files" in capsys.readouterr().out
 
 
 def test_batches_from_cached_frames_equal_those_from_hdf5(tmp_path):

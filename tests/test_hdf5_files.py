@@ -45,7 +45,7 @@ def test_a_file_that_another_process_writes_is_named_and_so_is_the_mark_of_one_t
     finally:
         writer.kill()
         writer.wait()
-    assert "marked as open for writing" in (sentence := _sentence(path)) and "h5clear" in sentence
+    assert "marked as open for write" in (sentence := _sentence(path)) and "h5clear" in sentence
 
 
 def test_a_truncated_file_is_told_from_files_of_another_kind(tmp_path):

