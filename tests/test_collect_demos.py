@@ -602,15 +602,17 @@ def test_the_folder_of_unfinished_demos_may_go_while_another_collector_begins(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path):
+@pytest.mark.parametrize("delay", [0, 1])  # while a worker is started, and while it imports what it needs
+def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
     arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command(*arguments), cwd=REPO, **pipes) as stopped:
+    with subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, **pipes) as stopped:
         said = b""
         while b"collecting" not in said:
             said += (character := stopped.stderr.read(1))
             assert character, said
-        stopped.send_signal(signal.SIGINT)
+        time.sleep(delay)
+        os.killpg(stopped.pid, signal.SIGINT)  # a terminal sends it to the workers, too
         printed, complaints = stopped.communicate(timeout=60)
     assert stopped.returncode == 130
     assert f"Finished demos are kept in {tmp_path}; the same command continues." in printed.decode()
