@@ -24,13 +24,19 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def open_hdf5(path: str | Path, mode: str = "r", **options) -> Iterator[h5py.File]:
     """An open `h5py.File`. What HDF5 cannot open or read, here or in the block, is BadInput by `hdf5_problem`; other
     errors in the block pass."""
+    with hdf5_problems_named(path), h5py.File(path, mode, **options) as file:
+        yield file
+
+
+@contextmanager
+def hdf5_problems_named(path: str | Path, within: str = "") -> Iterator[None]:
+    """What HDF5 cannot open or read in the block is BadInput by `hdf5_problem`; other errors pass."""
     try:
-        with h5py.File(path, mode, **options) as file:
-            yield file
+        yield
     except HDF5_ERRORS as problem:
         if not comes_from_hdf5(problem):
             raise
-        raise hdf5_problem(path, problem) from None
+        raise hdf5_problem(path, problem, within) from None
 
 
 def comes_from_hdf5(problem: BaseException) -> bool:
@@ -44,6 +50,36 @@ def hdf5_problem(path: str | Path, problem: BaseException, within: str = "") -> 
     """What h5py's error about the file `path`, or about what it holds as `within`, means, in one sentence."""
     where = f"{path}: {within}" if within else str(path)
     return BadInput(f"{where}: {_meaning(Path(path), problem)}")
+
+
+def linked_files(dataset: h5py.Dataset) -> set[Path]:
+    """The files that hold a dataset's values: the one that a link led to, those of a virtual dataset's parts, raw ones.
+
+    Raises BadInput for a file that a virtual dataset lacks: HDF5 itself reads zeros there, without a word.
+    """
+    own = Path(dataset.file.filename)
+    files = {own}
+    files |= {_located(own, name, "HDF5_EXTFILE_PREFIX", ()) for name, _, _ in dataset.external or ()}
+    if dataset.is_virtual:
+        for name, key in {(source.file_name, source.dset_name) for source in dataset.virtual_sources()}:
+            if name == ".":
+                files |= linked_files(dataset.file[key])
+                continue
+            source = _located(own, name, "HDF5_VDS_PREFIX", (own.parent, own.resolve().parent))
+            with open_hdf5(source) as file:
+                files |= linked_files(file[key])
+    return files
+
+
+def _located(own: Path, name: str, prefix: str, folders: tuple[Path, ...]) -> Path:
+    """The file that HDF5 takes for a `name` written in the file `own`: it looks at the environment's prefix, beside the
+    file and in the working directory, in this order."""
+    beside = (Path(os.environ[prefix]), *folders) if prefix in os.environ else folders
+    candidates = [folder / name for folder in (*beside, Path())]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise BadInput(f"{own}: takes data from {name}, which is not there")
 
 
 def _words(problem: BaseException) -> str:
@@ -65,7 +101,7 @@ def _meaning(path: Path, problem: BaseException) -> str:
         return f"{subject} is open in another process, which writes it; try again when that one has ended"
     if "already open for write" in reason or "consistency flags" in reason:
         return (
-            f"{subject} is marked as open for writing: a program writes it or was killed while it did; if none has "
+            f"{subject} is marked as open for write: a program writes it or was killed while it did; if none has "
             "it open, `h5clear -s` (package hdf5-tools) takes the mark away, and what was not yet written is missing"
         )
     if "truncated file" in reason:
