@@ -188,8 +188,7 @@ class Worker:
 
 
 def prepare_worker() -> None:
-    """Leaves Ctrl-C to the main process, which then ends its workers. However that one dies, its workers end too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """However the main process dies, its workers end, too."""
 
     def end_with_parent():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -461,6 +460,17 @@ def libero_attributes(suite, task_id: int, image_size: int) -> dict:
 # ---- the main process --------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Until the block is over. A process that is started in it inherits the blocked signal, so Ctrl-C, which a terminal
+    sends to all, is the main process's alone, which ends its workers; half-started ones would print tracebacks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
     """Runs attempts on all workers until every task has its demos; calls finish(task) when one has them."""
     missing = sum(max(task.wanted - len(task.successes()), 0) for task in tasks)
@@ -482,9 +492,10 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
                 while len(running) < num_workers and (attempt := task.next_attempt()) is not None:
                     check_expert(task)
                     task.lengths[attempt] = None
-                    future = pool.submit(Worker.attempt, task.task_id, attempt, task.settings, task.demo_file(attempt))
-                    running[future] = task, attempt, time.monotonic()
-                    processes.update(multiprocessing.active_children())
+                    order = task.task_id, attempt, task.settings, task.demo_file(attempt)
+                    with ctrl_c_waits():
+                        running[pool.submit(Worker.attempt, *order)] = task, attempt, time.monotonic()
+                        processes.update(multiprocessing.active_children())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, attempt, begun = running.pop(future)
                 task.lengths[attempt], why_broken = future.result()

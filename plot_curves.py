@@ -5,6 +5,7 @@ python plot_curves.py checkpoints/phase1_temporal_jepa checkpoints/phase2_flow_m
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 
 from errors import BadInput, exits_on_bad_input
+from files import expanded, replaced_whole
 
 PANELS = {  # title -> the metrics of one panel, by their names in metrics.jsonl
     "prediction (MSE)": ("jepa_mse", "jepa_copy_mse"),
@@ -24,6 +26,10 @@ PANELS = {  # title -> the metrics of one panel, by their names in metrics.jsonl
     "gripper (BCE)": ("gripper_loss",),
     "total loss": ("loss",),
 }
+STYLES = {  # by split
+    "train": {"alpha": 0.6, "linewidth": 1},
+    "validation": {"marker": "o", "markersize": 3},
+}
 
 
 def read_metrics(directory: Path) -> dict[str, dict[str, dict[int, float]]]:
@@ -32,17 +38,36 @@ def read_metrics(directory: Path) -> dict[str, dict[str, dict[int, float]]]:
     if not path.is_file():
         raise BadInput(f"{path}: no such file; train.py writes it into its checkpoint folder")
     curves: dict[str, dict[str, dict[int, float]]] = {}
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # a run that was killed left half a line
+        except ValueError:  # a run that was killed left half a line
             continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int or record.get("split") not in STYLES:
+            raise BadInput(
+                f"{path}: line {number} is {line[:60]}, expected what train.py writes: a whole number as step and"
+                f" {' or '.join(STYLES)} as split, then figures"
+            )
         for name, value in record.items():
-            if isinstance(value, int | float):
-                curves.setdefault(name, {}).setdefault(record["split"], {})[record["step"]] = value
-    if not curves:
+            if type(value) in (int, float) and name != "step":
+                curves.setdefault(name, {}).setdefault(record["split"], {})[record["step"]] = float(value)
+    if not any(metric in curves for metrics in PANELS.values() for metric in metrics):
         raise BadInput(f"{path}: holds no figures yet; train.py writes a line every training.log_interval steps")
     return curves
+
+
+def not_finite(curves: dict) -> list[str]:
+    """A sentence about every curve that has a hole because its value is NaN or infinite."""
+    holes = {
+        (name, split): [step for step, value in points.items() if not math.isfinite(value)]
+        for name, splits in curves.items()
+        for split, points in splits.items()
+    }
+    return [
+        f"{name} ({split}) is not finite at {len(steps)} steps, the first is {min(steps)}"
+        for (name, split), steps in holes.items()
+        if steps
+    ]
 
 
 def plot(curves: dict, title: str, target: Path) -> None:
@@ -53,16 +78,17 @@ def plot(curves: dict, title: str, target: Path) -> None:
     for axis, (name, metrics) in zip(axes.flat, panels, strict=False):
         for metric in metrics:
             for split, points in sorted(curves.get(metric, {}).items()):
-                style = {"train": {"alpha": 0.6, "linewidth": 1}, "validation": {"marker": "o", "markersize": 3}}[split]
                 label = f"{metric}, {'held-out demos' if split == 'validation' else 'training'}"
-                axis.plot(list(points), list(points.values()), label=label, **style)
+                values = [value if math.isfinite(value) else math.nan for value in points.values()]
+                axis.plot(list(points), values, label=label, **STYLES[split])
         axis.set(title=name, xlabel="step", ylim=(0, None))
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(title)
-    figure.savefig(target, dpi=130)
+    with replaced_whole(target) as part:
+        figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -70,8 +96,11 @@ def plot(curves: dict, title: str, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plots the learning curves of training runs.")
     parser.add_argument("directories", nargs="+", help="folders that hold a metrics.jsonl of train.py")
-    for directory in map(Path, parser.parse_args().directories):
-        plot(read_metrics(directory), directory.name, directory / "curves.png")
+    for directory in map(Path, map(expanded, parser.parse_args().directories)):
+        curves = read_metrics(directory)
+        for sentence in not_finite(curves):
+            print(f"note: {sentence}")
+        plot(curves, directory.resolve().name, directory / "curves.png")
         print(f"learning curves: {directory / 'curves.png'}")
 
 

@@ -72,8 +72,12 @@ def _thinned_corners(vertices, normals, vertex_of, normal_of, texture_points, ta
     """
     try:
         import fast_simplification
-    except ImportError:
-        raise BadInput("thinning meshes needs fast-simplification; run `pip install -r requirements.txt`") from None
+    except ModuleNotFoundError as problem:
+        raise BadInput(
+            f"thinning meshes needs fast-simplification ({problem}); run `pip install -r requirements.txt`"
+        ) from None
+    except ImportError as problem:  # it is there, built for another machine
+        raise BadInput(f"thinning meshes needs fast-simplification, which cannot be loaded ({problem})") from None
 
     positions = vertices[vertex_of].astype(np.float64)  # (3F, 3)
     size = np.ptp(positions, axis=0).max() + 1e-12

@@ -45,6 +45,7 @@ from frame_cache import open_frames
 from libero_sim import SimulatorError, from_simulator, make_env, make_suite
 from provenance import code_version
 from scripted_expert import SETTLE_STEPS
+from thin_meshes import _thinned_corners
 
 REPO = Path(__file__).parent.parent
 TASK = 6
@@ -601,6 +602,24 @@ def test_the_folder_of_unfinished_demos_may_go_while_another_collector_begins(tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("delay", [0, 1])  # while a worker is started, and while it imports what it needs
+def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
+    arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, **pipes) as stopped:
+        said = b""
+        while b"collecting" not in said:
+            said += (character := stopped.stderr.read(1))
+            assert character, said
+        time.sleep(delay)
+        os.killpg(stopped.pid, signal.SIGINT)  # a terminal sends it to the workers, too
+        printed, complaints = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130
+    assert f"Finished demos are kept in {tmp_path}; the same command continues." in printed.decode()
+    assert b"Traceback" not in complaints
+    assert list(tmp_path.iterdir()) == []
+
+
 # Failures
 
 
@@ -661,6 +680,18 @@ def test_the_advice_for_an_expert_that_fails_fits_the_settings(suite, tmp_path, 
         BadInput, match=f"^task 6: the expert failed 15 times and succeeded 0 times; {broken}; {advice}$"
     ):
         check_expert(task)
+
+
+def test_a_mesh_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "fast_simplification.py").write_text("raise ImportError('undefined symbol: no_such_symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fast_simplification", raising=False)
+    nothing = np.zeros((0, 3))
+    with pytest.raises(BadInput, match=r"fast-simplification, which cannot be loaded \(undefined symbol: no_such_symb"):
+        _thinned_corners(nothing, nothing, [], [], None, 1)
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)
+    with pytest.raises(BadInput, match=r"run `pip install -r requirements\.txt`"):
+        _thinned_corners(nothing, nothing, [], [], None, 1)
 
 
 # The command line
