@@ -292,8 +292,9 @@ def long_training(data, tmp_path):
     both = settings(data__data_directory=data, **changes)
     command = [sys.executable, "train.py", "--phase", "1", *map(str, both)]
     started = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )  # fmt: skip
     latest = tmp_path / "phase1_temporal_jepa/checkpoint_latest.pt"
     while not latest.exists():
         assert started.poll() is None, started.stdout.read().decode()
