@@ -460,9 +460,12 @@ def _load_triton_before_mesa() -> None:
     loaded later (by the first torch.optim, by transformers, by torch.utils.flop_counter), it would call Mesa's and end
     in a segmentation fault. Loaded earlier, it has found its own. Nothing here needs triton itself.
     """
-    if "torch" in sys.modules:
-        with contextlib.suppress(ImportError):  # no triton, no clash
-            import triton  # noqa: F401
+    if "torch" not in sys.modules:
+        return
+    try:
+        import triton  # noqa: F401
+    except ImportError:  # no triton, no clash
+        return
 
 
 @functools.cache
@@ -500,10 +503,13 @@ def _open_egl_display():
     for device in candidates:
         display = extension.eglGetPlatformDisplayEXT(extension.EGL_PLATFORM_DEVICE_EXT, devices[device], None)
         if display != extension.EGL_NO_DISPLAY and extension.eglGetError() == extension.EGL_SUCCESS:
-            with contextlib.suppress(GLError):  # it cannot be opened; perhaps this job may not use it
-                if extension.eglInitialize(display, None, None) == extension.EGL_TRUE:
-                    egl.EGL_DISPLAY = display
-                    return display
+            try:
+                opened = extension.eglInitialize(display, None, None) == extension.EGL_TRUE
+            except GLError:  # perhaps this job may not use it
+                continue
+            if opened:
+                egl.EGL_DISPLAY = display
+                return display
     raise RuntimeError(f"none of EGL's {len(candidates)} devices can be opened")
 
 

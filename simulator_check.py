@@ -106,7 +106,7 @@ def versions() -> dict[str, str]:
 @functools.cache
 def renderer_name() -> str:
     """What draws here: OpenGL's renderer, vendor and version, and the way to it. Raises BadInput where nothing does."""
-    return _own_process("--renderer").strip()
+    return _own_process("--renderer")
 
 
 def cache_folder() -> Path | None:
@@ -120,11 +120,11 @@ def cache_folder() -> Path | None:
 
 
 def _own_process(task: str) -> str:
-    """What this file prints when run with `task`, in a process that holds a renderer and no torch."""
+    """The line that this file prints when run with `task`, in a process that holds a renderer and no torch."""
     command = [sys.executable, str(Path(__file__).resolve()), task]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode == 0:
-        return done.stdout
+        return done.stdout.splitlines()[-1]  # whatever its libraries may have printed before
     *_, last = ["", *done.stderr.strip().splitlines()]
     if done.returncode == 2 and last.startswith("error: "):
         raise BadInput(last.removeprefix("error: "))
