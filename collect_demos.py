@@ -38,7 +38,7 @@ from config import add_config_flags, load_config
 from errors import BadInput, exits_on_bad_input, is_out_of_memory, out_of_memory_named
 from files import Lock, expanded, replaced_whole
 from hdf5_files import open_hdf5
-from libero_sim import SIM_KEYS, SIMULATOR_ERRORS, LiberoEnv, import_libero, make_env, make_suite, parse_task_ids
+from libero_sim import SIM_KEYS, LiberoEnv, SimulatorError, import_libero, make_env, make_suite, parse_task_ids
 from machine import affordable_processes
 from provenance import code_version
 from scripted_expert import ScriptedExpert
@@ -162,7 +162,7 @@ class Worker:
             cls.task_id = task_id
         try:
             episode = play_episode(cls.env, task_id, attempt, settings)
-        except SIMULATOR_ERRORS as problem:
+        except SimulatorError as problem:
             cls.close()  # not to be trusted any more
             if is_out_of_memory(problem):  # the machine's failure, not the attempt's
                 raise MemoryError(str(problem)) from None
@@ -176,7 +176,7 @@ class Worker:
                 write_demo(demo, cls.env, episode, settings.obs_alignment)
                 demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
                 file.attrs["collector"] = collector_text(settings)
-        except SIMULATOR_ERRORS as problem:  # only the renderer works here
+        except SimulatorError as problem:  # only the renderer works here
             raise BadInput(f"task {task_id}: drawing a demo failed ({problem}); {CONTINUES}") from None
         return len(episode.actions), ""
 
@@ -647,7 +647,7 @@ def main() -> None:
         if args.visual_mesh_ratio < 1:
             print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
         if simulator := simulator_difference():
-            print(f"Not LIBERO's own simulator: {simulator}.")
+            print(f"warning: {simulator}")
 
         def finish(task: TaskDemos) -> None:
             attributes = libero_attributes(suite, task.task_id, settings.image_size)

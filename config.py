@@ -173,8 +173,6 @@ def load_config(paths: str | Path | typing.Sequence[str | Path] = (), overrides:
     tree = _read_yaml(DEFAULTS)
     config = parse_config(tree, str(DEFAULTS))
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        if Path(path).is_file() and DEFAULTS.samefile(path):
-            continue
         _change(tree, _read_yaml(Path(path)), "", str(path))
         config = parse_config(tree, str(path))
     return parse_config(tree, "--set", overrides) if overrides else config
@@ -245,7 +243,7 @@ def _override(tree: dict, override: str) -> None:
     accepted = _accepted(typing.get_type_hints(kind)[name])
     if str in accepted:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        is_null = types.NoneType in accepted and text in ("null", "~")
+        is_null = types.NoneType in accepted and text == "null"
         node[name] = text[1:-1] if quoted else None if is_null else text
         return
     try:

@@ -10,6 +10,7 @@ The file holds no pickles: texts (n,), embeddings (n, 512) float32 of unit lengt
 import argparse
 import http.client
 import importlib.metadata
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy as np
 
 from config import add_config_flags, load_config
 from dataloader import demos_of, embeddings_file, find_task_files, task_instruction
-from errors import BadInput, exits_on_bad_input
+from errors import BadInput, exits_on_bad_input, is_out_of_memory
 from files import Lock, expanded, written_whole
 from hdf5_files import open_hdf5
 
@@ -53,13 +54,17 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
 
     try:
         model, tokenizer = load(local_files_only=True)
-    except unavailable:
+    except unavailable as problem:
+        if is_out_of_memory(problem):
+            raise
         hub = huggingface_hub.constants.ENDPOINT  # HF_ENDPOINT, where it is set
         reason = _no_answer(f"{hub}/{CLIP}/resolve/main/config.json")
         if reason is None:
             try:
                 model, tokenizer = load()
             except unavailable as problem:
+                if is_out_of_memory(problem):
+                    raise
                 reason = _one_line(problem)
         if reason is not None:
             raise BadInput(
@@ -75,6 +80,8 @@ def _no_answer(address: str) -> str | None:
     most of a minute where there is no network."""
     try:
         urllib.request.urlopen(address, timeout=5).close()
+    except urllib.error.HTTPError as answer:
+        return None if answer.code in (401, 403) else _one_line(answer)  # a mirror that wants the client's token
     except (OSError, ValueError, http.client.HTTPException) as problem:
         return _one_line(problem)
     return None

@@ -3,6 +3,7 @@ process at a time."""
 
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import socket
@@ -55,6 +56,12 @@ def _sync_folder(folder: Path) -> None:
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # Lustre, network, FUSE
 
 
+@functools.cache
+def _say_that_it_cannot_lock(folder: Path, why: str) -> None:
+    """Once for a folder."""
+    print(f"note: {folder} cannot lock files ({why}); start no second process on it", flush=True)
+
+
 class Lock:
     """A lock file that this process alone holds until `release()` or its own end, however that comes: the operating
     system frees it then. Usable as a context manager; who keeps no reference to it does not keep the lock.
@@ -92,7 +99,7 @@ class Lock:
         except OSError as problem:
             if problem.errno not in CANNOT_LOCK:
                 raise
-            print(f"note: {self.path.parent} cannot lock files ({problem.strerror}); start no second process on it")
+            _say_that_it_cannot_lock(self.path.parent, problem.strerror)
 
     def _is_in_place(self) -> bool:
         try:
@@ -130,6 +137,14 @@ def keeps_files(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def cache_folder() -> Path | None:
+    """$XDG_CACHE_HOME/statevla or ~/.cache/statevla, which may not be there yet; None without a home. A relative
+    $XDG_CACHE_HOME has to be ignored, says the convention that it comes from."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    cache = asked if os.path.isabs(asked) else os.path.expanduser("~/.cache")
+    return Path(cache) / "statevla" if os.path.isabs(cache) else None
 
 
 def private_temporary_folder(name: str) -> Path | None:

@@ -205,11 +205,14 @@ def check_pictures(
 ) -> None:
     """pictures (n, h, w, 3) uint8 of a demo's `steps`, joint_states (n, 7) there. Raises BadInput for one that is black
     or of one colour, and for a camera that shows the same all the time although the arm moves."""
-    flat = (pictures == pictures[:, :1, :1]).all(axis=(1, 2, 3))  # (n,)
-    for step, picture in ((steps[i], pictures[i]) for i in flat.nonzero()[0][:1]):
+    few = pictures[:, ::16, ::16]  # most pictures differ here already: 200 times faster than looking at every pixel
+    suspects = (few == few[:, :1, :1]).all(axis=(1, 2, 3)).nonzero()[0]
+    flat = [i for i in suspects if (pictures[i] == pictures[i, 0, 0]).all()]
+    for step, picture in ((steps[i], pictures[i]) for i in flat[:1]):
         found = f"all of one colour, {picture[0, 0].tolist()}" if picture.any() else "all black"
         raise BadInput(f"{where}: key obs/{camera}: the picture of step {step} is {found}; was the camera rendered?")
-    if np.ptp(joint_states, axis=0).max() > ARM_MOVES and (pictures == pictures[:1]).all():
+    frozen = len(pictures) > 1 and (pictures[1] == pictures[0]).all() and (pictures == pictures[:1]).all()
+    if frozen and np.ptp(joint_states, axis=0).max() > ARM_MOVES:
         raise BadInput(
             f"{where}: key obs/{camera}: the picture never changes although the arm moves; was the camera frozen?"
         )

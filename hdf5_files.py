@@ -1,6 +1,5 @@
 """HDF5 files opened so that what is wrong with one is one sentence, whose advice the error's own words choose."""
 
-import errno
 import os
 import re
 from collections.abc import Iterator
@@ -9,15 +8,11 @@ from pathlib import Path
 
 import h5py
 
-from errors import BadInput
+from errors import BadInput, is_out_of_memory
+from files import CANNOT_LOCK
 
-HDF5_ERRORS = (
-    OSError,
-    KeyError,
-    RuntimeError,
-)  # what h5py raises: for a file or data, an object by name, a link's loop
+HDF5_ERRORS = (OSError, KeyError, RuntimeError)  # h5py's for a file or its data, an object by name, a link's loop
 LFS_POINTER = b"version https://git-lfs"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -34,7 +29,7 @@ def hdf5_problems_named(path: str | Path, within: str = "") -> Iterator[None]:
     try:
         yield
     except HDF5_ERRORS as problem:
-        if not comes_from_hdf5(problem):
+        if not comes_from_hdf5(problem) or is_out_of_memory(problem):
             raise
         raise hdf5_problem(path, problem, within) from None
 
@@ -94,7 +89,7 @@ def _meaning(path: Path, problem: BaseException) -> str:
     subject = "a file that it links to" if is_link else "it"
     code = getattr(problem, "errno", None)
     if "unable to lock file" in reason:
-        if code in NO_LOCKS:
+        if code in CANNOT_LOCK:
             return (
                 f"the file system cannot lock it ({os.strerror(code)}); set HDF5_USE_FILE_LOCKING=FALSE and try again"
             )

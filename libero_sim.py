@@ -61,9 +61,6 @@ class SimulatorError(Exception):
     """The simulation broke down in the middle of an episode: MuJoCo, the arm's controller or the renderer gave up."""
 
 
-SIMULATOR_ERRORS = (SimulatorError,)  # for whoever wants to count a broken episode and go on
-
-
 @contextlib.contextmanager
 def _breakdowns_named():
     libero = import_libero()
@@ -246,6 +243,7 @@ class LiberoEnv:
         """Puts the simulation into a flattened state (S,), as `task_init_states` has them. Call `reset()` before."""
         self._env.set_init_state(state)
 
+    @_breakdowns_named()
     def add_start_noise(self, rng: np.random.Generator, std: float) -> None:
         """Turns every arm joint by N(0, std) rad. Call it after `reset()`, whose start pose never varies by itself."""
         robot = self.domain.robots[0]
@@ -257,6 +255,7 @@ class LiberoEnv:
         robot.controller.reset_goal()
         self._read_sensors_anew()
 
+    @_breakdowns_named()
     def shift_target(self, rng: np.random.Generator, reach: float) -> None:
         """Moves the task's first object of interest by up to `reach` metres in x and in y, uniformly among the places
         where LIBERO itself would put it beside the other objects. Call it after `reset()` or `set_init_state()`.

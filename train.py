@@ -56,7 +56,7 @@ from jepa.mamba import choose_mamba_backend
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
-from training.checkpoint import best_of_run, check_same_run, loss_of, read_checkpoint, save_checkpoint
+from training.checkpoint import best_of_run, check_same_run, epoch_and_loss, read_checkpoint, save_checkpoint
 from training.processes import is_first_rank, join_processes, report, seed_noise
 from training.run_log import RunLog, check_finite, only_training_in, run_directory
 
@@ -67,9 +67,9 @@ def main() -> None:
     config, phase = load_config(arguments.config, arguments.set), arguments.phase
     batch_size = config.training.batch_size
     smaller = f"try --batch_size {batch_size // 2}" if batch_size > 1 else "there is no smaller batch"
-    with out_of_memory_named(
-        f"out of memory with batch_size {batch_size}; {smaller}, or --set training.activation_checkpointing=true"
-    ):
+    if phase == 1 or not config.training.phase2.freeze_encoder:
+        smaller += ", or --set training.activation_checkpointing=true"
+    with out_of_memory_named(f"out of memory with batch_size {batch_size}; {smaller}"):
         device = join_processes(config.training.device)
         try:
             with only_training_in(run_directory(config, phase)):
@@ -142,7 +142,7 @@ def train(config: Config, phase: int, device: torch.device, resumed_from: str | 
         "observation": data.observation,
         "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
         "held_out_demos": [demo.name for demo in data.held_out_demos],
-        "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,
+        "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
     }
 
     def validate_and_save(epoch: int) -> None:
@@ -153,7 +153,7 @@ def train(config: Config, phase: int, device: torch.device, resumed_from: str | 
         with autocast:
             metrics = validate(trainer, held_out_batches)
         log.write_validation(epoch, step, metrics, config.model.state_dim)
-        check_finite(metrics, step, optimizer.defaults["lr"], bfloat16)
+        check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
         is_best = metrics["loss"] < best_loss
         best_loss = min(best_loss, metrics["loss"])
         if is_first_rank():
@@ -201,13 +201,15 @@ def train(config: Config, phase: int, device: torch.device, resumed_from: str | 
                 log.add(losses | {"gradient_norm": gradient_norm})
                 if step % settings.log_interval == 0 or step == total_steps:
                     means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
-                    check_finite(means, step, learning_rate, bfloat16)
+                    check_finite(means, step, learning_rate, bfloat16, untouched=step == 1)
                     progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
             validate_and_save(epoch + 1)
     except KeyboardInterrupt:
         latest = log.directory / "checkpoint_latest.pt"
-        more = f"go on with --phase {phase} --checkpoint {latest}" if latest.exists() else "no epoch was finished"
-        report(f"\nstopped at step {step:,}; {more}")
+        goes_on_from = latest if latest.exists() else resumed_from
+        instead = " in place of --phase1_checkpoint" if phase == 2 and not resumed_from else ""
+        same = f"the same command with --checkpoint {goes_on_from}{instead} goes on"
+        report(f"\nstopped at step {step:,}; {same if goes_on_from else 'no epoch was finished'}")
         sys.exit(130)
     finally:
         log.close()
@@ -313,10 +315,11 @@ def check_enough_rows(phase: int, batches: Batches, held_out_batches: Batches) -
 
 def take_over_best(resumed: dict, path: str, directory: Path) -> float:
     """The lowest validation loss so far. Its checkpoint is put into the folder where the run goes on, unless that has
-    one as good: a run that was killed may have kept a best one of an epoch that it will now do again."""
+    one as good: a run that was killed may have kept the best one of the epoch that it will now do again."""
     source, target = best_of_run(resumed, Path(path)), directory / "checkpoint_best.pt"
-    if target.exists() and (there := loss_of(target)) <= resumed["best_loss"]:
-        return there
+    epoch, loss = epoch_and_loss(target)
+    if loss <= resumed["best_loss"] and epoch <= resumed["epoch"] + 1:
+        return loss
     if source is None:
         report(
             f"note: the best checkpoint so far is not beside {path} any more; the best of the epochs to come is kept"

@@ -19,8 +19,9 @@ from measure import REPO, arguments, compared, print_table, ratio_text, write_re
 from config import load_config
 from jepa.mamba import choose_mamba_backend
 from libero_sim import bddl_path, from_simulator, import_libero, make_suite, task_init_states
+from machine import affordable_processes
 from rollouts.policies import CheckpointPolicy
-from rollouts.pool import play_all, sensible_number_of_workers
+from rollouts.pool import GB_PER_ENVIRONMENT, play_all
 from rollouts.worker import STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from run_libero_eval import STEP_LIMITS
 from statevla_model import StateVLA
@@ -31,7 +32,7 @@ STANDARD, OURS, THINNED = "standard loop", "run_libero_eval.py", "run_libero_eva
 
 def main() -> None:
     settings = arguments(__doc__, num_workers={"type": int, "help": "(default: one a core)"})
-    num_workers = settings.num_workers or sensible_number_of_workers()
+    num_workers = settings.num_workers or affordable_processes(GB_PER_ENVIRONMENT)
     rounds, max_steps = (1, 20) if settings.quick else (3, STEP_LIMITS[SUITE])
     suite = make_suite(SUITE)
     init_states = task_init_states(suite, TASK)

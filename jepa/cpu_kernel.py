@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from files import written_whole
+from files import cache_folder, written_whole
 
 SOURCE = Path(__file__).with_name("scan_kernel.cpp")
 CHUNK = 16  # tokens between the states that training keeps
@@ -42,13 +42,6 @@ def kernel() -> ctypes.CDLL:
     parts = [*compiler, *FLAGS, macros, SOURCE.read_text(encoding="utf-8")]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cached_kernel(key) or built_kernel(compiler, key)
-
-
-def cache_folder() -> Path | None:
-    """None without a home. A relative $XDG_CACHE_HOME has to be ignored, says the convention that it comes from."""
-    asked = os.environ.get("XDG_CACHE_HOME", "")
-    cache = asked if os.path.isabs(asked) else os.path.expanduser("~/.cache")
-    return Path(cache) / "statevla" if os.path.isabs(cache) else None
 
 
 def digest(content: bytes) -> str:

@@ -149,12 +149,16 @@ def merge(parts: Sequence[Path], directory: Path) -> EvaluationFolder:
     if (directory / "settings.json").exists():
         raise BadInput(f"--output_dir {directory}: already holds an evaluation; merge into a new folder")
     folder = EvaluationFolder(directory, merged_settings)
-    for episode in sorted(episodes, key=lambda episode: (episode["task_id"], episode["trial"])):
-        folder.append(episode)
-    for part in parts:
-        for picture in sorted((part / PICTURES).glob("task*")):
-            if picture.suffix in (".mp4", ".png"):  # a killed worker may have left a part of one
-                write_whole(folder.pictures / picture.name, _read_bytes(picture))
+    try:
+        for episode in sorted(episodes, key=lambda episode: (episode["task_id"], episode["trial"])):
+            folder.append(episode)
+        for part in parts:
+            for picture in sorted((part / PICTURES).glob("task*")):
+                if picture.suffix in (".mp4", ".png"):  # a killed worker may have left a part of one
+                    write_whole(folder.pictures / picture.name, _read_bytes(picture))
+    except BaseException:
+        folder.close()
+        raise
     return folder
 
 

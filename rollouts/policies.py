@@ -16,7 +16,15 @@ import h5py
 import numpy as np
 import torch
 
-from dataloader import LanguageTable, canonical_instruction, find_task_files, task_instruction, to_device
+from dataloader import (
+    LanguageTable,
+    canonical_instruction,
+    demos_of,
+    find_task_files,
+    open_dataset,
+    task_instruction,
+    to_device,
+)
 from embed_language import CLIP, OFFLINE, embed
 from errors import BadInput
 from hdf5_files import open_hdf5
@@ -134,14 +142,11 @@ def demo_of(text: str) -> tuple[Path, str | None]:
 def read_demo(path: Path, key: str | None) -> tuple[str, np.ndarray]:
     """Key and actions (T, 7) of one demonstration in LIBERO's HDF5 layout; without a key the first by number."""
     with open_hdf5(path) as file:
-        demos = _demos_by_number(file)
-        if not demos:
-            raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
-        key = key or next(iter(demos))
-        if key not in demos:
-            there = f"{next(iter(demos))} to {list(demos)[-1]}"
-            raise BadInput(f"{path}: has no demonstration {key}; it holds {len(demos)}, {there}")
-        actions = _array(demos[key], "actions", path)
+        data, keys = demos_of(path, file)
+        key = key or keys[0]
+        if key not in keys:
+            raise BadInput(f"{path}: has no demonstration {key}; it holds {len(keys)}, {keys[0]} to {keys[-1]}")
+        actions = open_dataset(path, key, data[key], "actions")[()].astype(np.float64)
     if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions) or not np.isfinite(actions).all():
         raise BadInput(f"{path}: {key}: key actions is {actions.shape}, expected finite (T, 7)")
     return key, actions
@@ -157,8 +162,9 @@ def training_demo(
     path = _file_of(task, find_task_files(data_directory))
     if path is not None:
         with open_hdf5(path) as file:
-            seen = list(_demos_by_number(file).items())[:demos_per_task]  # as the loader takes them
-            starts = {key: _first_state(demo, path) for key, demo in seen if f"{path.name}/{key}" not in held_out_demos}
+            data, keys = demos_of(path, file)
+            seen = [key for key in keys[:demos_per_task] if f"{path.name}/{key}" not in held_out_demos]
+            starts = {key: _first_state(path, key, data) for key in seen}
         if any(start.shape != usual.shape for start in starts.values()):
             raise BadInput(f"{path}: key states is of another scene than the suite's; name a demo with --demo")
         distance = {
@@ -187,10 +193,10 @@ def _file_of(task: Task, paths: Sequence[Path]) -> Path | None:
         if task.name_tells and path.stem.endswith("_demo"):
             continue
         with open_hdf5(path) as file:
-            demos = _demos_by_number(file)
-            if demos and task_instruction(path, file["data"]) == task.instruction:
+            data, keys = demos_of(path, file)
+            if task_instruction(path, data) == task.instruction:
                 found = path
-                if _first_state(next(iter(demos.values())), path).shape == task.init_states[0].shape:
+                if _first_state(path, keys[0], data).shape == task.init_states[0].shape:
                     fitting.append(path)
     if len(fitting) > 1:
         raise BadInput(
@@ -200,29 +206,12 @@ def _file_of(task: Task, paths: Sequence[Path]) -> Path | None:
     return fitting[0] if fitting else found
 
 
-def _demos_by_number(file: h5py.File) -> dict[str, h5py.Group]:
-    data = file.get("data")
-    keys = [key for key in data if re.fullmatch(r"demo_\d+", key)] if isinstance(data, h5py.Group) else []
-    return {key: data[key] for key in sorted(keys, key=lambda key: int(key[5:]))}
-
-
-def _first_state(demo: h5py.Group, path: Path) -> np.ndarray:
+def _first_state(path: Path, key: str, data: h5py.Group) -> np.ndarray:
     """(S,), the flattened simulator state at the demo's beginning."""
-    states = _array(demo, "states", path)
+    states = open_dataset(path, key, data[key], "states")
     if states.ndim != 2 or not len(states):
-        raise BadInput(f"{path}: {demo.name.split('/')[-1]}: key states is {states.shape}, expected (T, S)")
-    return states[0]
-
-
-def _array(demo: h5py.Group, key: str, path: Path) -> np.ndarray:
-    """A demonstration's dataset of numbers as float64."""
-    where = f"{path}: {demo.name.split('/')[-1]}: key {key}"
-    if not isinstance(demo, h5py.Group) or key not in list(demo):  # in a list: a link that leads nowhere is there
-        raise BadInput(f"{where} is missing")
-    dataset = demo[key]
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
-        raise BadInput(f"{where} holds no numbers")
-    return dataset[()].astype(np.float64)
+        raise BadInput(f"{path}: {key}: key states is {states.shape}, expected (T, S)")
+    return states[0].astype(np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------- language

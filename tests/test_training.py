@@ -273,8 +273,8 @@ def test_phase2_holds_out_what_phase1_has_held_out_by_whatever_rule(runs, data, 
     encoder = read_checkpoint(runs / "phase1_temporal_jepa/checkpoint_best.pt")
     names = [f"{path.name}/demo_{number}" for path in sorted(data.glob("*.hdf5")) for number in range(4)]
     others = [name for name in names if name not in encoder["held_out_demos"]]
-    listed = [next(name for name in others if name.startswith(path.name)) for path in sorted(data.glob("*.hdf5"))]
     del encoder["split_rule"]  # as in a checkpoint of the first rule
+    listed = [next(name for name in others if name.startswith(path.name)) for path in sorted(data.glob("*.hdf5"))]
     save_checkpoint(encoder | {"held_out_demos": listed}, tmp_path / "phase1.pt")
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase2__num_epochs=1)
     train_here(monkeypatch, "--phase", 2, "--phase1_checkpoint", tmp_path / "phase1.pt", *both)
@@ -315,7 +315,7 @@ def test_a_second_training_in_the_same_folder_is_refused_and_ctrl_c_says_how_the
     started.send_signal(signal.SIGINT)
     output = started.communicate()[0].decode()
     assert started.returncode == 130 and "Traceback" not in output
-    assert f"go on with --phase 1 --checkpoint {latest}" in output
+    assert f"the same command with --checkpoint {latest} goes on" in output
     assert not list(latest.parent.parent.glob(".*.lock")) and not list(latest.parent.glob("*.part"))
     epoch = read_checkpoint(latest)["epoch"]
     train_here(
@@ -705,14 +705,14 @@ def test_a_representation_collapses_where_it_is_low_and_does_not_rise(metrics, b
 
 
 def test_a_loss_that_is_not_finite_gets_the_advice_that_can_help():
-    check_finite({"loss": 1.0}, step=5, learning_rate=1e-3, bfloat16=False)
+    check_finite({"loss": 1.0}, step=5, learning_rate=1e-3, bfloat16=False, untouched=False)
     for step, bfloat16, advice in (
         (1, False, "before any weight was changed; are the weights that it started from finite"),
         (50, False, r"lower the learning rate \(0.001\) or raise training.warmup_steps$"),
         (50, True, "or set training.precision to fp32"),
     ):
         with pytest.raises(BadInput, match=rf"jepa_mse at step {step} not finite.*{advice}"):
-            check_finite({"loss": 1.0, "jepa_mse": math.nan}, step, 1e-3, bfloat16)
+            check_finite({"loss": 1.0, "jepa_mse": math.nan}, step, 1e-3, bfloat16, untouched=step == 1)
 
 
 def test_cuda_where_there_is_none_is_named(data):
@@ -748,8 +748,14 @@ def test_embeddings_of_another_encoder_are_refused(runs, data, tmp_path):
     assert "language encoder is 'another encoder', but the checkpoint was trained with" in said
 
 
-def test_the_report_on_phase_1_does_without_probes_where_files_have_no_truth_and_says_why(runs):
-    said = run("eval.py", "--checkpoint", runs / "phase1_temporal_jepa/checkpoint_best.pt").stdout
+def test_the_report_on_phase_1_does_without_probes_where_files_have_no_truth_and_says_why(runs, tmp_path):
+    """And without its picture where that cannot be written: the checkpoint may be somebody else's."""
+    checkpoint, output = tmp_path / "checkpoint_best.pt", tmp_path / "report.json"
+    checkpoint.write_bytes((runs / "phase1_temporal_jepa/checkpoint_best.pt").read_bytes())
+    (tmp_path / "representation.png").mkdir()
+    said = run("eval.py", "--checkpoint", checkpoint, "--output", output).stdout
+    assert "representation.png cannot be written" in said
+    assert json.loads(output.read_text())["code_of_checkpoint"] == code_version()
     assert "no probes: " in said and "key obs/ee_pos is missing" in said
     assert "effective rank" in said and "share of copying z, by frames ahead: 1: " in said
 

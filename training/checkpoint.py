@@ -143,8 +143,11 @@ def check_same_run(
                 f"{path}: it held out {len(unseen)} demos, of which this run finds {len(unseen & held_out)}; a resumed "
                 "run needs the same data (data.data_directory, data.demos_per_task)"
             )
-    elif not held_out <= unseen:
-        notes.append(f"{len(held_out - unseen)} demos held out here have trained the encoder in {path}")
+    else:
+        files = {name.partition("/")[0] for name in unseen}
+        seen = {name for name in held_out - unseen if name.partition("/")[0] in files}
+        if seen:
+            notes.append(f"{len(seen)} demos held out here have trained the encoder in {path}")
     return notes
 
 
@@ -165,15 +168,16 @@ def best_of_run(resumed: dict, path: Path) -> Path | None:
     """The file of the resumed run that has its lowest validation loss so far, `resumed["best_loss"]`: the best
     checkpoint beside the resumed one, the resumed one itself or one of the epochs. None where it is gone."""
     beside = [path.with_name("checkpoint_best.pt"), path, *sorted(path.parent.glob("checkpoint_epoch_*.pt"))]
-    return next((candidate for candidate in beside if loss_of(candidate) == resumed["best_loss"]), None)
+    return next((candidate for candidate in beside if epoch_and_loss(candidate)[1] == resumed["best_loss"]), None)
 
 
-def loss_of(path: Path) -> float:
-    """The validation loss of a checkpoint, infinite where there is none to be read."""
+def epoch_and_loss(path: Path) -> tuple[int, float]:
+    """Of a checkpoint: its epoch and its validation loss, infinite where there is none to be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loss"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint["epoch"], checkpoint["loss"]
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
-        return math.inf
+        return 0, math.inf
 
 
 def _what_it_is(path: Path) -> str:

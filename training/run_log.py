@@ -133,13 +133,14 @@ def is_collapsing(metrics: dict[str, float], before: dict[str, float] | None, st
     return any(is_low and not rising for is_low, rising in zip(low, rises, strict=True))
 
 
-def check_finite(values: dict[str, float], step: int, learning_rate: float, bfloat16: bool) -> None:
-    """Raises BadInput that names the losses that are not finite, with advice that can help."""
+def check_finite(values: dict[str, float], step: int, learning_rate: float, bfloat16: bool, untouched: bool) -> None:
+    """Raises BadInput that names the losses that are not finite, with advice that can help. `untouched`: they are those
+    of the weights as they were at the start."""
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if not broken:
         return
     found = f"training diverged: {', '.join(broken)} at step {step} not finite"
-    if step <= 1:  # one step's losses, of the weights as they were at the start
+    if untouched:
         raise BadInput(f"{found}, before any weight was changed; are the weights that it started from finite?")
     advice = f"lower the learning rate ({learning_rate:g}) or raise training.warmup_steps"
     raise BadInput(f"{found}; {advice}{', or set training.precision to fp32' if bfloat16 else ''}")
