@@ -434,6 +434,26 @@ def tilted_states(stds: list[float], rows: int = 2_000) -> torch.Tensor:
     return (torch.randn(rows, len(stds), dtype=torch.float64) * torch.tensor(stds)) @ rotation + 3
 
 
+class WithoutDoubles(torch.Tensor):
+    """As on Apple's GPUs, which have no float64: a copy on the CPU has."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("statistics, dim", [(StateScaling, 5), (Normalizer, 5)])
+def test_statistics_are_measured_in_double_precision_where_the_device_has_none(statistics, dim):
+    values = torch.randn(50, dim)
+    here, there = statistics(dim), statistics(dim)
+    here.fit(values)
+    there.fit(values.as_subclass(WithoutDoubles))
+    assert here.state_dict().keys() == there.state_dict().keys()
+    assert all(torch.equal(value, there.state_dict()[name]) for name, value in here.state_dict().items())
+
+
 def test_standardised_states_have_unit_variance_in_every_dimension_but_constant_ones():
     states = tilted_states([2.0, 1.0, 0.5, 0.1])
     states[:, 2] = 7.0
