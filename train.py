@@ -14,12 +14,13 @@ resumed run continues exactly where the interrupted one was.
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +64,155 @@ from training.run_log import RunLog, check_finite, only_training_in, run_directo
 
 @exits_on_bad_input
 def main() -> None:
+    # Settings.
     arguments = parse_arguments()
     config, phase = load_config(arguments.config, arguments.set), arguments.phase
+    resumed_from, encoder_from = arguments.checkpoint, arguments.phase1_checkpoint
+    settings = config.training
+    recipe = {1: settings.phase1, 2: settings.phase2}[phase]
+    resumed = read_checkpoint(resumed_from, phase) if resumed_from else None
+    if resumed and not resumed["optimizer_state_dict"]:
+        raise BadInput(f"{resumed_from}: holds weights alone, training cannot be resumed from it")
+    source = resumed or (read_checkpoint(encoder_from, 1) if phase == 2 else None)
+    source_path = resumed_from or encoder_from
+
+    with a_run(config, phase) as device:
+        bfloat16 = uses_bfloat16(settings.precision, device)
+        choose_mamba_backend(settings.mamba_backend, device)
+
+        # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
+        data = load_data(config, phase, source["held_out_demos"] if source else ())
+
+        # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
+        torch.manual_seed(settings.seed)
+        trainer = build_trainer(config, phase)
+        if source:
+            held_out = {demo.name for demo in data.held_out_demos}
+            for note in check_same_run(
+                source, source_path, config.to_dict(), data.observation, held_out, bool(resumed)
+            ):
+                report(f"note: {note}")
+            same_language(data.language, LanguageTable(**source["language"]), str(embeddings_file(config.data)))
+        if resumed:
+            load_weights(trainer, resumed["model_state_dict"], source_path)
+        elif source:
+            load_encoder(trainer.model, source, source_path)
+        trainer.to(device)
+        trained = trained_by(trainer)
+        num_trained = sum(parameter.numel() for parameter in trained)
+        report(
+            f"phase {phase}: {num_trained:,} parameters train, {count_parameters(trainer) - num_trained:,} are frozen"
+        )
+
+        optimizer = make_optimizer(trainer, recipe.learning_rate or settings.learning_rate, settings.weight_decay)
+        if resumed:
+            restore_optimizer(optimizer, resumed["optimizer_state_dict"])
+
+        # Batches. What z and actions are normalised with is measured on them once and is kept in the checkpoint.
+        make_batches = {1: phase1_batches, 2: phase2_batches}[phase]
+        batches, held_out_batches = make_batches(trainer, data, config, device, fit_statistics=not resumed)
+        check_enough_rows(phase, batches, held_out_batches)
+        total_steps = recipe.num_epochs * len(batches)
+        report(
+            f"phase {phase}: {len(batches.rows):,} training samples, {len(batches):,} steps an epoch "
+            f"on {dist.get_world_size()} process(es)"
+        )
+
+        ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
+        if device.type != "mps":
+            ddp_trainer = DistributedDataParallel(
+                trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            )
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        first_epoch = resumed["epoch"] if resumed else 0
+        step = first_epoch * len(batches)
+        log = RunLog(config, phase, resumed_from)
+        best_loss = take_over_best(resumed, resumed_from, log.directory) if resumed else math.inf
+        # What a checkpoint keeps beside the guide's six keys: an evaluation needs no other file.
+        facts = {
+            "config": config.to_dict(),
+            "phase": phase,
+            "code": code_version(),
+            "observation": data.observation,
+            "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
+            "held_out_demos": [demo.name for demo in data.held_out_demos],
+            "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
+        }
+
+        def validate_and_save(epoch: int) -> None:
+            """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
+            nonlocal best_loss
+            began = time.perf_counter()
+            seed_noise(settings.seed, "validation")  # the same noise after every epoch
+            with autocast:
+                metrics = validate(trainer, held_out_batches)
+            log.write_validation(epoch, step, metrics, config.model.state_dim)
+            check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
+            is_best = metrics["loss"] < best_loss
+            best_loss = min(best_loss, metrics["loss"])
+            if is_first_rank():
+                checkpoint = facts | {
+                    "epoch": epoch,
+                    "step": step,
+                    "loss": metrics["loss"],
+                    "best_loss": best_loss,
+                    "model_state_dict": trainer.state_dict(),
+                    "optimizer_state_dict": optimizer.state_dict(),
+                }
+                if epoch and epoch % settings.save_interval == 0:
+                    save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch}.pt")
+                if is_best:
+                    save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
+                # The last one: a run that is resumed from it has everything that it says there is.
+                save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
+            dist.barrier()
+            log.leave_out(time.perf_counter() - began)
+
+        try:
+            if recipe.num_epochs == 0 and not resumed:  # the untrained model, validated and kept like any other
+                validate_and_save(0)
+            for epoch in range(first_epoch, recipe.num_epochs):
+                batches.set_epoch(epoch)
+                seed_noise(settings.seed, epoch)
+                title = f"phase {phase} epoch {epoch + 1}/{recipe.num_epochs}"
+                progress = tqdm(batches, desc=title, disable=not is_first_rank())
+                for batch in progress:
+                    learning_rate = optimizer.defaults["lr"] * learning_rate_factor(step, total_steps, config)
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate
+                    if recipe.image_shift:
+                        batch = shift_pictures(batch, recipe.image_shift, config.model.image_size)
+                    with autocast:
+                        losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
+                    losses["loss"].backward()
+                    gradient_norm = clip_grad_norm_(trained, settings.gradient_clip)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    if phase == 1:
+                        trainer.update_target(ema_momentum(step, total_steps, config))
+                    step += 1
+
+                    log.add(losses | {"gradient_norm": gradient_norm})
+                    if step % settings.log_interval == 0 or step == total_steps:
+                        means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
+                        check_finite(means, step, learning_rate, bfloat16, untouched=step == 1)
+                        progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+                validate_and_save(epoch + 1)
+        except KeyboardInterrupt:
+            latest = log.directory / "checkpoint_latest.pt"
+            goes_on_from = latest if latest.exists() else resumed_from
+            instead = " in place of --phase1_checkpoint" if phase == 2 and not resumed_from else ""
+            same = f"the same command with --checkpoint {goes_on_from}{instead} goes on"
+            report(f"\nstopped at step {step:,}; {same if goes_on_from else 'no epoch was finished'}")
+            sys.exit(130)
+        finally:
+            log.close()
+        report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
+
+
+@contextlib.contextmanager
+def a_run(config: Config, phase: int) -> Iterator[torch.device]:
+    """This process's device, while it is one of the run's processes and no other training is in the run's folder."""
     batch_size = config.training.batch_size
     smaller = f"try --batch_size {batch_size // 2}" if batch_size > 1 else "there is no smaller batch"
     if phase == 1 or not config.training.phase2.freeze_encoder:
@@ -73,147 +221,9 @@ def main() -> None:
         device = join_processes(config.training.device)
         try:
             with only_training_in(run_directory(config, phase)):
-                train(config, phase, device, arguments.checkpoint, arguments.phase1_checkpoint)
+                yield device
         finally:
             dist.destroy_process_group()
-
-
-def train(config: Config, phase: int, device: torch.device, resumed_from: str | None, encoder_from: str | None) -> None:
-    """One run of one phase, from its first epoch or from where the checkpoint `resumed_from` ended."""
-    settings = config.training
-    recipe = {1: settings.phase1, 2: settings.phase2}[phase]
-    bfloat16 = uses_bfloat16(settings.precision, device)
-    choose_mamba_backend(settings.mamba_backend, device)
-    resumed = read_checkpoint(resumed_from, phase) if resumed_from else None
-    if resumed and not resumed["optimizer_state_dict"]:
-        raise BadInput(f"{resumed_from}: holds weights alone, training cannot be resumed from it")
-    source = resumed or (read_checkpoint(encoder_from, 1) if phase == 2 else None)
-    source_path = resumed_from or encoder_from
-
-    # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
-    data = load_data(config, phase, source["held_out_demos"] if source else ())
-
-    # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
-    torch.manual_seed(settings.seed)
-    trainer = build_trainer(config, phase)
-    if source:
-        held_out = {demo.name for demo in data.held_out_demos}
-        for note in check_same_run(source, source_path, config.to_dict(), data.observation, held_out, bool(resumed)):
-            report(f"note: {note}")
-        same_language(data.language, LanguageTable(**source["language"]), str(embeddings_file(config.data)))
-    if resumed:
-        load_weights(trainer, resumed["model_state_dict"], source_path)
-    elif source:
-        load_encoder(trainer.model, source, source_path)
-    trainer.to(device)
-    trained = trained_by(trainer)
-    num_trained = sum(parameter.numel() for parameter in trained)
-    report(f"phase {phase}: {num_trained:,} parameters train, {count_parameters(trainer) - num_trained:,} are frozen")
-
-    optimizer = make_optimizer(trainer, recipe.learning_rate or settings.learning_rate, settings.weight_decay)
-    if resumed:
-        restore_optimizer(optimizer, resumed["optimizer_state_dict"])
-
-    # Batches. What z and actions are normalised with is measured on them once and is kept in the checkpoint.
-    make_batches = {1: phase1_batches, 2: phase2_batches}[phase]
-    batches, held_out_batches = make_batches(trainer, data, config, device, fit_statistics=not resumed)
-    check_enough_rows(phase, batches, held_out_batches)
-    total_steps = recipe.num_epochs * len(batches)
-    report(
-        f"phase {phase}: {len(batches.rows):,} training samples, {len(batches):,} steps an epoch "
-        f"on {dist.get_world_size()} process(es)"
-    )
-
-    ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
-    if device.type != "mps":
-        ddp_trainer = DistributedDataParallel(
-            trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    first_epoch = resumed["epoch"] if resumed else 0
-    step = first_epoch * len(batches)
-    log = RunLog(config, phase, resumed_from)
-    best_loss = take_over_best(resumed, resumed_from, log.directory) if resumed else math.inf
-    # What a checkpoint keeps beside the guide's six keys: an evaluation needs no other file.
-    facts = {
-        "config": config.to_dict(),
-        "phase": phase,
-        "code": code_version(),
-        "observation": data.observation,
-        "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
-        "held_out_demos": [demo.name for demo in data.held_out_demos],
-        "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
-    }
-
-    def validate_and_save(epoch: int) -> None:
-        """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
-        nonlocal best_loss
-        began = time.perf_counter()
-        seed_noise(settings.seed, "validation")  # the same noise after every epoch
-        with autocast:
-            metrics = validate(trainer, held_out_batches)
-        log.write_validation(epoch, step, metrics, config.model.state_dim)
-        check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
-        is_best = metrics["loss"] < best_loss
-        best_loss = min(best_loss, metrics["loss"])
-        if is_first_rank():
-            checkpoint = facts | {
-                "epoch": epoch,
-                "step": step,
-                "loss": metrics["loss"],
-                "best_loss": best_loss,
-                "model_state_dict": trainer.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-            }
-            if epoch and epoch % settings.save_interval == 0:
-                save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch}.pt")
-            if is_best:
-                save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
-            # The last one: a run that is resumed from it has everything that it says there is.
-            save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
-        dist.barrier()
-        log.leave_out(time.perf_counter() - began)
-
-    try:
-        if recipe.num_epochs == 0 and not resumed:  # the untrained model, validated and kept like any other
-            validate_and_save(0)
-        for epoch in range(first_epoch, recipe.num_epochs):
-            batches.set_epoch(epoch)
-            seed_noise(settings.seed, epoch)
-            title = f"phase {phase} epoch {epoch + 1}/{recipe.num_epochs}"
-            progress = tqdm(batches, desc=title, disable=not is_first_rank())
-            for batch in progress:
-                learning_rate = optimizer.defaults["lr"] * learning_rate_factor(step, total_steps, config)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                if recipe.image_shift:
-                    batch = shift_pictures(batch, recipe.image_shift, config.model.image_size)
-                with autocast:
-                    losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
-                losses["loss"].backward()
-                gradient_norm = clip_grad_norm_(trained, settings.gradient_clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if phase == 1:
-                    trainer.update_target(ema_momentum(step, total_steps, config))
-                step += 1
-
-                log.add(losses | {"gradient_norm": gradient_norm})
-                if step % settings.log_interval == 0 or step == total_steps:
-                    means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
-                    check_finite(means, step, learning_rate, bfloat16, untouched=step == 1)
-                    progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-            validate_and_save(epoch + 1)
-    except KeyboardInterrupt:
-        latest = log.directory / "checkpoint_latest.pt"
-        goes_on_from = latest if latest.exists() else resumed_from
-        instead = " in place of --phase1_checkpoint" if phase == 2 and not resumed_from else ""
-        same = f"the same command with --checkpoint {goes_on_from}{instead} goes on"
-        report(f"\nstopped at step {step:,}; {same if goes_on_from else 'no epoch was finished'}")
-        sys.exit(130)
-    finally:
-        log.close()
-    report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
 
 
 # ----------------------------------------------------------------------------------------------------------- data

@@ -683,7 +683,7 @@ def test_a_rank_left_in_the_environment_is_one_process(data, tmp_path, monkeypat
 
 
 def test_running_out_of_memory_names_the_batch_and_a_smaller_one(monkeypatch, capsys):
-    monkeypatch.setattr(train, "train", lambda *arguments: torch.empty(2**60))
+    monkeypatch.setattr(train, "load_data", lambda *arguments: torch.empty(2**60))
     for batch_size, sentence in ((64, "batch_size 64; try --batch_size 32"), (1, "batch_size 1; there is no smaller")):
         said = refused(monkeypatch, capsys, "--phase", 1, "--batch_size", batch_size, "--set", "training.device=cpu")
         assert f"out of memory with {sentence}" in said
