@@ -30,6 +30,8 @@ from rollouts.worker import Episode, Rollouts
 GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
 TRIES = 2
 LAST_WORDS = 4000  # characters of a dead worker's output that are kept
+# The working directory stays the main process's: PYTHONPATH, which may bring another simulator, can be relative to it.
+START_WORKER = f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}; import rollouts.worker as w; w.main()"
 LONGEST_WAIT = 3600.0  # seconds; the system's call takes no endless ones
 
 
@@ -57,8 +59,7 @@ class Worker:
             self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
             self.pipe, theirs = Pipe()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rollouts.worker", str(theirs.fileno())],
-                cwd=Path(__file__).parent.parent,
+                [sys.executable, "-c", START_WORKER, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=self.said,
                 stderr=self.said,

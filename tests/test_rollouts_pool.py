@@ -204,6 +204,18 @@ def test_a_machine_that_cannot_draw_is_one_sentence(tmp_path, monkeypatch):
     assert not workers()
 
 
+def test_a_worker_takes_the_simulator_of_a_relative_pythonpath_and_nothing_from_the_working_directory(
+    tmp_path, monkeypatch
+):
+    for package in ("other/mujoco", "rollouts"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text(f"raise ImportError({package!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "other")
+    with pytest.raises(BadInput, match="ImportError: other/mujoco"):
+        play(tmp_path, ZeroPolicy(MAX_STEPS), 0)
+
+
 def test_a_suite_whose_assets_are_not_installed_is_one_sentence(tmp_path):
     with pytest.raises(BadInput, match=r"the installed LIBERO lacks an asset of this task, .*red_sticker.xml"):
         play(tmp_path, ZeroPolicy(MAX_STEPS), 0, suite="libero_object_with_red_stick")
