@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import BadInput
+from errors import BadInput, is_out_of_memory
 from libero_sim import LiberoEnv, SimulatorError, from_simulator, make_env, make_suite
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 
@@ -91,6 +91,8 @@ def play_episode(
             try:
                 success = env.step(action)
             except SimulatorError as problem:  # the scene has stood still before: these actions have done it
+                if is_out_of_memory(problem):  # or the machine
+                    raise
                 broken = f"after {steps} steps: {problem}"
                 break
             steps += 1

@@ -90,6 +90,16 @@ def test_a_simulation_that_blows_up_is_the_policys_failure_only_after_its_first_
     assert "after 0 steps: a position, velocity or acceleration became infinite or NaN" in outcome["broken_by_policy"]
     assert (tmp_path / "task6_trial0_failure.mp4").exists()
 
+    def loses_memory(obs):
+        def step(action):
+            raise SimulatorError("FatalError: Could not allocate memory")
+
+        patch.setattr(env, "step", step)
+        return np.tile(STAND_STILL, (MAX_STEPS, 1))
+
+    with monkeypatch.context() as patch, pytest.raises(SimulatorError):  # which is what the machine did
+        play_episode(env, episode, init_state, rollouts, loses_memory)
+
     no_scene = np.full_like(init_state, 1e12)
     no_scene[0] = 1.0  # the time
     with pytest.raises(SimulatorError):
