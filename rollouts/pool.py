@@ -5,6 +5,7 @@ one task for as long as it has episodes, since building an environment takes sec
 A worker's time is what it works for: while it waits for the policy its clock stands still.
 """
 
+import errno
 import math
 import os
 import signal
@@ -28,6 +29,7 @@ from rollouts.crashes import exception_line, place_of_hang
 from rollouts.worker import Episode, Rollouts
 
 GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
+TOO_MANY = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}  # no memory, no more processes or files for a user
 TRIES = 2
 LAST_WORDS = 4000  # characters of a dead worker's output that are kept
 # The working directory stays the main process's: PYTHONPATH, which may bring another simulator, can be relative to it.
@@ -67,8 +69,9 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the main process alone
             )
-        except OSError as problem:  # no memory, no more processes or files for this user, a full temporary folder
-            raise BadInput(f"a simulator's process cannot be started ({problem}); try fewer --num_workers") from None
+        except OSError as problem:
+            advice = "; try fewer --num_workers" if problem.errno in TOO_MANY else ""
+            raise BadInput(f"a simulator's process cannot be started ({problem}){advice}") from None
         theirs.close()
         self.send(rollouts)
         self.task_id: int | None = None

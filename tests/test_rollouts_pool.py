@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import tempfile
 import time
 from multiprocessing import Pipe
 from pathlib import Path
@@ -161,17 +162,25 @@ the end"""
     assert exception_line("WARNING: nothing") is None
 
 
-def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+@pytest.mark.parametrize(
+    "limited, to, temporary, sentence",
+    [
+        (resource.RLIMIT_NOFILE, 3, tempfile.gettempdir(), r"\(.*Too many open files.*\); try fewer --num_workers"),
+        (resource.RLIMIT_FSIZE, 0, None, r"\(.*No usable temporary directory found in .*\)$"),  # looked for anew
+    ],
+)
+def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path, limited, to, temporary, sentence, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
+    before = resource.getrlimit(limited)
     states = task_init_states(make_suite("libero_object"), TASK)  # reads files
     rollouts = Rollouts("libero_object", 64, 0.2, MAX_STEPS, 0.0, False, "none", tmp_path)
     records = play_all(episodes(0), lambda e: states[e.trial], ZeroPolicy(MAX_STEPS), rollouts, 1, 300)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # no more files than are open
+    resource.setrlimit(limited, (to, before[1]))
     try:
-        with pytest.raises(BadInput, match=r"a simulator's process cannot be started \(.*Too many open files"):
+        with pytest.raises(BadInput, match=f"a simulator's process cannot be started {sentence}"):
             next(records)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(limited, before)
 
 
 def test_running_out_of_memory_while_deciding_is_one_sentence():
