@@ -150,8 +150,8 @@ def cache_folder() -> Path | None:
 def private_temporary_folder(name: str) -> Path | None:
     """A folder of this name in the system's temporary folder that this user's processes share and nobody else can write
     to, since what lies there is trusted. None where there is no such folder to be had."""
-    folder = Path(tempfile.gettempdir()) / f"{name}_{os.getuid()}"
     try:
+        folder = Path(tempfile.gettempdir()) / f"{name}_{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError:

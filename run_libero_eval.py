@@ -92,18 +92,18 @@ def main() -> None:
             finish(folder, checkpoint_path=None, checkpoint=None)
         exit_unless_complete([(folder, asked)], "the commands of the shards play them, then merge into a new folder")
         return
-    advice = "the same command with this --output_dir tries them again"
     if arguments.side_by_side is None:
-        exit_unless_complete([evaluate(arguments)], advice)
-        return
-    check_all_sides(arguments)
-    directory, played = choose_output_dir(arguments), []
-    for name, flags in conditions(arguments.side_by_side):
-        print(f"== {name}")
-        condition = copy.copy(arguments)
-        vars(condition).update(flags, output_dir=str(directory / name))
-        played.append(evaluate(condition))
-    exit_unless_complete(played, advice)
+        played = [evaluate(arguments)]
+        directory = played[0][0].directory
+    else:
+        check_all_sides(arguments)
+        directory, played = choose_output_dir(arguments), []
+        for name, flags in conditions(arguments.side_by_side):
+            print(f"== {name}")
+            condition = copy.copy(arguments)
+            vars(condition).update(flags, output_dir=str(directory / name))
+            played.append(evaluate(condition, directory))
+    exit_unless_complete(played, f"the same command with --output_dir {directory} tries them again")
 
 
 def exit_unless_complete(evaluations: Sequence[tuple[EvaluationFolder, int]], advice: str) -> None:
@@ -149,9 +149,12 @@ def asked_for(arguments: argparse.Namespace) -> tuple:
     return suite, tasks
 
 
-def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
+def evaluate(arguments: argparse.Namespace, all_sides: Path | None = None) -> tuple[EvaluationFolder, int]:
     """Plays what is missing of one evaluation, and reports it. Returns its folder, closed, and how many episodes were
-    asked for."""
+    asked for.
+
+    all_sides: the --output_dir of the command that this evaluation is a part of, where it is only a part.
+    """
     # What is asked for: tasks, their init states and instructions, and who acts.
     suite, tasks = asked_for(arguments)
     checkpoint = read_checkpoint(arguments.checkpoint, phase=2) if arguments.checkpoint else None
@@ -208,7 +211,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[EvaluationFolder, int]:
             keep_all(rollout, folder, tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0))
         except KeyboardInterrupt:
             kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
-            print(f"\nStopped. {kept}; the same command with --output_dir {folder.directory} continues.")
+            print(f"\nStopped. {kept}; the same command with --output_dir {all_sides or folder.directory} continues.")
             sys.exit(130)
         finish(folder, arguments.checkpoint, checkpoint)
     return folder, len(episodes)

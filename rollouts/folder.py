@@ -67,7 +67,8 @@ class EvaluationFolder:
         except OSError as problem:
             raise BadInput(
                 f"{self.episodes_file}: cannot be written ({problem.strerror});"
-                f" {len(self.episodes)} finished episodes are kept and the same command continues"
+                f" {len(self.episodes)} finished episodes are kept, and the same command with the same --output_dir"
+                " continues"
             ) from None
         key = episode["task_id"], episode["trial"]
         self.episodes = [one for one in self.episodes if (one["task_id"], one["trial"]) != key] + [episode]

@@ -5,6 +5,7 @@ one task for as long as it has episodes, since building an environment takes sec
 A worker's time is what it works for: while it waits for the policy its clock stands still.
 """
 
+import errno
 import math
 import os
 import signal
@@ -27,8 +28,11 @@ from rollouts.crashes import exception_line, place_of_hang
 from rollouts.worker import Episode, Rollouts
 
 GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
+TOO_MANY = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}  # no memory, no more processes or files for a user
 TRIES = 2
 LAST_WORDS = 4000  # characters of a dead worker's output that are kept
+# The working directory stays the main process's: PYTHONPATH, which may bring another simulator, can be relative to it.
+START_WORKER = f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}; import rollouts.worker as w; w.main()"
 LONGEST_WAIT = 3600.0  # seconds; the system's call takes no endless ones
 
 
@@ -51,8 +55,7 @@ class Worker:
             self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
             self.pipe, theirs = Pipe()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rollouts.worker", str(theirs.fileno())],
-                cwd=Path(__file__).parent.parent,
+                [sys.executable, "-c", START_WORKER, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=self.said,
                 stderr=self.said,
@@ -60,8 +63,9 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the main process alone
             )
-        except OSError as problem:  # no memory, no more processes or files for this user, a full temporary folder
-            raise BadInput(f"a simulator's process cannot be started ({problem}); try fewer --num_workers") from None
+        except OSError as problem:
+            advice = "; try fewer --num_workers" if problem.errno in TOO_MANY else ""
+            raise BadInput(f"a simulator's process cannot be started ({problem}){advice}") from None
         theirs.close()
         self.send(rollouts)
         self.task_id: int | None = None

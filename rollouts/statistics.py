@@ -13,6 +13,7 @@ from errors import BadInput
 
 Z = 1.959964
 NOT_RECORDED = "not recorded"
+USUAL = {"simulator": "LIBERO's own", "shard": "the whole"}  # what the value None of a setting means
 ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
 # What two results that are compared differ in by nature, or what only a policy that looks has.
 COMPARED = {"weights_sha256", "demos", "actions_sha256"}
@@ -132,22 +133,19 @@ def differences(a: dict, b: dict) -> list[str]:
     for name in dict.fromkeys([*a["settings"], *b["settings"]]):
         if name in by_nature:
             continue
-        in_a, in_b = (each["settings"].get(name) for each in (a, b))
+        in_a, in_b = (each["settings"].get(name, NOT_RECORDED) for each in (a, b))
         if isinstance(in_a, dict) and isinstance(in_b, dict):
             for key in in_a.keys() & in_b.keys():  # a task that one alone has has no partner
                 if in_a[key] != in_b[key]:
                     found.append(f"{name} of {key} is {in_a[key]} in A and {in_b[key]} in B")
         elif in_a != in_b:
-            found.append(f"{name} is {_said(in_a)} in A and {_said(in_b)} in B")
+            usual = USUAL.get(name)
+            found.append(f"{name} is {usual if in_a is None else in_a} in A and {usual if in_b is None else in_b} in B")
     for name in ORIGINS:
         in_a, in_b = (", ".join(distinct(each["episodes"], name)) for each in (a, b))
         if in_a != in_b:
             found.append(f"{name} is {in_a} in A and {in_b} in B")
     return found
-
-
-def _said(value) -> str:
-    return NOT_RECORDED if value is None else str(value)
 
 
 def read_results(path: Path) -> dict:

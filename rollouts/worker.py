@@ -1,7 +1,7 @@
 """One worker process of run_libero_eval.py: it owns a simulator, plays the episodes it is sent and asks for actions.
 
-It runs as `python -m rollouts.worker FD`, FD being its end of a pipe to pool.py, and never imports torch. Down
-the pipe come the Rollouts, then (Episode, init_state) again and again; up go
+It runs with one argument, the file descriptor of its end of a pipe to pool.py, and never imports torch. Down the pipe
+come the Rollouts, then (Episode, init_state) again and again; up go
 
     ("observation", (obs, seconds))  answered with the actions to execute, (n, 7) float64; seconds of work before it
     ("finished", outcome)            the episode's outcome, a dictionary
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import BadInput
+from errors import BadInput, is_out_of_memory
 from libero_sim import LiberoEnv, SimulatorError, from_simulator, make_env, make_suite
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 
@@ -91,6 +91,8 @@ def play_episode(
             try:
                 success = env.step(action)
             except SimulatorError as problem:  # the scene has stood still before: these actions have done it
+                if is_out_of_memory(problem):  # or the machine
+                    raise
                 broken = f"after {steps} steps: {problem}"
                 break
             steps += 1
@@ -150,7 +152,7 @@ def serve(pipe: Connection) -> None:
             task_of_env = None  # the next episode gets an environment that nothing is known against
 
 
-if __name__ == "__main__":
+def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     faulthandler.enable()  # a segmentation fault leaves a traceback, too
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # where does it hang?

@@ -5,8 +5,10 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from errors import BadInput, exits_on_bad_input, is_out_of_memory, out_of_memory_named
-from files import Lock, expanded, replaced_whole, written_whole
+from files import Lock, expanded, private_temporary_folder, replaced_whole, written_whole
 
 REPO = Path(__file__).parent.parent
 
@@ -29,6 +31,16 @@ def start(script: str, *arguments) -> subprocess.Popen:
 
 
 # Whole files
+
+
+def test_a_machine_without_a_temporary_folder_has_no_private_one(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked for anew
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no folder keeps a file
+    try:
+        assert private_temporary_folder("cache") is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):

@@ -177,7 +177,7 @@ def test_an_evaluation_that_could_not_play_everything_prints_its_figures_and_end
         main()
     assert ended.value.code == (
         f"error: {tmp_path / 'out'}: 1 of 1 episodes are in no figure, 1 of them crashed;"
-        " the same command with this --output_dir tries them again"
+        f" the same command with --output_dir {tmp_path / 'out'} tries them again"
     )
     printed = capsys.readouterr().out
     assert "1 x crashed: not finished within --episode_timeout 0.3 seconds" in printed
@@ -185,6 +185,25 @@ def test_an_evaluation_that_could_not_play_everything_prints_its_figures_and_end
     [episode] = read_episodes(tmp_path / "out")
     assert re.fullmatch(r"[0-9a-f]{40}( \+ changes)?|unknown", episode["code"])
     assert json.loads((tmp_path / "out/results.json").read_text())["code"] == [episode["code"]]
+
+
+@pytest.mark.parametrize("flags, part", [((), ""), (("--side_by_side", "0.05"), "policy_from_noise_init_states")])
+def test_ctrl_c_names_the_output_dir_of_the_command_and_not_of_a_part_of_it(
+    checkpoint, tmp_path, flags, part, monkeypatch, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("run_libero_eval.play_all", interrupted)
+    command = ["--checkpoint", str(checkpoint), "--tasks", "6", "--num_trials", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", *command, *flags])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    said = f"Stopped. 0 of 1 episodes are kept; the same command with --output_dir {tmp_path} continues.\n"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / part / "settings.json").exists()
 
 
 def test_evaluations_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):

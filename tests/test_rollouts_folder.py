@@ -310,6 +310,17 @@ def test_a_comparison_names_every_version_and_setting_in_which_two_results_diffe
     assert notes(a, same) == ["note: policy is checkpoint in A and zero in B"]
 
 
+def test_a_comparison_tells_a_simulator_that_was_never_checked_from_one_that_was_found_right(tmp_path):
+    a = write_results(tmp_path / "a.json", [episode(6, 0)], simulator=None)
+    b = write_results(tmp_path / "b.json", [episode(6, 0)], simulator="another simulator", shard="1/2")
+    assert notes(a, b) == [
+        "note: shard is the whole in A and 1/2 in B",
+        "note: simulator is LIBERO's own in A and another simulator in B",
+    ]
+    older = write_results(tmp_path / "older.json", [episode(6, 0)])
+    assert notes(a, older) == ["note: simulator is LIBERO's own in A and not recorded in B"]
+
+
 # ---------------------------------------------------------------------------------------------------- side by side
 
 

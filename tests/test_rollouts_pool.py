@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import tempfile
 import time
 from multiprocessing import Pipe
 from pathlib import Path
@@ -90,6 +91,16 @@ def test_a_simulation_that_blows_up_is_the_policys_failure_only_after_its_first_
     assert "after 0 steps: a position, velocity or acceleration became infinite or NaN" in outcome["broken_by_policy"]
     assert (tmp_path / "task6_trial0_failure.mp4").exists()
 
+    def loses_memory(obs):
+        def step(action):
+            raise SimulatorError("FatalError: Could not allocate memory")
+
+        patch.setattr(env, "step", step)
+        return np.tile(STAND_STILL, (MAX_STEPS, 1))
+
+    with monkeypatch.context() as patch, pytest.raises(SimulatorError):  # which is what the machine did
+        play_episode(env, episode, init_state, rollouts, loses_memory)
+
     no_scene = np.full_like(init_state, 1e12)
     no_scene[0] = 1.0  # the time
     with pytest.raises(SimulatorError):
@@ -151,17 +162,25 @@ the end"""
     assert exception_line("WARNING: nothing") is None
 
 
-def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+@pytest.mark.parametrize(
+    "limited, to, temporary, sentence",
+    [
+        (resource.RLIMIT_NOFILE, 3, tempfile.gettempdir(), r"\(.*Too many open files.*\); try fewer --num_workers"),
+        (resource.RLIMIT_FSIZE, 0, None, r"\(.*No usable temporary directory found in .*\)$"),  # looked for anew
+    ],
+)
+def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path, limited, to, temporary, sentence, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
+    before = resource.getrlimit(limited)
     states = task_init_states(make_suite("libero_object"), TASK)  # reads files
     rollouts = Rollouts("libero_object", 64, 0.2, MAX_STEPS, 0.0, False, "none", tmp_path)
     records = play_all(episodes(0), lambda e: states[e.trial], ZeroPolicy(MAX_STEPS), rollouts, 1, 300)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # no more files than are open
+    resource.setrlimit(limited, (to, before[1]))
     try:
-        with pytest.raises(BadInput, match=r"a simulator's process cannot be started \(.*Too many open files"):
+        with pytest.raises(BadInput, match=f"a simulator's process cannot be started {sentence}"):
             next(records)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(limited, before)
 
 
 def test_running_out_of_memory_while_deciding_is_one_sentence():
@@ -195,6 +214,18 @@ def test_a_machine_that_cannot_draw_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="MuJoCo found no way to draw without a screen"):
         play(tmp_path, ZeroPolicy(MAX_STEPS), 0)
     assert not workers()
+
+
+def test_a_worker_takes_the_simulator_of_a_relative_pythonpath_and_nothing_from_the_working_directory(
+    tmp_path, monkeypatch
+):
+    for package in ("other/mujoco", "rollouts"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text(f"raise ImportError({package!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "other")
+    with pytest.raises(BadInput, match="ImportError: other/mujoco"):
+        play(tmp_path, ZeroPolicy(MAX_STEPS), 0)
 
 
 def test_a_suite_whose_assets_are_not_installed_is_one_sentence(tmp_path):
