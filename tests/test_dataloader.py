@@ -502,6 +502,19 @@ def test_a_name_of_another_scene_than_the_bddl_files_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_name_with_its_scene_outweighs_problem_info_alone_and_both_are_named(tmp_path, capsys):
+    path = write_task_file(tmp_path, task="KITCHEN_SCENE3_turn_on_the_stove")
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": "Pick the butter"})
+    assert load(tmp_path)[0][0].task == "turn on the stove"
+    said = capsys.readouterr().out
+    assert said.count("its name says 'turn on the stove', but attribute problem_info 'pick up the butter'") == 1
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["bddl_file_content"] = "(define (:language pick the butter))"
+    with pytest.raises(BadInput, match="rename the file or correct the attribute"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("suite", ["libero_object_task", "libero_object_lan"])
 def test_where_libero_pro_varies_the_task_its_bddl_file_speaks(tmp_path, suite):
     name, bddl = next(libero_tasks(suite))
