@@ -4,6 +4,7 @@ tests/checkpoints/<commit>.pt holds a tiny phase-2 checkpoint as that commit wro
 observation, and z and actions as that commit's own code computed them from it.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from config import parse_config
 from errors import BadInput
 from statevla_model import load_checkpoint
 from training import checkpoint as checkpoints
-from training.checkpoint import SCHEMA, best_of_run, check_same_run, read_checkpoint
+from training.checkpoint import SCHEMA, best_of_run, check_same_run, loss_of, read_checkpoint
 
 EARLIER = sorted(Path(__file__).with_name("checkpoints").glob("*.pt"))
 
@@ -87,6 +88,21 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(BadInput, match="no such checkpoint"):
         read_checkpoint(tmp_path / "folder.pt")
+
+
+def test_a_checkpoint_with_a_damaged_block_is_refused(tmp_path):
+    path, found = unpacked(EARLIER[-1], tmp_path)
+    torch.save(found["checkpoint"], path)
+    whole = path.read_bytes()
+    weight = found["checkpoint"]["model_state_dict"]["model.state_encoder.tokenizer.cls"].numpy().tobytes()
+    places = {"lost": (whole.index(weight), len(weight)), "name": (whole.rindex(b"data.pkl"), 4)}
+    for name, (place, length) in places.items():  # in the weights, and in the table of contents
+        damaged = tmp_path / f"{name}.pt"
+        damaged.write_bytes(whole[:place] + bytes([0xE9]) * length + whole[place + length :])
+        with pytest.raises(BadInput, match=f"{name}.pt: not readable as a checkpoint of train.py"):
+            read_checkpoint(damaged)
+        assert loss_of(damaged) == math.inf
+    assert loss_of(path) == found["checkpoint"]["loss"]
 
 
 @pytest.fixture
