@@ -5,6 +5,8 @@ observation, and z and actions as that commit's own code computed them from it.
 """
 
 import math
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from config import parse_config
 from errors import BadInput
 from statevla_model import load_checkpoint
 from training import checkpoint as checkpoints
-from training.checkpoint import SCHEMA, best_of_run, check_same_run, loss_of, read_checkpoint
+from training.checkpoint import SCHEMA, best_of_run, check_same_run, loss_of, read_checkpoint, save_checkpoint
 
 EARLIER = sorted(Path(__file__).with_name("checkpoints").glob("*.pt"))
 
@@ -103,6 +105,22 @@ def test_a_checkpoint_with_a_damaged_block_is_refused(tmp_path):
             read_checkpoint(damaged)
         assert loss_of(damaged) == math.inf
     assert loss_of(path) == found["checkpoint"]["loss"]
+
+
+@pytest.mark.parametrize("room", [4096, 250_000, 399_000])
+def test_a_disk_that_gets_full_while_a_checkpoint_is_written_is_one_sentence(tmp_path, room):
+    """torch raises the system's error or one of its own, depending on where in its archive the room ends."""
+    path, limits = tmp_path / "checkpoint_latest.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"the one before")
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(BadInput, match=rf"{path}: cannot be written \(File too large\); what was there before"):
+            save_checkpoint({"weights": [torch.zeros(100_000)]}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the one before"]
 
 
 @pytest.fixture

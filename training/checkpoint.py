@@ -99,14 +99,13 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
     try:
         with written_whole(path) as stream:
             torch.save(checkpoint | {"schema": SCHEMA}, stream)
-    except OSError as problem:
-        raise BadInput(
-            f"{path}: cannot be written ({problem.strerror or problem}); what was there before is untouched"
-        ) from None
-    except RuntimeError as problem:  # torch's zip writer wraps the system's own complaint
-        if "PytorchStreamWriter" not in str(problem):
+    except (OSError, RuntimeError) as problem:
+        # torch's zip writer raises errors of its own after, and in place of, the system's.
+        refused = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(refused, OSError) and "PytorchStreamWriter" not in str(problem):
             raise
-        raise BadInput(f"{path}: cannot be written ({problem}); what was there before is untouched") from None
+        reason = getattr(refused, "strerror", None) or problem
+        raise BadInput(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
 
 
 def weights_alone(checkpoint: dict) -> dict:
