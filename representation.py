@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dataloader import STATE_KEYS, Demo, LanguageTable, LowDimensional, numbered_alone, text_attribute
 from errors import BadInput
+from files import replaced_whole
 from frame_cache import Frames
 from frozen_states import encode_all
 from hdf5_files import open_hdf5
@@ -304,7 +305,9 @@ def print_probes(of_inputs: dict) -> None:
 
 
 def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> None:
-    """One PNG: the spectrum of z, the prediction error, and for some held-out frames the nearest training frames."""
+    """One PNG: the spectrum of z, the prediction error, and for some held-out frames the nearest training frames.
+
+    Raises OSError where it cannot be written."""
     z, split = drawn["z"], drawn["split"]
     queries, neighbours, columns = 6, min(4, split), 5
     figure = plt.figure(figsize=(13, 3 + 1.7 * queries), layout="constrained")
@@ -334,8 +337,7 @@ def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> Non
     axes[0, 0].set_title("held-out frame")
     axes[0, 1].set_title("nearest training frames by z", loc="left")
     try:
-        figure.savefig(target, dpi=90)
-    except OSError as problem:
-        raise BadInput(f"{target}: the picture cannot be written ({problem.strerror or problem})") from None
+        with replaced_whole(target) as part:
+            figure.savefig(part, dpi=90, format="png")
     finally:
         plt.close(figure)
