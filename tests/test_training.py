@@ -649,6 +649,20 @@ def refused(monkeypatch, capsys, *command: object) -> str:
     return said
 
 
+def test_half_a_line_of_a_killed_run_costs_no_line_of_the_one_that_goes_on(data, tmp_path, monkeypatch):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    both += ["--set", "training.phase1.num_epochs=1"]
+    train_here(monkeypatch, "--phase", 1, *both)
+    log = tmp_path / PHASE_DIRECTORIES[1] / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"split": "train", "ep')
+    latest = log.with_name("checkpoint_latest.pt")
+    train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both, "--set", "training.phase1.num_epochs=2")
+    half, *later = log.read_text().removeprefix(whole).splitlines()
+    assert half == '{"split": "train", "ep'
+    assert [json.loads(line)["epoch"] for line in later] == [2] * whole.count("\n")
+
+
 @pytest.mark.parametrize("seed", [20250101123045, 2**63 - 1])
 def test_a_large_seed_trains(data, tmp_path, monkeypatch, seed):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
