@@ -206,7 +206,8 @@ def train(config: Config, phase: int, device: torch.device, resumed_from: str | 
             validate_and_save(epoch + 1)
     except KeyboardInterrupt:
         latest = log.directory / "checkpoint_latest.pt"
-        more = f"go on with --phase {phase} --checkpoint {latest}" if latest.exists() else "no epoch was finished"
+        last = latest if latest.exists() else resumed_from
+        more = f"go on with --phase {phase} --checkpoint {last}" if last else "no epoch was finished"
         report(f"\nstopped at step {step:,}; {more}")
         sys.exit(130)
     finally:

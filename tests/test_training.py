@@ -663,6 +663,23 @@ def test_half_a_line_of_a_killed_run_costs_no_line_of_the_one_that_goes_on(data,
     assert [json.loads(line)["epoch"] for line in later] == [2] * whole.count("\n")
 
 
+def test_ctrl_c_before_the_first_epoch_in_another_folder_names_the_checkpoint_it_came_from(
+    data, tmp_path, monkeypatch, capsys
+):
+    both = settings(data__data_directory=data, training__phase1__num_epochs=1)
+    train_here(monkeypatch, "--phase", 1, *both, "--set", f"training.checkpoint_directory={tmp_path / 'first'}")
+    latest = tmp_path / "first" / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt"
+    both += ["--set", f"training.checkpoint_directory={tmp_path / 'second'}", "--set", "training.phase1.num_epochs=2"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "clip_grad_norm_", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both)
+    assert f"go on with --phase 1 --checkpoint {latest}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("seed", [20250101123045, 2**63 - 1])
 def test_a_large_seed_trains(data, tmp_path, monkeypatch, seed):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
