@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -678,6 +679,16 @@ def test_ctrl_c_before_the_first_epoch_in_another_folder_names_the_checkpoint_it
     with pytest.raises(SystemExit, match="130"):
         train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both)
     assert f"go on with --phase 1 --checkpoint {latest}" in capsys.readouterr().out
+
+
+def test_no_thread_to_be_had_is_one_sentence(data, tmp_path, monkeypatch, capsys):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+
+    def at_the_limit(*_):  # what Python says under `ulimit -v` or `ulimit -u`
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", at_the_limit)
+    assert "can't start new thread: a limit on memory" in refused(monkeypatch, capsys, "--phase", 1, *both)
 
 
 @pytest.mark.parametrize("seed", [20250101123045, 2**63 - 1])
