@@ -19,7 +19,7 @@ from errors import BadInput
 from files import expanded
 
 DEFAULTS = Path(__file__).parent / "conf/config.yaml"
-LARGEST_SEED = 2**63 - 1  # what every generator takes
+LARGEST = 2**63 - 1  # whole number, that every generator and tensor takes
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _read_yaml(path: Path) -> dict:
         raise BadInput(f"{path}: no such config file; conf/config.yaml is the one to start from")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+    except (OSError, ValueError, yaml.YAMLError) as problem:  # ValueError: a date or a number that is none
         raise BadInput(f"{path}: not readable as YAML ({' '.join(str(problem).split())})") from None
     return {} if tree is None else tree
 
@@ -248,7 +248,7 @@ def _override(tree: dict, override: str) -> None:
         return
     try:
         node[name] = yaml.safe_load(text) if text else text
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         raise BadInput(f"--set {override}: the value is not readable as YAML") from None
 
 
@@ -271,13 +271,13 @@ def _value(value, expected, key: str, source: str):
     if is_dataclass(expected):
         return _build(expected, value, key + ".", source)
     accepted = _accepted(expected)
-    if float in accepted and isinstance(value, str):  # YAML 1.1 takes 1e-4 for text
+    if type(value) is int and value > LARGEST:
+        raise BadInput(f"{source}: key {key} is {value}, expected at most 2^63 - 1")
+    if float in accepted and type(value) in (int, str):  # YAML 1.1 takes 1e-4 for text
         try:
             value = float(value)
         except ValueError:
             pass
-    if float in accepted and type(value) is int:
-        value = float(value)
     if type(value) not in accepted:
         names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
         raise BadInput(f"{source}: key {key} is {value!r}, expected {names}")
@@ -307,9 +307,6 @@ def _check_consistency(config: Config, source: str) -> None:
         raise BadInput(f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected 9 (7 joints + 2 fingers)")
     if not config.data.train_split < 1:
         raise BadInput(f"{source}: data.train_split is {config.data.train_split}, expected between 0 and 1")
-    for key, seed in (("data.split_seed", config.data.split_seed), ("training.seed", config.training.seed)):
-        if seed > LARGEST_SEED:
-            raise BadInput(f"{source}: {key} is {seed}, expected at most 2^63 - 1")
     shares = {
         "training.ema_momentum": config.training.ema_momentum,
         "training.phase1.proprioception_masking": config.training.phase1.proprioception_masking,

@@ -66,6 +66,11 @@ def exits_on_bad_input(main):
             place = f"{problem.filename}: " if problem.filename else ""
             print(f"error: {place}{problem.strerror}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as problem:
+            if "can't start new thread" not in str(problem):
+                raise
+            print(f"error: {problem}: a limit on memory (ulimit -v) or processes (-u) is low", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import LARGEST_SEED, Config, add_set_flag, parse_config
+from config import LARGEST, Config, add_set_flag, parse_config
 from dataloader import Batches, Demo, LanguageTable, LowDimensional, chunk_rows, load_demos, numbered_alone
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded, written_whole
@@ -51,7 +51,7 @@ def main() -> None:
         raise BadInput(f"--output {arguments.output}: no such directory {Path(arguments.output).parent}")
     if arguments.sample_steps < 1:
         raise BadInput(f"--sample_steps {arguments.sample_steps}: expected at least 1")
-    if not 0 <= arguments.seed <= LARGEST_SEED:
+    if not 0 <= arguments.seed <= LARGEST:
         raise BadInput(f"--seed {arguments.seed}: expected 0 to 2^63 - 1")
     arguments.flow_start = arguments.flow_start or config.training.phase2.flow_start
     device = choose_device(config.training.device)

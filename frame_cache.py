@@ -17,13 +17,13 @@ Letters: B batch, N frames, S pixels.
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,7 @@ def open_frames(
     size = min(demos[0].image_size, image_size)
     directory = Path(config.cache_directory or Path(config.data_directory) / "frame_cache")
     arrays = []
-    for path, group in groupby(demos, key=lambda demo: demo.path):
+    for path, group in itertools.groupby(demos, key=lambda demo: demo.path):
         of_file = list(group)
         try:
             flat = _map(_converted(path, of_file, size, directory), of_file, size)
@@ -204,18 +204,22 @@ def check_pictures(
     where: str, camera: str, pictures: np.ndarray, steps: Sequence[int], joint_states: np.ndarray
 ) -> None:
     """pictures (n, h, w, 3) uint8 of a demo's `steps`, joint_states (n, 7) there. Raises BadInput for one that is black
-    or of one colour, and for a camera that shows the same all the time although the arm moves."""
+    or of one colour, and for a camera that goes on showing the same although the arm moves."""
     few = pictures[:, ::16, ::16]  # most pictures differ here already: 200 times faster than looking at every pixel
     suspects = (few == few[:, :1, :1]).all(axis=(1, 2, 3)).nonzero()[0]
     flat = [i for i in suspects if (pictures[i] == pictures[i, 0, 0]).all()]
     for step, picture in ((steps[i], pictures[i]) for i in flat[:1]):
         found = f"all of one colour, {picture[0, 0].tolist()}" if picture.any() else "all black"
         raise BadInput(f"{where}: key obs/{camera}: the picture of step {step} is {found}; was the camera rendered?")
-    frozen = len(pictures) > 1 and (pictures[1] == pictures[0]).all() and (pictures == pictures[:1]).all()
-    if frozen and np.ptp(joint_states, axis=0).max() > ARM_MOVES:
-        raise BadInput(
-            f"{where}: key obs/{camera}: the picture never changes although the arm moves; was the camera frozen?"
-        )
+    alike = (few[1:] == few[:-1]).all(axis=(1, 2, 3)).nonzero()[0]
+    frozen = {int(i) for i in alike if (pictures[i + 1] == pictures[i]).all()}
+    changes = [i + 1 for i in range(len(pictures) - 1) if i not in frozen]
+    for first, end in itertools.pairwise([0, *changes, len(pictures)]):  # pictures that are the same
+        if np.ptp(joint_states[first:end], axis=0).max() > ARM_MOVES:
+            raise BadInput(
+                f"{where}: key obs/{camera}: the pictures of steps {steps[first]} and {steps[end - 1]} are the same "
+                "although the arm moved; was the camera frozen?"
+            )
 
 
 def _resized(pictures: Tensor, size: int) -> Tensor:

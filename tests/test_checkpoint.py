@@ -4,6 +4,9 @@ tests/checkpoints/<commit>.pt holds a tiny phase-2 checkpoint as that commit wro
 observation, and z and actions as that commit's own code computed them from it.
 """
 
+import math
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from config import load_config, parse_config
 from errors import BadInput
 from statevla_model import load_checkpoint
 from training import checkpoint as checkpoints
-from training.checkpoint import SCHEMA, best_of_run, check_same_run, read_checkpoint
+from training.checkpoint import SCHEMA, best_of_run, check_same_run, epoch_and_loss, read_checkpoint, save_checkpoint
 
 EARLIER = sorted(Path(__file__).with_name("checkpoints").glob("*.pt"))
 
@@ -98,6 +101,37 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(BadInput, match="no such checkpoint"):
         read_checkpoint(tmp_path / "folder.pt")
+
+
+def test_a_checkpoint_with_a_damaged_block_is_refused(tmp_path):
+    path, found = unpacked(EARLIER[-1], tmp_path)
+    torch.save(found["checkpoint"], path)
+    whole = path.read_bytes()
+    weight = found["checkpoint"]["model_state_dict"]["model.state_encoder.tokenizer.cls"].numpy().tobytes()
+    places = {"lost": (whole.index(weight), len(weight)), "name": (whole.rindex(b"data.pkl"), 4)}
+    for name, (place, length) in places.items():  # in the weights, and in the table of contents
+        damaged = tmp_path / f"{name}.pt"
+        damaged.write_bytes(whole[:place] + bytes([0xE9]) * length + whole[place + length :])
+        with pytest.raises(BadInput, match=f"{name}.pt: not readable as a checkpoint of train.py"):
+            read_checkpoint(damaged)
+        assert epoch_and_loss(damaged)[1] == math.inf
+    assert epoch_and_loss(path)[1] == found["checkpoint"]["loss"]
+
+
+@pytest.mark.parametrize("room", [4096, 250_000, 399_000])
+def test_a_disk_that_gets_full_while_a_checkpoint_is_written_is_one_sentence(tmp_path, room):
+    """torch raises the system's error or one of its own, depending on where in its archive the room ends."""
+    path, limits = tmp_path / "checkpoint_latest.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"the one before")
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(BadInput, match=rf"{path}: cannot be written \(File too large\); what was there before"):
+            save_checkpoint({"weights": [torch.zeros(100_000)]}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the one before"]
 
 
 @pytest.fixture

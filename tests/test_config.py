@@ -85,6 +85,9 @@ def test_a_config_file_lists_what_it_changes(tmp_path):
         ("model:\n  d_state: 8\ndata:\n  train_split: 0.5\nmodel:\n  d_conv: 4\n", "the key model stands twice"),
         ("model: {d_state: 8, d_state: 9}\n", "the key d_state stands twice"),
         ("model: [\n", "not readable as YAML"),
+        ("training: {seed: 2024-13-45}\n", "not readable as YAML .*month"),
+        ("training: {seed: " + 5000 * "9" + "}\n", "not readable as YAML"),
+        ("training: {learning_rate: 1" + 400 * "0" + "}\n", "expected at most"),
     ],
 )
 def test_a_wrong_config_file_is_one_sentence_with_its_name(tmp_path, text, sentence):
@@ -156,6 +159,8 @@ def test_missing_config_key_is_named(section, key):
         ("model.image_size=100", "not a multiple of model.patch_size"),
         ("data.train_split=1.0", "expected between 0 and 1"),
         ("training.learning_rate=nan", "expected a number > 0"),
+        ("training.seed=2025-13-01", "not readable as YAML"),
+        ("model.embed_dim=9223372036854775808", "model.embed_dim is 9223372036854775808, expected at most"),
         ("training.seed=9223372036854775808", "training.seed is 9223372036854775808, expected at most"),
         (
             "training.phase1.vicreg_on=nothing",

@@ -623,6 +623,10 @@ BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
     ),
     "NaN action": (lambda d: d["actions"].__setitem__((3, 2), np.nan), "key actions holds NaN"),
     "NaN joint": (lambda d: d["obs/joint_states"].__setitem__((3, 2), np.nan), "key obs/joint_states holds NaN"),
+    "a joint beyond float32": (
+        lambda d: d["obs/joint_states"].__setitem__((3, 2), 1e39),
+        "key obs/joint_states holds NaN or values that are infinite as float32",
+    ),
     "large action": (lambda d: d["actions"].__setitem__((3, 2), 2.5), r"pose delta of size 2.5, expected values in"),
     "seven-DoF joint actions": (
         lambda d: replace(d, "actions", np.zeros((30, 8))),
@@ -655,7 +659,7 @@ BROKEN = {  # what was done to demo_1 -> (how, what the sentence must name)
     ),
     "a frozen camera": (
         lambda d: d["obs/eye_in_hand_rgb"].__setitem__(slice(None), d["obs/eye_in_hand_rgb"][0]),
-        "key obs/eye_in_hand_rgb: the picture never changes although the arm moves",
+        "key obs/eye_in_hand_rgb: the pictures of steps 0 and 29 are the same although the arm moved",
     ),
     "num_samples no number": (
         lambda d: d.attrs.__setitem__("num_samples", "abc"),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -647,6 +648,47 @@ def refused(monkeypatch, capsys, *command: object) -> str:
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ")
     return said
+
+
+def test_half_a_line_of_a_killed_run_costs_no_line_of_the_one_that_goes_on(data, tmp_path, monkeypatch):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+    both += ["--set", "training.phase1.num_epochs=1"]
+    train_here(monkeypatch, "--phase", 1, *both)
+    log = tmp_path / PHASE_DIRECTORIES[1] / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"split": "train", "ep')
+    latest = log.with_name("checkpoint_latest.pt")
+    train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both, "--set", "training.phase1.num_epochs=2")
+    half, *later = log.read_text().removeprefix(whole).splitlines()
+    assert half == '{"split": "train", "ep'
+    assert [json.loads(line)["epoch"] for line in later] == [2] * whole.count("\n")
+
+
+def test_ctrl_c_before_the_first_epoch_in_another_folder_names_the_checkpoint_it_came_from(
+    data, tmp_path, monkeypatch, capsys
+):
+    both = settings(data__data_directory=data, training__phase1__num_epochs=1)
+    train_here(monkeypatch, "--phase", 1, *both, "--set", f"training.checkpoint_directory={tmp_path / 'first'}")
+    latest = tmp_path / "first" / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt"
+    both += ["--set", f"training.checkpoint_directory={tmp_path / 'second'}", "--set", "training.phase1.num_epochs=2"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "clip_grad_norm_", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both)
+    assert f"the same command with --checkpoint {latest} goes on" in capsys.readouterr().out
+
+
+def test_no_thread_to_be_had_is_one_sentence(data, tmp_path, monkeypatch, capsys):
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)
+
+    def at_the_limit(*_):  # what Python says under `ulimit -v` or `ulimit -u`
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", at_the_limit)
+    assert "can't start new thread: a limit on memory" in refused(monkeypatch, capsys, "--phase", 1, *both)
 
 
 @pytest.mark.parametrize("seed", [20250101123045, 2**63 - 1])

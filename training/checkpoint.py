@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ from errors import BadInput, is_out_of_memory
 from files import written_whole
 
 SCHEMA = 1  # goes up when an older program could not use what is written; files without a number are of schema 0
+# What zipfile and torch raise for a file that is no archive of torch.save, or a damaged one.
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError,
+)  # fmt: skip
 GUIDES_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")
 FURTHER_KEYS = ("best_loss", "observation", "language", "held_out_demos")
 
@@ -63,10 +68,10 @@ def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
     try:
         if not zipfile.is_zipfile(path):  # torch.save writes zip archives, whose table of contents stands at the end
             raise BadInput(f"{path}: not readable as a checkpoint of train.py{_what_it_is(path)}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _load(path)
     except OSError as problem:
         raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as problem:
+    except UNREADABLE as problem:
         if is_out_of_memory(problem):
             raise
         reason = str(problem).splitlines()[0]
@@ -94,14 +99,13 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
     try:
         with written_whole(path) as stream:
             torch.save(checkpoint | {"schema": SCHEMA}, stream)
-    except OSError as problem:
-        raise BadInput(
-            f"{path}: cannot be written ({problem.strerror or problem}); what was there before is untouched"
-        ) from None
-    except RuntimeError as problem:  # torch's zip writer wraps the system's own complaint
-        if "PytorchStreamWriter" not in str(problem):
+    except (OSError, RuntimeError) as problem:
+        # torch's zip writer raises errors of its own after, and in place of, the system's.
+        refused = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(refused, OSError) and "PytorchStreamWriter" not in str(problem):
             raise
-        raise BadInput(f"{path}: cannot be written ({problem}); what was there before is untouched") from None
+        reason = getattr(refused, "strerror", None) or problem
+        raise BadInput(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
 
 
 def weights_alone(checkpoint: dict) -> dict:
@@ -174,10 +178,19 @@ def best_of_run(resumed: dict, path: Path) -> Path | None:
 def epoch_and_loss(path: Path) -> tuple[int, float]:
     """Of a checkpoint: its epoch and its validation loss, infinite where there is none to be read."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = _load(path, mmap=True)
         return checkpoint["epoch"], checkpoint["loss"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+    except (OSError, *UNREADABLE):
         return 0, math.inf
+
+
+def _load(path: Path, **options):
+    """What torch.save wrote, all of it as it was written: torch.load itself does not look at the check sums, and takes
+    a block that a disk lost for weights that are 0."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"its part {damaged} is damaged; copy or download it again")
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
 def _what_it_is(path: Path) -> str:

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -59,7 +61,9 @@ class RunLog:
             if not continues:
                 set_aside(self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.file = (self.directory / "metrics.jsonl").open("a")
+            self.file = (self.directory / "metrics.jsonl").open("a+")
+            if half_a_line(self.file):  # the run that goes on was killed, or its disk was full
+                self.file.write("\n")
         except OSError as problem:
             raise _not_writable(self.directory, problem) from None
         if config.wandb.mode != "disabled":
@@ -159,6 +163,13 @@ def start_wandb(config: Config, phase: int, directory: Path):
         )  # fmt: skip
     except wandb.Error as problem:
         raise BadInput(f"{mode} wandb says: {problem}") from None
+
+
+def half_a_line(file: TextIO) -> bool:
+    """Whether a file that is open for appending and reading ends within a line."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(end - 1, 0))
+    return file.read() not in ("", "\n")
 
 
 def set_aside(directory: Path) -> None:
