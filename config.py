@@ -188,7 +188,9 @@ def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) 
         config = _build(Config, tree, "", source)
     for key in PATHS:
         section, name = key.split(".")
-        if (path := tree[section][name]) is not None:
+        if (path := tree[section][name]) == "":  # an unset variable of a shell
+            raise BadInput(f"{source}: key {key} is empty, expected a path")
+        if path is not None:
             tree[section][name] = expanded(path)
     config = _build(Config, tree, "", source)
     _check_consistency(config, source)

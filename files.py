@@ -72,7 +72,7 @@ class Lock:
     """
 
     def __init__(self, path: Path, busy: str, wait: bool = False):
-        self.path = path
+        self.path, self.is_exclusive = path, True
         while True:
             self._file = path.open("a+")
             try:
@@ -99,6 +99,7 @@ class Lock:
         except OSError as problem:
             if problem.errno not in CANNOT_LOCK:
                 raise
+            self.is_exclusive = False
             _say_that_it_cannot_lock(self.path.parent, problem.strerror)
 
     def _is_in_place(self) -> bool:
@@ -112,6 +113,11 @@ class Lock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+
+    def forget_parts(self, folder: Path, names: str) -> None:
+        """Deletes what killed writers of the files `names` (a pattern) have left in the folder that the lock is for."""
+        for part in folder.glob(f"{names}.*.part") if self.is_exclusive else ():
+            part.unlink(missing_ok=True)
 
     def release(self) -> None:
         if self._file.closed:

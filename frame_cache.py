@@ -173,7 +173,8 @@ def _converted(path: Path, demos: list["Demo"], size: int, directory: Path) -> P
     target = directory / f"{path.stem}_{size}px_{key}.frames"
     if not target.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        with Lock(target.with_suffix(".lock"), f"another process converts {path.name}", wait=True):
+        with Lock(target.with_suffix(".lock"), f"another process converts {path.name}", wait=True) as lock:
+            lock.forget_parts(directory, glob.escape(target.name))
             if not target.exists():  # another process may have written it while this one waited
                 _forget_earlier_versions(path, source, directory)
                 with written_whole(target.with_suffix(".json")) as stream:

@@ -35,7 +35,7 @@ from files import keeps_files, private_temporary_folder, replaced_whole
 from thin_meshes import thin_visual_meshes
 
 if sys.platform != "darwin":  # read by mujoco and robosuite when they are imported; macOS has one renderer only
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ["MUJOCO_GL"] = (os.environ.get("MUJOCO_GL") or "egl").lower()  # MuJoCo takes EGL for egl, robosuite not
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 SIM_KEYS = {  # name in the HDF5 files and in this repo -> name in the simulator

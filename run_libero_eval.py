@@ -134,7 +134,9 @@ def check_all_sides(arguments: argparse.Namespace) -> None:
 def asked_for(arguments: argparse.Namespace) -> tuple:
     """The suite and its tasks by id. Raises BadInput for what can't be had."""
     suite = make_suite(arguments.task_suite)
-    task_ids = parse_task_ids(arguments.tasks or f"0-{suite.n_tasks - 1}", suite, arguments.task_suite)
+    task_ids = parse_task_ids(
+        f"0-{suite.n_tasks - 1}" if arguments.tasks is None else arguments.tasks, suite, arguments.task_suite
+    )
     tasks = {}
     for task_id in task_ids:
         bddl_path(suite, task_id)  # raises here and now where a task's file is missing

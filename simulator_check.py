@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,11 @@ def _own_process(task: str) -> str:
     if done.returncode == 0:
         return done.stdout.splitlines()[-1]  # whatever its libraries may have printed before
     *_, last = ["", *done.stderr.strip().splitlines()]
+    if done.returncode < 0:
+        raise BadInput(
+            f"{Path(__file__).name} {task} was ended by {signal.Signals(-done.returncode).name}: the renderer of "
+            f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} cannot be used here; set MUJOCO_GL to egl or osmesa"
+        )
     if done.returncode == 2 and last.startswith("error: "):
         raise BadInput(last.removeprefix("error: "))
     raise BadInput(f"{Path(__file__).name} {task} ended with code {done.returncode}: {last or 'it said nothing'}")

@@ -158,6 +158,7 @@ def test_missing_config_key_is_named(section, key):
         ("model.robot_state_dim=8", "expected 9"),
         ("model.image_size=100", "not a multiple of model.patch_size"),
         ("data.train_split=1.0", "expected between 0 and 1"),
+        ("data.cache_directory=", "key data.cache_directory is empty, expected a path"),
         ("training.learning_rate=nan", "expected a number > 0"),
         ("training.seed=2025-13-01", "not readable as YAML"),
         ("model.embed_dim=9223372036854775808", "model.embed_dim is 9223372036854775808, expected at most"),

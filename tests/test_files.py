@@ -183,6 +183,15 @@ def test_a_lock_that_is_released_while_others_ask_for_it_is_never_held_twice(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_holds_the_lock_clears_away_what_killed_writers_left(tmp_path):
+    left, others = tmp_path / "a.pt.123_abcdef.part", tmp_path / "b.pt.123_abcdef.part"
+    for part in (left, others):
+        part.write_bytes(b"half")
+    with Lock(tmp_path / "lock", "busy") as lock:
+        lock.forget_parts(tmp_path, "a.pt")
+    assert list(tmp_path.iterdir()) == [others]
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_where_the_file_system_cannot_lock_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys, number):
     def refuse(file, operation):

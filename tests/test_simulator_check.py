@@ -93,3 +93,11 @@ def test_a_check_that_cannot_run_is_one_sentence(monkeypatch):
         simulator_check.renderer_name.__wrapped__()
     with pytest.raises(BadInput, match=r"simulator_check.py --what ended with code 2: .*unrecognized arguments"):
         simulator_check._own_process("--what")
+
+
+def test_a_renderer_that_ends_its_process_is_one_sentence(monkeypatch):
+    """GLX without a display ends in a segmentation fault inside GLFW or in an error, as the libraries are."""
+    monkeypatch.setenv("MUJOCO_GL", "glx")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with pytest.raises(BadInput, match="MUJOCO_GL"):
+        simulator_check._own_process("--renderer")

@@ -722,6 +722,11 @@ def test_a_rank_left_in_the_environment_is_one_process(data, tmp_path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "4")
     said = refused(monkeypatch, capsys, "--phase", 1, *both)
     assert "WORLD_SIZE is 4, but RANK or MASTER_ADDR is not set; start several processes with `torchrun" in said
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1", "RANK": "1"}.items():  # it would wait for ever
+        monkeypatch.setenv(name, value)
+    assert "RANK is 1 and WORLD_SIZE 1, expected 0 <= RANK < WORLD_SIZE" in refused(
+        monkeypatch, capsys, "--phase", 1, *both
+    )
 
 
 def test_running_out_of_memory_names_the_batch_and_a_smaller_one(monkeypatch, capsys):

@@ -34,6 +34,9 @@ def join_processes(device_name: str) -> torch.device:
     if not launched:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return device
+    rank, world_size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise BadInput(f"RANK is {rank} and WORLD_SIZE {world_size or 'not set'}, expected 0 <= RANK < WORLD_SIZE")
     try:
         dist.init_process_group(backend)
     except (ValueError, RuntimeError) as problem:

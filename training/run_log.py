@@ -41,6 +41,7 @@ def only_training_in(directory: Path) -> Iterator[None]:
     except OSError as problem:
         raise _not_writable(directory, problem) from None
     with lock:
+        lock.forget_parts(directory, "checkpoint_*.pt")
         yield
 
 
