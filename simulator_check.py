@@ -5,8 +5,8 @@
 A newer MuJoCo draws darker pictures and lets objects come to rest elsewhere, without a word: another benchmark. So one
 scene is drawn and one object left to come to rest, and both are compared with simulator_reference.json, which
 --write_reference makes on an installation that is known to be right. It takes some ten seconds, once for each
-installation and renderer: what was measured is kept in $XDG_CACHE_HOME/statevla or ~/.cache/statevla, the judgement is
-made anew every time.
+installation and renderer: what was measured is kept in $XDG_CACHE_HOME/statevla or ~/.cache/statevla (or a temporary
+folder where neither can be written), the judgement is made anew every time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 
 import libero_sim
 from errors import BadInput, exits_on_bad_input
-from files import private_temporary_folder, written_whole
+from files import keeps_files, private_temporary_folder, written_whole
 from libero_sim import SIM_KEYS, LiberoEnv, make_env, make_suite, task_init_states
 
 REFERENCE = Path(__file__).parent / "simulator_reference.json"
@@ -68,21 +68,14 @@ def measured_here() -> dict:
     """What `measure` finds with this installation and renderer, remembered from the first time on."""
     key = json.dumps([versions(), renderer_name(), MEASURED])
     name = f"simulator_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    folders = [folder for folder in (cache_folder(), private_temporary_folder("statevla")) if folder is not None]
-    for folder in folders:
-        try:
-            return json.loads((folder / name).read_text())
-        except (OSError, ValueError):  # not there yet, or not ours
-            continue
+    folder = cache_folder()
+    if folder is not None and (folder / name).exists():
+        return json.loads((folder / name).read_text())
     print("checking once that this simulator is LIBERO's own: some ten seconds", file=sys.stderr, flush=True)
     found = json.loads(_own_process("--measure"))
-    for folder in folders:
-        try:
-            with written_whole(folder / name) as stream:
-                stream.write(json.dumps(found).encode())
-            break
-        except OSError:  # nothing is lost but ten seconds the next time
-            continue
+    if folder is not None:
+        with written_whole(folder / name) as stream:
+            stream.write(json.dumps(found).encode())
     return found
 
 
@@ -110,13 +103,12 @@ def renderer_name() -> str:
 
 
 def cache_folder() -> Path | None:
-    """Where the results of this user are kept; None where no such folder can be made."""
+    """Where this user's results are kept; None where nothing can be kept."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statevla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return None
-    return folder
+    except RuntimeError:  # a user without a home
+        return private_temporary_folder("statevla")
+    return folder if keeps_files(folder) else private_temporary_folder("statevla")
 
 
 def _own_process(task: str) -> str:
