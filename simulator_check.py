@@ -74,8 +74,14 @@ def measured_here() -> dict:
     print("checking once that this simulator is LIBERO's own: some ten seconds", file=sys.stderr, flush=True)
     found = json.loads(_own_process("--measure"))
     if folder is not None:
-        with written_whole(folder / name) as stream:
-            stream.write(json.dumps(found).encode())
+        try:
+            with written_whole(folder / name) as stream:
+                stream.write(json.dumps(found).encode())
+        except OSError as problem:  # a full disk
+            print(
+                f"note: {folder / name} cannot be written ({problem.strerror}); the next run checks again",
+                file=sys.stderr,
+            )
     return found
 
 
