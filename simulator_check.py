@@ -5,8 +5,8 @@
 A newer MuJoCo draws darker pictures and lets objects come to rest elsewhere, without a word: another benchmark. So one
 scene is drawn and one object left to come to rest, and both are compared with simulator_reference.json, which
 --write_reference makes on an installation that is known to be right. It takes some ten seconds, once for each
-installation and renderer: what was measured is kept in $XDG_CACHE_HOME/statevla or ~/.cache/statevla, the judgement is
-made anew every time.
+installation and renderer: what was measured is kept in $XDG_CACHE_HOME/statevla or ~/.cache/statevla (or a temporary
+folder where neither can be written), the judgement is made anew every time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 
 import libero_sim
 from errors import BadInput, exits_on_bad_input
-from files import cache_folder, private_temporary_folder, written_whole
+from files import cache_folder, keeps_files, private_temporary_folder, written_whole
 from libero_sim import SIM_KEYS, LiberoEnv, make_env, make_suite, task_init_states
 
 REFERENCE = Path(__file__).parent / "simulator_reference.json"
@@ -73,22 +73,23 @@ def measured_here() -> dict:
     """What `measure` finds with this installation and renderer, remembered from the first time on."""
     key = json.dumps([versions(), renderer_name(), MEASURED])
     name = f"simulator_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    folders = [folder for folder in (cache_folder(), private_temporary_folder("statevla")) if folder is not None]
-    for folder in folders:
+    folder = kept_in()
+    if folder is not None:
         try:
             return json.loads((folder / name).read_text())
-        except (OSError, ValueError):  # not there yet, or not ours
-            continue
+        except (OSError, ValueError):  # not there yet, or not whole
+            pass
     print("checking once that this simulator is LIBERO's own: some ten seconds", file=sys.stderr, flush=True)
     found = json.loads(_own_process("--measure"))
-    for folder in folders:
+    if folder is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with written_whole(folder / name) as stream:
                 stream.write(json.dumps(found).encode())
-            break
-        except OSError:  # nothing is lost but ten seconds the next time
-            continue
+        except OSError as problem:  # a full disk
+            print(
+                f"note: {folder / name} cannot be written ({problem.strerror}); the next run checks again",
+                file=sys.stderr,
+            )
     return found
 
 
@@ -113,6 +114,12 @@ def versions() -> dict[str, str]:
 def renderer_name() -> str:
     """What draws here: OpenGL's renderer, vendor and version, and the way to it. Raises BadInput where nothing does."""
     return _own_process("--renderer")
+
+
+def kept_in() -> Path | None:
+    """The folder of this user's results; None where nothing can be kept."""
+    folder = cache_folder()
+    return folder if folder is not None and keeps_files(folder) else private_temporary_folder("statevla")
 
 
 def _own_process(task: str) -> str:
