@@ -605,8 +605,11 @@ def test_the_folder_of_unfinished_demos_may_go_while_another_collector_begins(tm
 @pytest.mark.parametrize("delay", [0, 1])  # while a worker is started, and while it imports what it needs
 def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
     arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, **pipes) as stopped:
+    options = {
+        "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    }  # fmt: skip
+    with subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, **options) as stopped:
         said = b""
         while b"collecting" not in said:
             said += (character := stopped.stderr.read(1))

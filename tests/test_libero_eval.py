@@ -355,7 +355,7 @@ def test_a_path_with_a_colon_names_a_demo(tmp_path):
     assert demo_of("C:x/a.hdf5") == (Path("C:x/a.hdf5"), None)
     for actions, sentence in (
         (None, "demo_1: key actions is missing"),
-        (np.array([b"x"]), "demo_1: key actions holds no numbers"),
+        (np.array([b"x"]), "demo_1: key actions holds no array of numbers"),
         (np.zeros((0, 7)), r"demo_1: key actions is \(0, 7\), expected finite \(T, 7\)"),
     ):
         with h5py.File(path, "r+") as file:
