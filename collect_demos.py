@@ -464,11 +464,17 @@ def libero_attributes(suite, task_id: int, image_size: int) -> dict:
 def ctrl_c_waits() -> Iterator[None]:
     """Until the block is over. A process that is started in it inherits the blocked signal, so Ctrl-C, which a terminal
     sends to all, is the main process's alone, which ends its workers; half-started ones would print tracebacks."""
+    came, handler = [], signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # another thread, such as tqdm's, may take a signal that is blocked here
+        signal.signal(signal.SIGINT, lambda *_: came.append(True))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:

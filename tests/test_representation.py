@@ -163,10 +163,5 @@ def test_a_phase1_checkpoint_is_reported_from_the_command_line(collected_demos, 
         assert words in said
     picture = tmp_path / "phase1_temporal_jepa/representation.png"
     assert picture.stat().st_size > 50_000
-    picture.unlink()
-    (picture / "in the way").mkdir(parents=True)
-    report = tmp_path / "report_2.json"
-    said = run("eval.py", "--checkpoint", checkpoint, "--output", report).stdout  # the figures are there all the same
-    assert f"note: {picture} cannot be written" in said and report.is_file()
     said = one_sentence(run("run_libero_eval.py", "--checkpoint", checkpoint, expect=2))
     assert "expected a checkpoint of phase 2" in said

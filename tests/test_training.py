@@ -1,5 +1,7 @@
 """train.py and eval.py as processes: checkpoints, resume, two processes with gloo, and bad input."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -19,6 +21,9 @@ from libero_files import write_task_file
 from test_model import fitted, phase1_batch, small_config
 from torch.nn.parallel import DistributedDataParallel
 
+import embed_language
+import eval as offline_evaluation
+import jepa.mamba
 import train
 from config import parse_config
 from errors import BadInput
@@ -53,14 +58,39 @@ SMALL = {
 }
 
 
+HERE = {"train.py": train.main, "eval.py": offline_evaluation.main, "embed_language.py": embed_language.main}
+
+
 def run(*command: object, expect: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Runs a script of the repo with one thread (two would only wait for each other on models this small)."""
+    """Runs a script of the repo: in this process, where there is no start to wait for, or, with variables of its own
+    and for what stands not in HERE, as a process of one thread (two would only wait on models this small)."""
+    command = [str(word) for word in command]
+    if command[0] in HERE and not variables:
+        done = run_here(command)
+        assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_here(command: list[str]) -> subprocess.CompletedProcess:
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setattr(sys, "argv", command)
+        patch.setattr(jepa.mamba, "_backend", "torch")  # as in a fresh process, and so again afterwards
+        try:
+            HERE[command[0]]()
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
 
 
 def settings(**changes: object) -> list[str]:
@@ -82,10 +112,11 @@ def runs(data, tmp_path_factory) -> Path:
     """The guide's two commands, phase 1 then phase 2."""
     directory = tmp_path_factory.mktemp("checkpoints")
     both = settings(data__data_directory=data, training__checkpoint_directory=directory)
-    run("train.py", "--config", "conf/config.yaml", "--phase", 1, *both)
+    process = {"OMP_NUM_THREADS": "1"}
+    run("train.py", "--config", "conf/config.yaml", "--phase", 1, *both, **process)
     run(
         "train.py", "--config", "conf/config.yaml", "--phase", 2,
-        "--phase1_checkpoint", directory / "phase1_temporal_jepa/checkpoint_best.pt", *both,
+        "--phase1_checkpoint", directory / "phase1_temporal_jepa/checkpoint_best.pt", *both, **process,
     )  # fmt: skip
     return directory
 
@@ -471,12 +502,8 @@ def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
 
 def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
     changes = {"wandb__mode": "offline", "training__phase1__num_epochs": 1}
-    run(
-        "train.py",
-        "--phase",
-        1,
-        *settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes),
-    )
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes)
+    run("train.py", "--phase", 1, *both, OMP_NUM_THREADS="1")
     assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
 
 
