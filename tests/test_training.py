@@ -713,7 +713,7 @@ def test_no_thread_to_be_had_is_one_sentence(data, tmp_path, monkeypatch, capsys
     def at_the_limit(*_):  # what Python says under `ulimit -v` or `ulimit -u`
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading, "_start_new_thread", at_the_limit)
+    monkeypatch.setattr(threading.Thread, "start", at_the_limit)
     assert "can't start new thread: a limit on memory" in refused(monkeypatch, capsys, "--phase", 1, *both)
 
 
