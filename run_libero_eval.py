@@ -192,15 +192,9 @@ def evaluate(arguments: argparse.Namespace, all_sides: Path | None = None) -> tu
         if done:
             print(f"{folder.directory}: {len(done)} episodes are there already, {len(missing)} are missing")
         rollouts = Rollouts(
-            arguments.task_suite,
-            settings["image_size"],
-            settings["visual_mesh_ratio"],
-            arguments.max_steps,
-            arguments.shift_target,
-            policy.looks,
-            arguments.save_video,
-            folder.pictures.absolute(),
-        )
+            arguments.task_suite, settings["image_size"], settings["visual_mesh_ratio"], arguments.max_steps,
+            arguments.shift_target, policy.looks, arguments.save_video, folder.pictures.absolute(),
+        )  # fmt: skip
         rollout = play_all(
             missing,
             lambda episode: tasks[episode.task_id].init_states[episode.trial],
