@@ -292,6 +292,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_steps", type=int, help="step limit of an episode (default: the suite's, object 280)")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
         help="move the target object by up to this in x and y: who solves these has to look (default: %(default)s)")
+    add("--visual_mesh_ratio", type=float, metavar="SHARE",
+        help="share of the visual meshes' triangles that is drawn, 1 being LIBERO's own pictures (default: as the "
+        "checkpoint's demonstrations were drawn)")
     add("--side_by_side", type=float, metavar="METRES",
         help="the policy (flow from noise, from zero), replay and standing still, from the init states and with the "
         "target shifted by up to this: eight evaluations in --output_dir and one table")
@@ -343,6 +346,8 @@ def check_numbers(arguments: argparse.Namespace, num_init_states: int) -> None:
         raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
     if not 0 <= arguments.shift_target <= LARGEST_SHIFT:
         raise BadInput(f"--shift_target {arguments.shift_target:g}: expected 0 to {LARGEST_SHIFT} metres")
+    if arguments.visual_mesh_ratio is not None and not 0 < arguments.visual_mesh_ratio <= 1:
+        raise BadInput(f"--visual_mesh_ratio {arguments.visual_mesh_ratio:g}: expected more than 0 and at most 1")
     if not arguments.episode_timeout > 0:
         raise BadInput(f"--episode_timeout {arguments.episode_timeout:g}: expected more than 0 seconds")
     check_range("num_trials", arguments.num_trials, num_init_states)
@@ -367,6 +372,8 @@ def make_policy(arguments: argparse.Namespace, checkpoint: dict | None, tasks: d
         settings |= {name: observation[name] for name in ("image_size", "visual_mesh_ratio")}
         overrides = ["training.device=auto", "training.mamba_backend=auto", *arguments.set]  # not the trainer's machine
         config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
+    if arguments.visual_mesh_ratio is not None:
+        settings["visual_mesh_ratio"] = arguments.visual_mesh_ratio
     if arguments.policy == "zero":
         return ZeroPolicy(arguments.max_steps), settings
     if arguments.policy == "replay":
