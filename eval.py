@@ -20,15 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import LARGEST, Config, add_set_flag, parse_config
-from dataloader import Batches, Demo, LanguageTable, LowDimensional, chunk_rows, load_demos, numbered_alone
+from dataloader import Batches, LowDimensional, chunk_rows
+from demos.frames import HDF5Frames
+from demos.hdf5 import Demo, load_demos, numbered_alone
+from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded, written_whole
-from frame_cache import HDF5Frames
 from jepa.mamba import choose_mamba_backend
 from provenance import code_version
 from representation import draw_report, print_report, representation_report
-from statevla_model import StateVLA, choose_device, model_from_checkpoint
+from statevla_model import StateVLA, model_from_checkpoint
 from training.checkpoint import read_checkpoint
+from training.processes import choose_device
 
 DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 

@@ -39,6 +39,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
+@contextmanager
+def unwritable_named(what: str | Path, advice: str = "") -> Iterator[None]:
+    """What the operating system refuses in the block is BadInput: `what` cannot be written, why, and the advice."""
+    try:
+        yield
+    except OSError as problem:
+        raise BadInput(f"{what}: cannot be written ({problem.strerror or problem}){advice}") from None
+
+
 def _sync_folder(folder: Path) -> None:
     """A new name is on the disk when its folder is. Some file systems know no such thing."""
     try:

@@ -24,13 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataloader import STATE_KEYS, Demo, LanguageTable, LowDimensional, numbered_alone, text_attribute
+from dataloader import LowDimensional, every_frame
+from demos.frames import Frames
+from demos.hdf5 import Demo, numbered_alone
+from demos.hdf5_errors import open_hdf5, text_attribute
+from demos.language import LanguageTable
+from demos.states import encode_all
 from errors import BadInput
 from files import replaced_whole
-from frame_cache import Frames
-from frozen_states import encode_all
-from hdf5_files import open_hdf5
 from jepa.temporal_predictor import representation_health
+from observation import STATE_WIDTHS
 from statevla_model import StateVLA
 
 POSITION_SIZE = {"free": 7, "ball": 4, "slide": 1, "hinge": 1}  # numbers that a MuJoCo joint has in qpos
@@ -130,7 +133,7 @@ def representation_report(
     if not train_demos:
         raise BadInput("none of the demos was trained on; the report compares held-out frames with those of training")
     low_dimensional = LowDimensional(demos, language, device)
-    z = encode_all(model, demos, low_dimensional, frames, batch_size)  # (N, D)
+    z = encode_all(model, demos, every_frame(demos, low_dimensional, frames, batch_size))  # (N, D)
     split = sum(len(demo) for demo in train_demos)
 
     figures = {"frames": {"train": split, "held_out": len(z) - split}, "state_dim": z.shape[1]}
@@ -142,7 +145,8 @@ def representation_report(
         truths, without_probes = [], str(missing)
     probes = {}
     if truths:
-        masked = encode_all(model, demos, _without_proprioception(low_dimensional), frames, batch_size)
+        blindfold = _without_proprioception(low_dimensional)
+        masked = encode_all(model, demos, every_frame(demos, blindfold, frames, batch_size))
         try:
             probes = all_probes({"z": z, "proprioception masked": masked}, truths, low_dimensional.task.cpu(), split)
         except BadInput as too_few:
@@ -171,7 +175,7 @@ def _without_proprioception(low_dimensional: LowDimensional) -> LowDimensional:
     masked = object.__new__(LowDimensional)
     masked.__dict__.update(low_dimensional.__dict__)
     masked.robot_state = {key: low_dimensional.robot_state[key].mean(0).expand_as(low_dimensional.robot_state[key])
-                          for key in STATE_KEYS}  # fmt: skip
+                          for key in STATE_WIDTHS}  # fmt: skip
     return masked
 
 

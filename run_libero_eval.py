@@ -32,20 +32,13 @@ import torch
 from tqdm import tqdm
 
 from config import add_set_flag, parse_config
-from dataloader import STATE_KEYS, LanguageTable, canonical_instruction
+from demos.instructions import canonical_instruction
+from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from jepa.mamba import choose_mamba_backend
-from jepa.tokenizer import CAMERAS
-from libero_sim import (
-    bddl_path,
-    make_suite,
-    parse_task_ids,
-    target_is_an_object,
-    task_init_states,
-    task_instruction,
-)
 from machine import affordable_processes
+from observation import CAMERAS, STATE_WIDTHS
 from provenance import code_version
 from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import (
@@ -63,10 +56,19 @@ from rollouts.report import write_report
 from rollouts.side_by_side import conditions, side_by_side, table_text
 from rollouts.statistics import ORIGINS, comparison_text, distinct, figures_text, summarise, summarise_tasks
 from rollouts.worker import Episode, Rollouts
-from simulator_check import renderer_name, simulator_difference
-from simulator_check import versions as simulator_versions
-from statevla_model import choose_device, model_from_checkpoint
+from simulator.self_check import renderer_name, simulator_difference
+from simulator.self_check import versions as simulator_versions
+from simulator.suites import (
+    bddl_path,
+    instruction_of,
+    make_suite,
+    parse_task_ids,
+    target_is_an_object,
+    task_init_states,
+)
+from statevla_model import model_from_checkpoint
 from training.checkpoint import read_checkpoint
+from training.processes import choose_device
 
 STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite takes; its variants have the same
     "libero_spatial": 220,
@@ -143,7 +145,7 @@ def asked_for(arguments: argparse.Namespace) -> tuple:
         if arguments.shift_target and not target_is_an_object(suite, task_id):
             raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
     for task_id in task_ids:
-        named, told = suite.get_task(task_id), task_instruction(suite, arguments.task_suite, task_id)
+        named, told = suite.get_task(task_id), instruction_of(suite, arguments.task_suite, task_id)
         name_tells = canonical_instruction(named.language) == canonical_instruction(told)
         init_states = task_init_states(suite, task_id)
         tasks[task_id] = Task(named.name, canonical_instruction(told), name_tells, init_states)
@@ -425,7 +427,7 @@ def make_policy(arguments: argparse.Namespace, checkpoint: dict | None, tasks: d
 
 def check_observation(observation: dict, source: str) -> None:
     """The simulator here gives these cameras, this orientation, this state; a policy trained on others is refused."""
-    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_KEYS), "image_orientation": "opengl"}
+    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_WIDTHS), "image_orientation": "opengl"}
     for key, value in provided.items():
         if observation.get(key) != value:
             raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")

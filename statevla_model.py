@@ -247,20 +247,6 @@ def in_float32(rows: Sequence[Tensor]) -> Tensor:
     return joined.float() if joined.dtype == torch.bfloat16 else joined
 
 
-def choose_device(name: str) -> torch.device:
-    """auto takes CUDA, then Apple's MPS, then the CPU. Raises BadInput for a device that isn't there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if name not in available:
-        raise BadInput(f"device is '{name}', expected auto, cuda, mps or cpu")
-    if not available[name]:
-        raise BadInput(f"device {name} was asked for, but this PyTorch finds none; use auto or cpu")
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: float32 products at eight times the speed
-    return torch.device(name)
-
-
 def build_trainer(config: Config, phase: int) -> StateVLATrainer:
     """Model and trainer of a run from its settings, freshly initialised."""
     model = StateVLA(config.model, config.training.phase1.temporal_predictor_hidden_dim)

@@ -15,7 +15,6 @@ resumed run continues exactly where the interrupted one was.
 
 import argparse
 import contextlib
-import functools
 import math
 import shutil
 import sys
@@ -26,38 +25,32 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from config import Config, add_config_flags, load_config
-from dataloader import (
-    SPLIT_RULE,
-    Batches,
-    Demo,
-    LanguageTable,
-    LowDimensional,
-    chunk_rows,
-    embeddings_file,
-    frame_rows,
-    load_demos,
-    load_language,
-    same_language,
-    shift_pictures,
-    split_demos,
-    transition_rows,
-)
+from dataloader import Batches, LowDimensional, chunk_rows, every_frame, frame_rows, shift_pictures, transition_rows
+from demos.frames import DeviceFrames, Frames, open_frames
+from demos.hdf5 import SPLIT_RULE, Demo, load_demos, split_demos
+from demos.language import LanguageTable, embeddings_file, load_language, same_language
+from demos.states import encode_all, frozen_states
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded, replaced_whole
-from frame_cache import open_frames
-from frozen_states import encode_all, frozen_states
 from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
 from training.checkpoint import best_of_run, check_same_run, epoch_and_loss, read_checkpoint, save_checkpoint
+from training.optimizer import (
+    ema_momentum,
+    learning_rate_factor,
+    make_optimizer,
+    restore_optimizer,
+    trained_by,
+    uses_bfloat16,
+)
 from training.processes import is_first_rank, join_processes, report, seed_noise
 from training.run_log import RunLog, check_finite, only_training_in, run_directory
 
@@ -81,7 +74,7 @@ def main() -> None:
         choose_mamba_backend(settings.mamba_backend, device)
 
         # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
-        data = load_data(config, phase, source["held_out_demos"] if source else ())
+        data = load_data(config, phase, device, source["held_out_demos"] if source else ())
 
         # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
         torch.manual_seed(settings.seed)
@@ -108,13 +101,17 @@ def main() -> None:
         if resumed:
             restore_optimizer(optimizer, resumed["optimizer_state_dict"])
 
-        # Batches. What z and actions are normalised with is measured on them once and is kept in the checkpoint.
-        make_batches = {1: phase1_batches, 2: phase2_batches}[phase]
-        batches, held_out_batches = make_batches(trainer, data, config, device, fit_statistics=not resumed)
-        check_enough_rows(phase, batches, held_out_batches)
+        # Samples of training demos in an order that changes with the epoch, held-out ones as they are.
+        samples = {1: phase1_samples, 2: phase2_samples}[phase](trainer, data, config)
+        batches, held_out_batches = both_batches(phase, data, config, samples)
+
+        # Statistics that robot state, z and actions are normalised with: measured once, kept in the checkpoint.
+        if not resumed:
+            fit_statistics(trainer, data, config, samples)
+
         total_steps = recipe.num_epochs * len(batches)
         report(
-            f"phase {phase}: {len(batches.rows):,} training samples, {len(batches):,} steps an epoch "
+            f"phase {phase}: {len(batches.order.rows):,} training samples, {len(batches):,} steps an epoch "
             f"on {dist.get_world_size()} process(es)"
         )
 
@@ -231,16 +228,17 @@ def a_run(config: Config, phase: int) -> Iterator[torch.device]:
 
 @dataclass(frozen=True)
 class Data:
-    """The demonstrations of a run, how they are split, and what they were recorded with."""
+    """The demonstrations of a run, how they are split, what they were recorded with, and what of them is in memory."""
 
     demos: list[Demo]  # in the order of their rows
     train_demos: list[Demo]
     held_out_demos: list[Demo]
     observation: dict
     language: LanguageTable
+    low_dimensional: LowDimensional
 
 
-def load_data(config: Config, phase: int, held_out: Sequence[str]) -> Data:
+def load_data(config: Config, phase: int, device: torch.device, held_out: Sequence[str]) -> Data:
     """`held_out` are the demos that the checkpoint which this run goes on from has held out."""
     min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
     demos, observation = load_demos(config.data, min_actions)
@@ -250,77 +248,80 @@ def load_data(config: Config, phase: int, held_out: Sequence[str]) -> Data:
     forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
     report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
     report(f"data: obs[t] was recorded {observation['obs_alignment']} actions[t]{forced}")
-    return Data(demos, train_demos, held_out_demos, observation, language)
+    low_dimensional = LowDimensional(demos, language, device)
+    return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional)
 
 
-def phase1_batches(
-    trainer: StateVLATrainer, data: Data, config: Config, device: torch.device, fit_statistics: bool
-) -> tuple[Batches, Batches]:
-    """Training and held-out samples of phase 1: frames, the actions between them, the robot's state ahead."""
-    low_dimensional, gap = LowDimensional(data.demos, data.language, device), config.model.prediction_gap
-    if trainer.foresight and fit_statistics:
-        now = low_dimensional.robot_ahead(frame_rows(data.train_demos).to(device), frames=[0])
-        trainer.robot_normalizer.fit(now.squeeze(1))
-    options = {
-        "low_dimensional": low_dimensional,
+def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
+    """What Batches makes a sample of: a frame, the one K later, the actions between them, the robot's state ahead."""
+    gap, device = config.model.prediction_gap, data.low_dimensional.device
+    return {
         "num_actions": gap,
         "gap": gap,
         "ahead": FORESIGHT if trainer.foresight else (),
         "frames": open_frames(data.demos, config.data, config.model.image_size, device),
     }
-    rows = (transition_rows(demos, gap) for demos in (data.train_demos, data.held_out_demos))
-    return both_batches(*rows, config, options)
 
 
-def phase2_batches(
-    trainer: StateVLATrainer, data: Data, config: Config, device: torch.device, fit_statistics: bool
-) -> tuple[Batches, Batches]:
-    """Training and held-out samples of phase 2: a state z_t, or the frame to make it from, and the actions to come.
+def phase2_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
+    """What Batches makes a sample of: a state z_t, or the frame to make it from, and the actions to come.
 
-    A frozen encoder sees every frame once, epochs run on its states. Where pictures or encoder change from step to step
-    no state can be kept: z is needed once, for its statistics."""
-    low_dimensional, chunk_length = LowDimensional(data.demos, data.language, device), config.model.action_seq_len
-    options = {"low_dimensional": low_dimensional, "num_actions": chunk_length}
-    frames = functools.cache(lambda: open_frames(data.demos, config.data, config.model.image_size, device))
-    recipe, batch_size, states = config.training.phase2, config.training.batch_size, None
-    if recipe.store_states and recipe.freeze_encoder and not recipe.image_shift:
-        states_directory = Path(config.training.checkpoint_directory) / "frozen_states"
-        states = frozen_states(trainer.model, data.demos, low_dimensional, frames, batch_size, states_directory)
-        options["states"] = states
-    else:
-        options["frames"] = frames()
-        if fit_statistics:
-            states = encode_all(trainer.model, data.demos, low_dimensional, frames(), batch_size)
-    if fit_statistics:
-        trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], recipe.state_scaling)
-        trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
-    rows = (chunk_rows(demos, chunk_length) for demos in (data.train_demos, data.held_out_demos))
-    return both_batches(*rows, config, options)
+    A frozen encoder sees every frame once and epochs run on its states. Where the pictures or the encoder change from
+    step to step, no state can be kept."""
+    recipe, batch_size, device = config.training.phase2, config.training.batch_size, data.low_dimensional.device
+    samples = {"num_actions": config.model.action_seq_len}
+
+    def frames() -> Frames | DeviceFrames:
+        return open_frames(data.demos, config.data, config.model.image_size, device)
+
+    if not (recipe.store_states and recipe.freeze_encoder and not recipe.image_shift):
+        return samples | {"frames": frames()}
+    directory = Path(config.training.checkpoint_directory) / "frozen_states"
+    states = frozen_states(
+        trainer.model, data.demos, data.low_dimensional.language,
+        lambda: every_frame(data.demos, data.low_dimensional, frames(), batch_size), directory,
+    )  # fmt: skip
+    return samples | {"states": states}
 
 
-def both_batches(train_rows: Tensor, held_out_rows: Tensor, config: Config, options: dict) -> tuple[Batches, Batches]:
-    """Training samples in an order that changes with the epoch, held-out ones as they are."""
-    batch_size = config.training.batch_size
-    return (
-        Batches(train_rows, batch_size=batch_size, seed=config.training.seed, **options),
-        Batches(held_out_rows, batch_size=batch_size, **options),
+def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple[Batches, Batches]:
+    """Training and held-out batches. Raises BadInput where VICReg would take the variance of a single row, or a process
+    has nothing to validate."""
+    batch_size, gap, chunk_length = config.training.batch_size, config.model.prediction_gap, config.model.action_seq_len
+    train_rows, held_out_rows = (
+        transition_rows(demos, gap) if phase == 1 else chunk_rows(demos, chunk_length)
+        for demos in (data.train_demos, data.held_out_demos)
     )
-
-
-def check_enough_rows(phase: int, batches: Batches, held_out_batches: Batches) -> None:
-    """Raises BadInput where VICReg would take the variance of a single row, or a process has nothing to validate."""
-    held_out, ranks = len(held_out_batches.rows), batches.ranks
+    batches = Batches(train_rows, data.low_dimensional, batch_size=batch_size, seed=config.training.seed, **samples)
+    held_out_batches = Batches(held_out_rows, data.low_dimensional, batch_size=batch_size, **samples)
+    ranks = batches.order.ranks
     least = max(2, ranks) if phase == 1 else ranks
-    if phase == 1 and batches.batch_size * ranks < 2:
+    if phase == 1 and batch_size * ranks < 2:
         raise BadInput(
-            f"training.batch_size is {batches.batch_size}: phase 1 takes the variance of z over the batch and needs at "
-            "least 2 samples; use --batch_size 2 or more"
+            f"training.batch_size is {batch_size}: phase 1 takes the variance of z over the batch and needs at least 2 "
+            "samples; use --batch_size 2 or more"
         )
-    if held_out < least:
+    if len(held_out_rows) < least:
         raise BadInput(
-            f"the held-out demos give {held_out} sample(s), phase {phase} on {ranks} process(es) needs at least "
-            f"{least}; lower data.train_split or use longer demos"
+            f"the held-out demos give {len(held_out_rows)} sample(s), phase {phase} on {ranks} process(es) needs at "
+            f"least {least}; lower data.train_split or use longer demos"
         )
+    return batches, held_out_batches
+
+
+def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples: dict) -> None:
+    """Of the training demos: phase 1's of the robot state that foresight foretells, phase 2's of z and of actions."""
+    if trainer.phase == 1:
+        if trainer.foresight:
+            rows = frame_rows(data.train_demos).to(data.low_dimensional.device)
+            trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
+        return
+    states = samples.get("states")
+    if states is None:  # the encoder's at the start: it is trained on, or its pictures move
+        batches = every_frame(data.demos, data.low_dimensional, samples["frames"], config.training.batch_size)
+        states = encode_all(trainer.model, data.demos, batches)
+    trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], config.training.phase2.state_scaling)
+    trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
 
 
 def take_over_best(resumed: dict, path: str, directory: Path) -> float:
@@ -380,55 +381,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.batch_size is not None:
         arguments.set.append(f"training.batch_size={arguments.batch_size}")
     return arguments
-
-
-# ------------------------------------------------------------------------------------------- optimizer, schedules
-
-
-def trained_by(trainer: StateVLATrainer) -> list[Tensor]:
-    """The parameters that the trainer's phase trains."""
-    return [parameter for parameter in trainer.parameters() if parameter.requires_grad]
-
-
-def make_optimizer(trainer: StateVLATrainer, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW. Biases, norms and what Mamba marks `_no_weight_decay` (A_log and D) are not decayed."""
-    trained = trained_by(trainer)
-    kept = [p for p in trained if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
-    kept_ids = {id(p) for p in kept}
-    decayed = [p for p in trained if id(p) not in kept_ids]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=trained[0].device.type in ("cuda", "cpu"))
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The moments of an earlier run, under the settings of this one."""
-    of_this_run = [{key: group[key] for key in ("weight_decay", "fused")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, of_this_run, strict=True):
-        group.update(settings)  # load_state_dict brings those of the run before
-
-
-def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
-    """Linear warm-up over training.warmup_steps, then constant, or a cosine down to 0 at the last step."""
-    warmup = config.training.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.training.learning_rate_schedule == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
-
-
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Under autocast matrix products are bfloat16; the scan's state, the losses and the weights stay float32."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-
-
-def ema_momentum(step: int, total_steps: int, config: Config) -> float:
-    """training.ema_momentum at the first step, rising along a cosine to 1.0 at the last."""
-    start = config.training.ema_momentum
-    if config.training.ema_momentum_schedule == "constant":
-        return start
-    return 1 - (1 - start) * (1 + math.cos(math.pi * step / max(total_steps - 1, 1))) / 2
 
 
 # ------------------------------------------------------------------------------------------------------ validation

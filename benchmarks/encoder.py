@@ -34,9 +34,9 @@ from peers import PEERS, with_mixer
 from config import load_config
 from jepa import mamba
 from jepa.mamba import MambaStack
-from jepa.tokenizer import CAMERAS
+from observation import CAMERAS
 from statevla_model import build_trainer
-from train import make_optimizer
+from training.optimizer import make_optimizer
 
 OURS, PLAIN, FREE, AT_CLS = "ours, C++", "ours, PyTorch", "ours, no scan", "ours, at CLS"
 REFERENCE, TRANSFORMERS, MAMBAPY = PEERS

@@ -18,12 +18,14 @@ from measure import REPO, arguments, compared, print_table, ratio_text, write_re
 
 from config import load_config
 from jepa.mamba import choose_mamba_backend
-from libero_sim import bddl_path, from_simulator, import_libero, make_suite, task_init_states
 from machine import affordable_processes
+from observation import from_simulator
 from rollouts.policies import CheckpointPolicy
 from rollouts.pool import GB_PER_ENVIRONMENT, play_all
 from rollouts.worker import STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from run_libero_eval import STEP_LIMITS
+from simulator.libero import import_libero
+from simulator.suites import bddl_path, make_suite, task_init_states
 from statevla_model import StateVLA
 
 SUITE, TASK, SIZE = "libero_object", 6, 128

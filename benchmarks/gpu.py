@@ -24,9 +24,10 @@ from torch import Tensor
 from config import Config, load_config
 from errors import BadInput
 from jepa import mamba
-from jepa.tokenizer import CAMERAS
-from statevla_model import StateVLA, StateVLATrainer, build_trainer, choose_device
-from train import make_optimizer
+from observation import CAMERAS
+from statevla_model import StateVLA, StateVLATrainer, build_trainer
+from training.optimizer import make_optimizer
+from training.processes import choose_device
 
 GUIDE_GB = {32: 10, 64: 16, 128: 24, 256: 40}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the data sheets

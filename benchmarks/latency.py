@@ -14,8 +14,10 @@ from measure import REPO, arguments, compared, interleaved, print_table, ratio_t
 
 from config import load_config
 from jepa.mamba import choose_mamba_backend
-from jepa.tokenizer import CAMERAS, resize_images
-from statevla_model import RecordedDecision, StateVLA, build_trainer, choose_device
+from jepa.tokenizer import resize_images
+from observation import CAMERAS
+from statevla_model import RecordedDecision, StateVLA, build_trainer
+from training.processes import choose_device
 
 WHOLE = "decision"
 

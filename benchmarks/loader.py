@@ -27,8 +27,10 @@ from synthetic_demos import CAMERAS, write_demos
 from torch.utils.data import DataLoader, Dataset
 
 from config import load_config
-from dataloader import Batches, LowDimensional, embeddings_file, load_demos, load_language, transition_rows
-from frame_cache import open_frames
+from dataloader import Batches, LowDimensional, transition_rows
+from demos.frames import open_frames
+from demos.hdf5 import load_demos
+from demos.language import embeddings_file, load_language
 
 BATCH = 32
 

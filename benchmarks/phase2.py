@@ -16,12 +16,15 @@ from measure import REPO, arguments, compared, interleaved, print_table, ratio_t
 from synthetic_demos import write_demos
 
 from config import load_config
-from dataloader import Batches, LowDimensional, chunk_rows, embeddings_file, load_demos, load_language
-from frame_cache import open_frames
-from frozen_states import encode_all
+from dataloader import Batches, LowDimensional, chunk_rows, every_frame
+from demos.frames import open_frames
+from demos.hdf5 import load_demos
+from demos.language import embeddings_file, load_language
+from demos.states import encode_all
 from jepa.mamba import choose_mamba_backend
-from statevla_model import build_trainer, choose_device
-from train import make_optimizer
+from statevla_model import build_trainer
+from training.optimizer import make_optimizer
+from training.processes import choose_device
 
 EPOCHS, SAMPLES, FRAMES = 1000, 70_000, 74_500  # the guide's epochs and data set
 
@@ -74,7 +77,7 @@ def measured(folder: Path, quick: bool) -> list[dict]:
     trainer = build_trainer(config, phase=2).to(device)
     optimizer = make_optimizer(trainer, 5e-5, 0.05)
 
-    states = encode_all(trainer.model, demos, low_dimensional, frames, batch_size)
+    states = encode_all(trainer.model, demos, every_frame(demos, low_dimensional, frames, batch_size))
     trainer.model.state_scaling.fit(states)
     trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in demos]))
     options = {"low_dimensional": low_dimensional, "num_actions": config.model.action_seq_len, "seed": 0}

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import load_config
 from jepa.mamba import choose_mamba_backend
-from jepa.tokenizer import CAMERAS
+from observation import CAMERAS
 from statevla_model import build_trainer
 
 QUICK_START = "conf/quickstart.yaml"

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
-FINGER_TRAVEL = 0.04  # metres that each Panda finger moves: the finger positions enter as shares of it, not as 0.04
+from observation import FINGER_TRAVEL
 
 
 def resize_images(images: Tensor, image_size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     policy.act(observations, episodes, generators) -> one chunk of actions (n, 7) float64 for each environment
 
-Observations are libero_sim.from_simulator's, or None for a policy with `looks` False. An episode says by its task id
+Observations are observation.from_simulator's, or None for a policy with `looks` False. An episode says by its task id
 what is asked for: in libero_90 twelve instructions stand for 28 tasks. Each brings its own generator, so that what one
 environment is told depends on no other. `rows` is the size of a forward pass.
 """
@@ -16,18 +16,12 @@ import h5py
 import numpy as np
 import torch
 
-from dataloader import (
-    LanguageTable,
-    canonical_instruction,
-    demos_of,
-    find_task_files,
-    open_dataset,
-    task_instruction,
-    to_device,
-)
-from embed_language import CLIP, OFFLINE, embed
+from dataloader import to_device
+from demos.hdf5 import demos_of, find_task_files
+from demos.hdf5_errors import open_dataset, open_hdf5
+from demos.instructions import canonical_instruction, task_instruction
+from demos.language import CLIP, OFFLINE, LanguageTable, embed
 from errors import BadInput
-from hdf5_files import open_hdf5
 from rollouts.worker import STAND_STILL, Episode
 from statevla_model import RecordedDecision, StateVLA
 

@@ -25,8 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from errors import BadInput, is_out_of_memory
-from libero_sim import LiberoEnv, SimulatorError, from_simulator, make_env, make_suite
+from observation import from_simulator
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
+from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.suites import make_suite
 
 WAIT_STEPS = 10  # the objects fall into place before the policy starts
 STAND_STILL = np.array([0.0, 0, 0, 0, 0, 0, -1])  # no motion, gripper open

@@ -1,4 +1,4 @@
-"""A stand-in for collect_demos.Worker in real worker processes: the settings' seed says how it fails."""
+"""A stand-in for the collector's Demonstrator in real worker processes: the settings' seed says how it fails."""
 
 import os
 import signal

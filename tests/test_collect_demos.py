@@ -22,30 +22,22 @@ from failing_worker import SEEDS, FailingWorker
 from test_dataloader import batches_of, load, samples_of
 
 import collect_demos
-from collect_demos import (
-    Episode,
-    Settings,
-    TaskDemos,
-    Worker,
-    begins_after_a_miss,
-    check_expert,
-    claimed,
-    collect,
-    collector_text,
-    how_it_ended,
-    play_episode,
-    report,
-    write_demo,
-    written_hdf5,
-)
+from collect_demos import check_expert, collect, how_it_ended, report
+from collection import demonstrator
+from collection.demonstrator import Demonstration, Demonstrator, begins_after_a_miss, demonstrate, write_demo
+from collection.files import UNFINISHED, Settings, claimed, settings_text, written_hdf5
+from collection.task_demos import TaskDemos
 from config import load_config
-from dataloader import LanguageTable, frame_rows
+from dataloader import frame_rows
+from demos.frames import open_frames
+from demos.language import LanguageTable
 from errors import BadInput
-from frame_cache import open_frames
-from libero_sim import SimulatorError, from_simulator, make_env, make_suite
+from observation import from_simulator
 from provenance import code_version
-from scripted_expert import SETTLE_STEPS
-from thin_meshes import _thinned_corners
+from simulator.env import SimulatorError, make_env
+from simulator.scripted_expert import SETTLE_STEPS
+from simulator.suites import make_suite
+from simulator.thin_meshes import _thinned_corners
 
 REPO = Path(__file__).parent.parent
 TASK = 6
@@ -165,7 +157,7 @@ def test_simulator_and_dataset_give_the_same_observation(collected_demos, demo, 
 
 
 def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, tmp_path):
-    episode = play_episode(env, TASK, attempt=0, settings=SETTINGS)
+    episode = demonstrate(env, TASK, attempt=0, settings=SETTINGS)
     start = replace(episode, actions=episode.actions[:15], states=episode.states[:15])
     with h5py.File(tmp_path / "both.hdf5", "w") as file:
         for alignment in ("after", "before"):
@@ -176,11 +168,11 @@ def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, tmp_pat
 
 
 def test_a_demo_after_a_missed_grasp_shows_the_second_attempt_alone(env):
-    whole = play_episode(env, TASK, attempt=0, settings=SETTINGS)
-    after_a_miss = play_episode(env, TASK, attempt=0, settings=replace(SETTINGS, missed_grasps=1.0))
+    whole = demonstrate(env, TASK, attempt=0, settings=SETTINGS)
+    after_a_miss = demonstrate(env, TASK, attempt=0, settings=replace(SETTINGS, missed_grasps=1.0))
     seconds = [episode.states[0][0] for episode in (whole, after_a_miss)]
     assert seconds[0] == pytest.approx(SETTLE_STEPS / 20) and seconds[1] > seconds[0] + 40 / 20
-    assert len(after_a_miss.actions) <= collect_demos.LONGEST_DEMO
+    assert len(after_a_miss.actions) <= demonstrator.LONGEST_DEMO
     first_closed = np.flatnonzero(after_a_miss.actions[:, 6] == 1)[0]
     assert first_closed > 20  # it lets go at once and comes down on the target again before it closes
     heights = []
@@ -201,7 +193,7 @@ def test_missed_grasps_are_spread_evenly_over_the_attempts(share, expected):
 def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(collected_demos, tmp_path):
     """Undisturbed, of two workers: the fixture. Here one worker, killed after its first demo and started again."""
     arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
-    first_demo = tmp_path / collect_demos.UNFINISHED / NAME / "attempt_00000.hdf5"
+    first_demo = tmp_path / UNFINISHED / NAME / "attempt_00000.hdf5"
     killed = subprocess.Popen(command(*arguments), cwd=REPO, stderr=subprocess.DEVNULL)
     while not first_demo.exists():
         assert killed.poll() is None, "the run ended before it wrote a demo"
@@ -239,11 +231,11 @@ def test_rerun_with_everything_there_changes_nothing(collected_demos):
 @pytest.fixture
 def worker(env, monkeypatch):
     """The class as it is in a worker process whose environment is there; `closed` tells whether it was closed."""
-    monkeypatch.setattr(Worker, "env", env)
-    monkeypatch.setattr(Worker, "task_id", TASK)
-    Worker.closed = False
-    monkeypatch.setattr(env, "close", lambda: setattr(Worker, "closed", True))
-    return Worker
+    monkeypatch.setattr(Demonstrator, "env", env)
+    monkeypatch.setattr(Demonstrator, "task_id", TASK)
+    Demonstrator.closed = False
+    monkeypatch.setattr(env, "close", lambda: setattr(Demonstrator, "closed", True))
+    return Demonstrator
 
 
 def use_expert(monkeypatch, action: list[float]) -> None:
@@ -259,13 +251,13 @@ def use_expert(monkeypatch, action: list[float]) -> None:
         def actions(self):
             return itertools.repeat(np.array(action))
 
-    monkeypatch.setattr(collect_demos, "ScriptedExpert", OtherExpert)
-    monkeypatch.setattr(collect_demos, "LONGEST_DEMO", 20)
+    monkeypatch.setattr(demonstrator, "ScriptedExpert", OtherExpert)
+    monkeypatch.setattr(demonstrator, "LONGEST_DEMO", 20)
 
 
-def standing_still(env) -> Episode:
+def standing_still(env) -> Demonstration:
     """Two steps that count as a success."""
-    return Episode(np.zeros((2, 7)), np.tile(env.state(), (2, 1)), [env.proprioception()] * 3, [env.poses()] * 3)
+    return Demonstration(np.zeros((2, 7)), np.tile(env.state(), (2, 1)), [env.proprioception()] * 3, [env.poses()] * 3)
 
 
 def test_failed_attempts_are_never_written(worker, tmp_path, monkeypatch):
@@ -287,7 +279,7 @@ def test_a_simulation_without_memory_is_no_failed_attempt(worker, tmp_path, monk
     def play(*arguments):
         raise SimulatorError("FatalError: Could not allocate memory")
 
-    monkeypatch.setattr(collect_demos, "play_episode", play)
+    monkeypatch.setattr(demonstrator, "demonstrate", play)
     with pytest.raises(MemoryError):
         worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5")
 
@@ -296,7 +288,7 @@ def test_a_renderer_that_breaks_down_is_no_failed_attempt(worker, tmp_path, monk
     def draw(poses):
         raise SimulatorError("FatalError: OpenGL error 0x505")
 
-    monkeypatch.setattr(collect_demos, "play_episode", lambda env, *arguments: standing_still(env))
+    monkeypatch.setattr(demonstrator, "demonstrate", lambda env, *arguments: standing_still(env))
     monkeypatch.setattr(worker.env, "draw", draw)
     with pytest.raises(
         BadInput, match=r"^task 6: drawing a demo failed \(FatalError: OpenGL error 0x505\); finished demos"
@@ -306,7 +298,7 @@ def test_a_renderer_that_breaks_down_is_no_failed_attempt(worker, tmp_path, monk
 
 
 def test_a_demo_names_the_code_that_made_it(worker, tmp_path, monkeypatch):
-    monkeypatch.setattr(collect_demos, "play_episode", lambda env, *arguments: standing_still(env))
+    monkeypatch.setattr(demonstrator, "demonstrate", lambda env, *arguments: standing_still(env))
     assert worker.attempt(TASK, 3, SETTINGS, tmp_path / "attempt_00003.hdf5") == (2, "")
     with h5py.File(tmp_path / "attempt_00003.hdf5") as file:
         assert file["demo"].attrs["code"] == code_version()
@@ -316,8 +308,8 @@ def test_a_demo_names_the_code_that_made_it(worker, tmp_path, monkeypatch):
 def test_any_seed_is_taken(env, monkeypatch):
     use_expert(monkeypatch, [0, 0, 0, 0, 0, 0, -1.0])
     huge = replace(SETTINGS, seed=2**70)
-    assert play_episode(env, TASK, attempt=0, settings=huge) is None
-    assert json.loads(collector_text(huge))["seed"] == 2**70
+    assert demonstrate(env, TASK, attempt=0, settings=huge) is None
+    assert json.loads(settings_text(huge))["seed"] == 2**70
 
 
 def finish(task: TaskDemos, attempt: int, length: int, code: str = "first") -> None:
@@ -326,7 +318,7 @@ def finish(task: TaskDemos, attempt: int, length: int, code: str = "first") -> N
     if length:
         task.unfinished.mkdir(parents=True, exist_ok=True)
         with h5py.File(task.demo_file(attempt), "w") as file:
-            file.attrs["collector"] = collector_text(task.settings)
+            file.attrs["collector"] = settings_text(task.settings)
             file["demo/actions"] = np.full((length, 7), attempt)
             file["demo"].attrs.update({"attempt": attempt, "num_samples": length, "code": code})
 
@@ -598,7 +590,7 @@ def test_the_folder_of_unfinished_demos_may_go_while_another_collector_begins(tm
 
     monkeypatch.setattr(Path, "open", open_after_removal)
     with claimed(["butter"], tmp_path):
-        assert (tmp_path / collect_demos.UNFINISHED / "butter.lock").exists()
+        assert (tmp_path / UNFINISHED / "butter.lock").exists()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -641,7 +633,7 @@ def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
     ],
 )
 def test_the_failure_of_a_worker_process_is_named_as_what_it_is(suite, tmp_path, monkeypatch, failure, sentence):
-    monkeypatch.setattr(collect_demos, "Worker", FailingWorker)
+    monkeypatch.setattr(collect_demos, "Demonstrator", FailingWorker)
     settings = replace(SETTINGS, seed=SEEDS[failure])
     with pytest.raises(BadInput, match=f"^{sentence}"):
         collect([TaskDemos(suite, TASK, tmp_path, wanted=2, settings=settings)], 2, finish=None)

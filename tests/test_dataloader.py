@@ -15,28 +15,13 @@ import torch
 from libero_files import TASK, write_task_file
 
 from config import load_config
-from dataloader import (
-    EMBEDDINGS_FILE,
-    Batches,
-    LanguageTable,
-    LowDimensional,
-    canonical_instruction,
-    chunk_rows,
-    embeddings_file,
-    find_task_files,
-    frame_rows,
-    load_demos,
-    load_language,
-    numbered_alone,
-    same_task,
-    shift_pictures,
-    split_demos,
-    task_instruction,
-    transition_rows,
-)
+from dataloader import Batches, LowDimensional, chunk_rows, frame_rows, shift_pictures, transition_rows
+from demos.frames import DeviceFrames, HDF5Frames, open_frames
+from demos.hdf5 import find_task_files, load_demos, numbered_alone, split_demos
+from demos.instructions import canonical_instruction, same_task, task_instruction
+from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_file, load_language
 from errors import BadInput
-from frame_cache import DeviceFrames, HDF5Frames, open_frames
-from libero_sim import bddl_path, make_suite
+from simulator.suites import bddl_path, make_suite
 
 BUTTER = "pick_up_the_butter_and_place_it_in_the_basket"
 INSTRUCTION = "pick up the milk and place it in the basket"
@@ -286,7 +271,7 @@ def test_a_batch_is_what_its_ranks_get_together(tmp_path):
     alone = batches_of(demos, frame_rows(demos), 0, seed=0, states=states, batch_size=16)
     shares = [batches_of(demos, frame_rows(demos), 0, seed=0, states=states, batch_size=8) for _ in range(2)]
     for rank, share in enumerate(shares):
-        share.rank, share.ranks = rank, 2
+        share.order.rank, share.order.ranks = rank, 2
     for joint, first, second in zip(alone, *shares, strict=True):
         assert set(joint["z_t"].flatten().tolist()) == set(torch.cat([first["z_t"], second["z_t"]]).flatten().tolist())
 

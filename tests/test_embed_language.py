@@ -13,8 +13,8 @@ from libero_files import write_task_file
 from test_dataloader import INSTRUCTION
 
 import embed_language
-from dataloader import EMBEDDINGS_FILE, load_language
-from embed_language import OFFLINE, embed, offline_embeddings, write_embeddings
+from demos import language
+from demos.language import EMBEDDINGS_FILE, OFFLINE, embed, load_language, offline_embeddings, write_embeddings
 from errors import BadInput
 from files import Lock
 
@@ -57,9 +57,7 @@ def test_a_second_process_is_told_of_the_first(tmp_path):
 
 def test_a_vector_that_means_nothing_is_refused(monkeypatch):
     for value in (0.0, np.nan):
-        monkeypatch.setattr(
-            embed_language, "offline_embeddings", lambda texts, value=value: ("x", np.full((1, 8), value))
-        )
+        monkeypatch.setattr(language, "offline_embeddings", lambda texts, value=value: ("x", np.full((1, 8), value)))
         with pytest.raises(BadInput, match="the text encoder x gives 'fly' a vector of length"):
             embed(["fly"], "offline")
 

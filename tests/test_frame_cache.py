@@ -15,10 +15,10 @@ from libero_files import write_task_file
 from test_dataloader import CPU, LANGUAGE, batches_of, data_config, load, samples_of
 from test_model import fitted, small_config
 
-from dataloader import LowDimensional, frame_rows, transition_rows
+from dataloader import LowDimensional, every_frame, frame_rows, transition_rows
+from demos.frames import DeviceFrames, FlatFrames, HDF5Frames, open_frames
+from demos.states import encode_all, frozen_states, states_key
 from errors import BadInput
-from frame_cache import DeviceFrames, FlatFrames, HDF5Frames, open_frames
-from frozen_states import encode_all, frozen_states, states_key
 from jepa.tokenizer import resize_images
 from statevla_model import build_trainer
 
@@ -120,7 +120,7 @@ def test_a_file_that_is_linked_to_is_noticed_when_it_changes(tmp_path, number):
     part = put_into_parts(write_task_file(tmp_path))[number]
     demos, before = frames_of(tmp_path)
     model, table = a_model(), LowDimensional(demos, LANGUAGE, CPU)
-    key, (flat,) = states_key(model, demos, table), cached(tmp_path)
+    key, (flat,) = states_key(model, demos, table.language), cached(tmp_path)
     with h5py.File(part, "a") as file:
         pictures = file["demo/obs/agentview_rgb"]
         pictures[...] = 255 - pictures[...]
@@ -131,7 +131,7 @@ def test_a_file_that_is_linked_to_is_noticed_when_it_changes(tmp_path, number):
     new = all_frames(demos, after)
     np.testing.assert_array_equal(new, all_frames(demos, HDF5Frames(demos)))
     np.testing.assert_array_equal(new[30 * number : 30 * number + 30, 0], 255 - old[30 * number : 30 * number + 30, 0])
-    assert states_key(model, demos, table) != key
+    assert states_key(model, demos, table.language) != key
 
 
 def test_a_link_to_the_file_itself_has_the_same_frames(tmp_path):
@@ -219,7 +219,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path, 
 
 def test_frames_that_do_not_fit_into_memory_are_not_read_into_it(tmp_path, monkeypatch):
     write_task_file(tmp_path)
-    monkeypatch.setattr("frame_cache.available_gigabytes", lambda: 1e-6)
+    monkeypatch.setattr("demos.frames.available_gigabytes", lambda: 1e-6)
     with pytest.raises(BadInput, match=r"data\.cache is ram, but the frames take 0\.0 GB .* use disk"):
         frames_of(tmp_path, "data.cache=ram")
     frames_of(tmp_path)
@@ -314,12 +314,12 @@ def states_of(model, directory, batch_size=16):
     demos, _ = load(directory)
     opened = []
 
-    def frames():
+    def batches():
         opened.append(True)
-        return HDF5Frames(demos)
+        return every_frame(demos, table, HDF5Frames(demos), batch_size)
 
     table = LowDimensional(demos, LANGUAGE, CPU)
-    return frozen_states(model, demos, table, frames, batch_size, directory / "frozen_states"), bool(opened)
+    return frozen_states(model, demos, table.language, batches, directory / "frozen_states"), bool(opened)
 
 
 def test_states_are_the_encoders_answers_and_are_computed_once(tmp_path, one_process):
@@ -372,9 +372,9 @@ def test_the_key_of_states_depends_on_the_language(tmp_path):
     write_task_file(tmp_path)
     demos, _ = load(tmp_path)
     model, table = a_model(), LowDimensional(demos, LANGUAGE, CPU)
-    before = states_key(model, demos, table)
+    before = states_key(model, demos, table.language)
     table.language[0, 0] += 0.01
-    assert states_key(model, demos, table) != before
+    assert states_key(model, demos, table.language) != before
 
 
 def test_losses_on_stored_states_are_those_of_encoding_anew(tmp_path):
@@ -382,7 +382,8 @@ def test_losses_on_stored_states_are_those_of_encoding_anew(tmp_path):
     demos, _ = load(tmp_path)
     trainer = build_trainer(small_config(), 2)
     fitted(trainer.model)
-    states = encode_all(trainer.model, demos, LowDimensional(demos, LANGUAGE, CPU), HDF5Frames(demos), 32)
+    table = LowDimensional(demos, LANGUAGE, CPU)
+    states = encode_all(trainer.model, demos, every_frame(demos, table, HDF5Frames(demos), 32))
     rows = transition_rows(demos, 10)
     losses = []
     for options in ({}, {"states": states}):

@@ -20,9 +20,8 @@ from test_rollouts_folder import Page
 from test_training import ROOT, SMALL, one_sentence, run
 
 import eval as offline_evaluation
-from dataloader import LanguageTable
+from demos.language import LanguageTable
 from errors import BadInput
-from libero_sim import make_env, make_suite, task_init_states
 from rollouts.folder import read_episodes
 from rollouts.policies import (
     CheckpointPolicy,
@@ -36,6 +35,8 @@ from rollouts.policies import (
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
 from rollouts.worker import Episode
 from run_libero_eval import choose_output_dir, main, make_policy, parse_arguments
+from simulator.env import make_env
+from simulator.suites import make_suite, task_init_states
 from statevla_model import load_checkpoint
 from training.checkpoint import read_checkpoint, save_checkpoint
 

@@ -12,8 +12,9 @@ from test_model import small_config
 from test_training import one_sentence, run, settings
 
 from errors import BadInput
-from libero_sim import make_env, make_suite
 from representation import prediction_errors, probe, simulator_truth, spread_within
+from simulator.env import make_env
+from simulator.suites import make_suite
 from statevla_model import build_trainer
 
 

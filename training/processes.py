@@ -7,7 +7,20 @@ import torch.distributed as dist
 
 from errors import BadInput
 from seeds import mixed_seed
-from statevla_model import choose_device
+
+
+def choose_device(name: str) -> torch.device:
+    """auto takes CUDA, then Apple's MPS, then the CPU. Raises BadInput for a device that isn't there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if name not in available:
+        raise BadInput(f"device is '{name}', expected auto, cuda, mps or cpu")
+    if not available[name]:
+        raise BadInput(f"device {name} was asked for, but this PyTorch finds none; use auto or cpu")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: float32 products at eight times the speed
+    return torch.device(name)
 
 
 def join_processes(device_name: str) -> torch.device:

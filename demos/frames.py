@@ -25,7 +25,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -34,23 +33,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import DataConfig
+from demos.checks import check_pictures
+from demos.hdf5 import Demo
+from demos.hdf5_errors import hdf5_problems_named, open_hdf5
 from errors import BadInput, out_of_memory_named
 from files import Lock, written_whole
-from hdf5_files import hdf5_problems_named, open_hdf5
-from jepa.tokenizer import CAMERAS, resize_images
+from jepa.tokenizer import resize_images
 from machine import available_gigabytes
-
-if TYPE_CHECKING:
-    from dataloader import Demo
+from observation import CAMERAS
 
 LAYOUT = 1  # goes up when the same HDF5 file would be converted to other bytes
-ARM_MOVES = 0.1  # rad; a joint that turns by more has moved what both cameras see
 
 
 class Frames(ABC):
     """Frames of several files by row. `read(rows, out)` may be called from any one thread at a time."""
 
-    def __init__(self, demos: Sequence["Demo"], frame_shape: tuple[int, ...]):
+    def __init__(self, demos: Sequence[Demo], frame_shape: tuple[int, ...]):
         self.demos, self.frame_shape = demos, frame_shape
         self.first_rows = np.array([demo.first_row for demo in demos])
 
@@ -60,14 +58,14 @@ class Frames(ABC):
             self._read_one(self.demos[index], row - self.first_rows[index], slot)
 
     @abstractmethod
-    def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
+    def _read_one(self, demo: Demo, t: int, out: np.ndarray) -> None:
         """Copies one frame into `out` (2, S, S, 3)."""
 
 
 class HDF5Frames(Frames):
     """data.cache none: frames as the files hold them, at the files' own picture size."""
 
-    def __init__(self, demos: Sequence["Demo"]):
+    def __init__(self, demos: Sequence[Demo]):
         size = demos[0].image_size
         super().__init__(demos, (len(CAMERAS), size, size, 3))
 
@@ -80,7 +78,7 @@ class HDF5Frames(Frames):
                 files[path] = h5py.File(path, "r", rdcc_nbytes=0)
         return files
 
-    def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
+    def _read_one(self, demo: Demo, t: int, out: np.ndarray) -> None:
         with hdf5_problems_named(demo.path, demo.key):
             obs = self._files[demo.path]["data"][demo.key]["obs"]
             for picture, camera in zip(out, CAMERAS, strict=True):
@@ -90,11 +88,11 @@ class HDF5Frames(Frames):
 class FlatFrames(Frames):
     """data.cache disk and ram: one array (N, 2, S, S, 3) a demo, mapped from the flat files or copied into memory."""
 
-    def __init__(self, demos: Sequence["Demo"], arrays: list[np.ndarray]):
+    def __init__(self, demos: Sequence[Demo], arrays: list[np.ndarray]):
         super().__init__(demos, arrays[0].shape[1:])
         self.arrays = dict(zip((demo.first_row for demo in demos), arrays, strict=True))
 
-    def _read_one(self, demo: "Demo", t: int, out: np.ndarray) -> None:
+    def _read_one(self, demo: Demo, t: int, out: np.ndarray) -> None:
         out[:] = self.arrays[demo.first_row][t]
 
 
@@ -115,7 +113,7 @@ class DeviceFrames:
 
 
 def open_frames(
-    demos: Sequence["Demo"], config: DataConfig, image_size: int, device: torch.device
+    demos: Sequence[Demo], config: DataConfig, image_size: int, device: torch.device
 ) -> Frames | DeviceFrames:
     """The frames of all demos, converting files where `config.cache` wants it and it has not been done.
 
@@ -155,7 +153,7 @@ def open_frames(
 # ------------------------------------------------------------------------------------------------------ conversion
 
 
-def source_of(path: Path, demos: Sequence["Demo"]) -> dict:
+def source_of(path: Path, demos: Sequence[Demo]) -> dict:
     """What an HDF5 file's frames come from: the file and, where it links to others, those: path, size and time of
     change of each."""
     first, *parts = (
@@ -165,7 +163,7 @@ def source_of(path: Path, demos: Sequence["Demo"]) -> dict:
     return first | ({"parts": parts} if parts else {})
 
 
-def _converted(path: Path, demos: list["Demo"], size: int, directory: Path) -> Path:
+def _converted(path: Path, demos: list[Demo], size: int, directory: Path) -> Path:
     """The flat file of an HDF5 file's demos; written first if it is not there or the HDF5 file has changed since."""
     source = source_of(path, demos)
     index = source | {"layout": LAYOUT, "pixels": size, "demos": {demo.key: len(demo) for demo in demos}}
@@ -183,7 +181,7 @@ def _converted(path: Path, demos: list["Demo"], size: int, directory: Path) -> P
     return target
 
 
-def _convert(path: Path, demos: list["Demo"], size: int, target: Path) -> None:
+def _convert(path: Path, demos: list[Demo], size: int, target: Path) -> None:
     needed = sum(len(demo) for demo in demos) * len(CAMERAS) * size * size * 3
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -201,34 +199,12 @@ def _convert(path: Path, demos: list["Demo"], size: int, target: Path) -> None:
             stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
 
 
-def check_pictures(
-    where: str, camera: str, pictures: np.ndarray, steps: Sequence[int], joint_states: np.ndarray
-) -> None:
-    """pictures (n, h, w, 3) uint8 of a demo's `steps`, joint_states (n, 7) there. Raises BadInput for one that is black
-    or of one colour, and for a camera that goes on showing the same although the arm moves."""
-    few = pictures[:, ::16, ::16]  # most pictures differ here already: 200 times faster than looking at every pixel
-    suspects = (few == few[:, :1, :1]).all(axis=(1, 2, 3)).nonzero()[0]
-    flat = [i for i in suspects if (pictures[i] == pictures[i, 0, 0]).all()]
-    for step, picture in ((steps[i], pictures[i]) for i in flat[:1]):
-        found = f"all of one colour, {picture[0, 0].tolist()}" if picture.any() else "all black"
-        raise BadInput(f"{where}: key obs/{camera}: the picture of step {step} is {found}; was the camera rendered?")
-    alike = (few[1:] == few[:-1]).all(axis=(1, 2, 3)).nonzero()[0]
-    frozen = {int(i) for i in alike if (pictures[i + 1] == pictures[i]).all()}
-    changes = [i + 1 for i in range(len(pictures) - 1) if i not in frozen]
-    for first, end in itertools.pairwise([0, *changes, len(pictures)]):  # pictures that are the same
-        if np.ptp(joint_states[first:end], axis=0).max() > ARM_MOVES:
-            raise BadInput(
-                f"{where}: key obs/{camera}: the pictures of steps {steps[first]} and {steps[end - 1]} are the same "
-                "although the arm moved; was the camera frozen?"
-            )
-
-
 def _resized(pictures: Tensor, size: int) -> Tensor:
     """(T, h, w, 3) uint8 -> (T, S, S, 3) with the project's one resize."""
     return resize_images(pictures, size).permute(0, 2, 3, 1)
 
 
-def _map(target: Path, demos: list["Demo"], size: int) -> np.ndarray:
+def _map(target: Path, demos: list[Demo], size: int) -> np.ndarray:
     shape = (sum(len(demo) for demo in demos), len(CAMERAS), size, size, 3)
     found = target.stat().st_size
     if found != np.prod(shape):

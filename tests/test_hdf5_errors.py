@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
+from demos.hdf5_errors import hdf5_problem, open_hdf5
 from errors import BadInput
-from hdf5_files import hdf5_problem, open_hdf5
 
 WRITER = """
 import sys, time, h5py

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from libero_sim import LiberoEnv, import_libero
+from simulator.env import LiberoEnv
+from simulator.libero import import_libero
 
 OPEN, CLOSED = -1.0, 1.0
 SETTLE_STEPS = 5  # the objects drop onto the floor; LIBERO's files leave these steps out

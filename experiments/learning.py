@@ -1,14 +1,14 @@
 """What makes a frozen encoder useful? Trains every row of the tables in docs/learning.md on the same demonstrations
 with the same number of steps, and measures each in the same way.
 
-    python benchmarks/learning.py                           all rows; what is there already is not computed again
-    python benchmarks/learning.py --rows best,plain --seeds 0
-    python benchmarks/learning.py --quick                   a few steps of each: shows that it runs, measures nothing
+    python -m experiments.learning                           all rows; what is there already is not computed again
+    python -m experiments.learning --rows best,plain --seeds 0
+    python -m experiments.learning --quick                   a few steps of each: shows that it runs, measures nothing
 
 Claims (every seed, rollouts in both scenes) compare where z comes from; the best recipe is conf/quickstart.yaml.
 Ingredients (first seed, rollouts with shifted targets) are that recipe without shifted pictures and with one more
 thing changed. Demonstrations, runs and figures of every row stay under --directory; the tables, of all that is there,
-are written to benchmarks/results/learning.json.
+are written to experiments/results/learning.json.
 
 All rows take some five hours of one core. Two cores are used best by two processes of one thread: run, with
 OMP_NUM_THREADS=1, `--rows plain,random,end_to_end` beside `--rows unshifted,fine_tuned`, and share the others out.
@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import REPO, RESULTS, arguments, machine, print_table, script
+from benchmarks.measure import REPO, arguments, machine, print_table, script
 
 CONFIG = "conf/quickstart.yaml"
 TASK = 2  # of libero_object, the salad dressing: a demonstration replayed blindly fails when the target has moved
@@ -117,7 +117,7 @@ def main() -> None:
                             for policy in BASELINES}  # fmt: skip
     show(results)
     if not settings.quick:
-        (RESULTS / "learning.json").write_text(json.dumps(results, indent=1) + "\n")
+        (REPO / "experiments/results/learning.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def collect(data: Path, quick: bool) -> None:

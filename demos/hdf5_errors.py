@@ -1,5 +1,6 @@
 """HDF5 files opened so that what is wrong with one is one sentence, whose advice the error's own words choose."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -136,3 +137,62 @@ def _of_another_kind(path: Path) -> str:
     if beginning == LFS_POINTER:
         return "is a Git LFS pointer and not the file itself; fetch that with `git lfs pull`"
     return f"is no HDF5 file, it begins with {beginning!r}"
+
+
+# ------------------------------------------------------------------------------------------- what a group holds
+
+
+def object_in(path: Path, within: str, group: h5py.Group, name: str, kind: type):
+    """What a group holds as `name`, an h5py.Group or h5py.Dataset. Raises BadInput where it is missing, of the other
+    kind, or a link that leads nowhere."""
+    if name not in group:
+        raise BadInput(f"{path}: {within} is missing")
+    try:
+        found = group[name]
+    except HDF5_ERRORS as problem:
+        link = group.get(name, getlink=True)
+        target = f", a link to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
+        raise hdf5_problem(path, problem, within + target) from None
+    if not isinstance(found, kind):
+        raise BadInput(f"{path}: {within} is a {type(found).__name__.lower()}, expected a {kind.__name__.lower()}")
+    return found
+
+
+def open_dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Dataset:
+    """A demo's dataset of numbers, all of whose parts are there."""
+    within = f"{key}: key {name}"
+    *folders, last = name.split("/")
+    for folder in folders:
+        demo = object_in(path, within, demo, folder, h5py.Group)
+    dataset = object_in(path, within, demo, last, h5py.Dataset)
+    try:
+        kind = dataset.dtype.kind
+    except TypeError:  # HDF5 has types that numpy lacks
+        kind = "?"
+    if kind not in "fiub" or dataset.shape is None:
+        raise BadInput(f"{path}: {within} holds no array of numbers")
+    linked_files(dataset)
+    return dataset
+
+
+def text_attribute(attributes: h5py.AttributeManager, name: str, path: Path) -> str:
+    """An attribute as text, "" where it is missing; files of other programs have bytes."""
+    if name not in attributes:
+        return ""
+    try:
+        value = attributes[name]
+    except (TypeError, ValueError, OSError) as problem:
+        raise BadInput(f"{path}: attribute {name} cannot be read ({problem})") from None
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def number_attribute(attributes: h5py.AttributeManager, name: str, where: str | Path) -> float:
+    """An attribute that is a number; LIBERO's own files were seen to have it as text."""
+    text = text_attribute(attributes, name, where).strip("[]")  # an array of one number is one, too
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadInput(f"{where}: attribute {name} is {text!r}, expected a number")
+    return number

@@ -1,12 +1,11 @@
-"""Draws docs/learning.png from benchmarks/results/learning.json: where z comes from, and what each ingredient does.
+"""Draws docs/learning.png from experiments/results/learning.json: where z comes from, and what each ingredient does.
 
-python benchmarks/learning_picture.py [--output docs/learning.png]
+python -m experiments.learning_picture [--output docs/learning.png]
 """
 
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from measure import REPO, RESULTS
 
-sys.path.insert(0, str(REPO))
+from benchmarks.measure import REPO
 from rollouts.statistics import wilson_interval
+
+RESULTS = REPO / "experiments/results/learning.json"
 
 FROZEN, TRAINED, CHANGED = "#4477aa", "#ee8866", "#999999"
 TARGET = "target before the grasp"
@@ -34,11 +34,11 @@ def percent(counts: list[int] | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS / "learning.json", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=REPO / "docs/learning.png", help="default: docs/learning.png")
     settings = parser.parse_args()
     if not settings.results.is_file():
-        raise SystemExit(f"error: {settings.results}: no such file; run benchmarks/learning.py")
+        raise SystemExit(f"error: {settings.results}: no such file; run python -m experiments.learning")
     results = json.loads(settings.results.read_text())
     claims = {name: row for name, row in results["rows"].items() if row["claim"] and row["seeds"]}
     ingredients = {name: row for name, row in results["rows"].items() if not row["claim"] and row["seeds"]}

@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import libero_sim
 from errors import BadInput
 from files import keeps_files, private_temporary_folder
-from libero_sim import (
-    CAMERAS,
-    SIM_KEYS,
-    SimulatorError,
-    from_simulator,
-    import_libero,
-    make_env,
-    make_suite,
-    task_init_states,
-)
+from observation import SIMULATOR_CAMERAS, SIMULATOR_KEYS, from_simulator
+from simulator import libero
+from simulator.env import SimulatorError, make_env
+from simulator.libero import import_libero
+from simulator.suites import make_suite, task_init_states
 
 ROOT = Path(__file__).parent.parent
 TASK = 6
@@ -84,7 +78,7 @@ def test_observation_has_the_repos_names_and_types_and_is_not_flipped(env):
         "joint_states": ((7,), np.float32),
         "gripper_states": ((2,), np.float32),
     }
-    for name, sim_name in SIM_KEYS.items():
+    for name, sim_name in SIMULATOR_KEYS.items():
         np.testing.assert_array_equal(obs[name], env_obs[sim_name].astype(obs[name].dtype))
 
 
@@ -113,7 +107,7 @@ def test_thinned_meshes_leave_physics_untouched(env, suite):
     triangles = [each.sim.model._model.mesh_facenum.sum() for each in (env, thinned)]
     thinned.close()
     assert triangles[1] < 0.5 * triangles[0]
-    for camera in CAMERAS:
+    for camera in SIMULATOR_CAMERAS:
         difference = np.abs(full[f"{camera}_image"].astype(int) - thin[f"{camera}_image"])
         assert 0 < difference.mean() < 4  # of 255: another picture, but hardly so
 
@@ -250,21 +244,21 @@ def test_upstreams_first_question_is_answered_once(tmp_path, monkeypatch):
     package = tmp_path / "libero/libero/__init__.py"
     package.parent.mkdir(parents=True)
     package.write_text('answer = input("Do you want to specify a custom path for the dataset folder? (Y/N): ")')
-    monkeypatch.setattr(libero_sim.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
+    monkeypatch.setattr(libero.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
     config_file = tmp_path / "config/config.yaml"
 
-    libero_sim._answer_upstreams_first_question()
+    libero._answer_upstreams_first_question()
     assert f"bddl_files: {package.parent / 'bddl_files'}\n" in config_file.read_text()
     config_file.write_text("the user's own")
-    libero_sim._answer_upstreams_first_question()
+    libero._answer_upstreams_first_question()
     assert config_file.read_text() == "the user's own"
 
 
 def in_a_process(code: str, **variables: str | None) -> str:
-    """What Python code prints that imports libero_sim with these variables set, or for None not set."""
+    """What Python code prints that imports simulator.libero with these variables set, or for None not set."""
     environment = {name: value for name, value in (os.environ | variables).items() if value is not None}
-    command = [sys.executable, "-c", f"import os, sys\nfrom libero_sim import *\n{code}"]
+    command = [sys.executable, "-c", f"import os, sys\nfrom simulator.libero import *\n{code}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -306,7 +300,7 @@ except BadInput as problem:
 
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") != "egl", reason="about EGL's devices")
 def test_settings_that_name_gpus_do_not_stop_the_renderer(env, monkeypatch):
-    choose = libero_sim._open_egl_display.__wrapped__
+    choose = libero._open_egl_display.__wrapped__
     for visible in ("0", "3", "99,1", "", "-1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-1/2/3"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert choose()
@@ -316,7 +310,7 @@ def test_settings_that_name_gpus_do_not_stop_the_renderer(env, monkeypatch):
         monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", wrong)
         with pytest.raises(RuntimeError, match=f"MUJOCO_EGL_DEVICE_ID is {wrong}, the EGL devices are 0 to") as caught:
             choose()
-        said = str(libero_sim._no_renderer(caught.value))
+        said = str(libero.no_renderer(caught.value))
         assert "way to draw without a screen; set MUJOCO_EGL_DEVICE_ID to the number of an EGL device" in said
         assert f"MUJOCO_EGL_DEVICE_ID={wrong}, CUDA_VISIBLE_DEVICES=MIG-1/2/3" in said and "apt-get" not in said
 
@@ -344,11 +338,11 @@ def test_torch_with_triton_and_a_renderer_live_in_one_process(env):
     ],
 )
 def test_the_errors_own_text_chooses_the_advice(problem, advice):
-    assert advice in str(libero_sim._import_problem(problem))
+    assert advice in str(libero._import_problem(problem))
 
 
 def test_other_causes_get_no_advice():
-    said = str(libero_sim._import_problem(PermissionError(13, "Permission denied", "/srv/libero/benchmark.py")))
+    said = str(libero._import_problem(PermissionError(13, "Permission denied", "/srv/libero/benchmark.py")))
     assert said == (
         "LIBERO cannot be imported (PermissionError: [Errno 13] Permission denied: '/srv/libero/benchmark.py')"
     )
@@ -369,7 +363,7 @@ def test_missing_renderer_names_the_packages(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setattr(libero_sim.ctypes.util, "find_library", lambda name: None)
-    monkeypatch.setattr(libero_sim.ctypes, "CDLL", load)
+    monkeypatch.setattr(libero.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(libero.ctypes, "CDLL", load)
     with pytest.raises(BadInput, match="apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"):
-        libero_sim._check_renderer_library()
+        libero._check_renderer_library()

@@ -1,17 +1,17 @@
 """The figures of checkpoints/pretrained/libero_object_cpu.pt in docs/learning.md, written to
-benchmarks/results/libero_object_cpu.json: offline error, what z knows, and 100 episodes each of the policy (flow from
+experiments/results/libero_object_cpu.json: offline error, what z knows, and 100 episodes each of the policy (flow from
 noise and from zero), of a demonstration replayed blindly and of standing still, on the suite's init states and with
 the target shifted by up to 5 cm.
 
-    python benchmarks/pretrained.py                     an interrupted one goes on where it stopped
-    python benchmarks/pretrained.py --checkpoint FILE   another policy for all ten tasks
+    python -m experiments.pretrained                     an interrupted one goes on where it stopped
+    python -m experiments.pretrained --checkpoint FILE   another policy for all ten tasks
 
 It needs the demonstrations that the policy was trained on (`make libero-object-cpu` collects them).
 """
 
 import json
 
-from measure import REPO, RESULTS, arguments, machine, print_table, script
+from benchmarks.measure import REPO, arguments, machine, print_table, script
 
 SHIFT = 0.05  # metres
 CELLS = [f"{row}_{scene}" for row in ("policy_from_noise", "policy_from_zero", "replay", "zero")
@@ -44,7 +44,7 @@ def main() -> None:
     }
     show(results["rollouts"])
     if not settings.quick:
-        (RESULTS / "libero_object_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        (REPO / "experiments/results/libero_object_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def counts(results: dict) -> dict:

@@ -4,41 +4,48 @@ The file is named after everything that z depends on, encoder weights, demos, pi
 that fits nothing any more is never read: `<checkpoint_directory>/frozen_states/<key>.npy`, 72 MB for 70,000 frames of
 256 numbers. Such files may be deleted at any time.
 
-Letters: N frames of all demos, D state_dim.
+Letters: N frames of all demos, B batch, D state_dim.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataloader import Batches, Demo, LowDimensional, frame_rows
+from config import ModelConfig
+from demos.frames import LAYOUT, source_of
+from demos.hdf5 import Demo
 from errors import BadInput
-from files import written_whole
-from frame_cache import LAYOUT, DeviceFrames, Frames, source_of
+from files import unwritable_named, written_whole
 from jepa.all_ranks import rows_of_all_ranks
-from statevla_model import StateVLA
+from state_encoder import JEPAStateEncoder
+
+
+class Encodes(Protocol):
+    """What of statevla_model.StateVLA is needed here."""
+
+    config: ModelConfig
+    state_encoder: JEPAStateEncoder
+
+    def encode(self, obs: dict[str, Tensor]) -> Tensor: ...
 
 
 def frozen_states(
-    model: StateVLA,
-    demos: Sequence[Demo],
-    low_dimensional: LowDimensional,
-    frames: Callable[[], Frames | DeviceFrames],
-    batch_size: int,
-    directory: Path,
+    model: Encodes, demos: Sequence[Demo], language: Tensor, batches: Callable[[], Iterable[dict]], directory: Path
 ) -> Tensor:
     """z of all rows (N, D) float32, on the CPU: read from `directory`, or computed by all ranks together and stored.
 
-    `frames` opens the pictures and is only called where they are needed. Raises BadInput if the file can't be written.
+    language: the instructions' embeddings, on which z depends. `batches` gives this rank's share of all frames, in
+    order, and is only called where pictures are needed. Raises BadInput if the file can't be written.
     """
-    path = directory / f"{states_key(model, demos, low_dimensional)}.npy"
+    path = directory / f"{states_key(model, demos, language)}.npy"
     is_first_rank = dist.get_rank() == 0
     found = _read(path, (sum(len(demo) for demo in demos), model.config.state_dim)) if is_first_rank else None
     if dist.get_world_size() > 1:  # a rank on another machine may not see the file
@@ -49,29 +56,28 @@ def frozen_states(
         if is_first_rank:
             print(f"states: z of {len(found):,} frames read from {path}", flush=True)
         return found
-    states = encode_all(model, demos, low_dimensional, frames(), batch_size)
+    states = encode_all(model, demos, batches())
     if is_first_rank:
-        _write(path, states.numpy())
+        advice = "; set training.phase2.store_states to false"
+        with unwritable_named(path, advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as stream:
+                np.save(stream, states.numpy())
     return states
 
 
 @torch.no_grad()
-def encode_all(
-    model: StateVLA,
-    demos: Sequence[Demo],
-    low_dimensional: LowDimensional,
-    frames: Frames | DeviceFrames,
-    batch_size: int,
-) -> Tensor:
-    """z of all rows (N, D), on the CPU; each rank encodes its share of the frames.
+def encode_all(model: Encodes, demos: Sequence[Demo], batches: Iterable[dict]) -> Tensor:
+    """z of all rows (N, D), on the CPU; each rank encodes its share of the frames, `batches`.
 
     Raises BadInput where a z is not finite: nothing can be fitted on it or concluded from it.
     """
-    batches = Batches(frame_rows(demos), low_dimensional, 0, batch_size, frames=frames)
-    rows = len(batches.rows)
-    progress = tqdm(batches, desc=f"encoding {rows:,} frames", unit="batch", disable=batches.rank != 0)
+    rows = sum(len(demo) for demo in demos)
+    is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
+    progress = tqdm(batches, desc=f"encoding {rows:,} frames", unit="batch", disable=not is_first_rank)
     states = [model.encode(batch["obs"]) for batch in progress]
-    own = torch.cat(states) if states else torch.empty(0, model.config.state_dim, device=low_dimensional.device)
+    device = next(model.state_encoder.parameters()).device
+    own = torch.cat(states) if states else torch.empty(0, model.config.state_dim, device=device)
     z = rows_of_all_ranks(own.float()).cpu()
     broken = (~z.isfinite().all(dim=1)).nonzero().flatten()
     if len(broken):
@@ -83,11 +89,12 @@ def encode_all(
     return z
 
 
-def states_key(model: StateVLA, demos: Sequence[Demo], low_dimensional: LowDimensional) -> str:
+def states_key(model: Encodes, demos: Sequence[Demo], language: Tensor) -> str:
     """A hash of all that z depends on: a file of demos, and those it links to, by path, size and time of change."""
     digest = hashlib.sha256()
     encoder = model.state_encoder
-    for module in (encoder.tokenizer, encoder.encoder):
+    modules: tuple[nn.Module, ...] = (encoder.tokenizer, encoder.encoder)
+    for module in modules:
         for name, value in module.state_dict().items():
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     sources = [
@@ -96,7 +103,7 @@ def states_key(model: StateVLA, demos: Sequence[Demo], low_dimensional: LowDimen
     ]
     rows = [(demo.path.name, demo.key, len(demo)) for demo in demos]
     digest.update(json.dumps([LAYOUT, model.config.image_size, model.config.patch_size, sources, rows]).encode())
-    digest.update(low_dimensional.language.cpu().numpy().tobytes())
+    digest.update(language.cpu().numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
@@ -107,14 +114,3 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
         return None
     is_whole = states.shape == shape and states.dtype == np.float32 and np.isfinite(states).all()
     return torch.from_numpy(states) if is_whole else None
-
-
-def _write(path: Path, states: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as stream:
-            np.save(stream, states)
-    except OSError as problem:
-        raise BadInput(
-            f"{path}: cannot be written ({problem.strerror}); set training.phase2.store_states to false"
-        ) from None

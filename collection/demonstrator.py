@@ -1,0 +1,157 @@
+"""One attempt of the scripted expert, in a worker process: played without drawing, drawn and written if it succeeds.
+
+A demonstration depends on its task, the number of its attempt and the settings alone.
+"""
+
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from collection.files import CONTINUES, Settings, settings_text, written_hdf5
+from errors import BadInput, is_out_of_memory
+from observation import CAMERAS, SIMULATOR_KEYS
+from provenance import code_version
+from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.scripted_expert import ScriptedExpert
+from simulator.suites import make_suite
+
+TASK_SUITE = "libero_object"
+LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
+SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
+
+
+@dataclass
+class Demonstration:
+    """A solved episode, as far as it is recorded. Frame t is what the robot saw before actions[t]; there is one frame
+    more than actions."""
+
+    actions: np.ndarray  # (T, 7)
+    states: np.ndarray  # (T, S) before each action
+    proprioception: list  # T + 1 dicts of the simulator's observations without pictures
+    poses: list  # T + 1 arguments for LiberoEnv.draw
+
+
+def demonstrate(env: LiberoEnv, task_id: int, attempt: int, settings: Settings) -> Demonstration | None:
+    """Lets the expert try once, without drawing. None when it failed."""
+    rng = np.random.default_rng([settings.seed, task_id, attempt])
+    env.reset(seed=int(rng.integers(2**31)))
+    env.add_start_noise(rng, settings.start_noise)
+    if settings.shift_target:
+        env.shift_target(rng, settings.shift_target)
+    expert = ScriptedExpert(env, rng)
+    for action in expert.settle():
+        env.step(action)
+    if begins_after_a_miss(attempt, settings.missed_grasps):
+        for action in expert.missed_grasp():
+            env.step(action)
+    actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
+    solved_steps = 0
+    for action in itertools.islice(expert.actions(), LONGEST_DEMO):
+        states.append(env.state())
+        solved = env.step(action)
+        actions.append(action)
+        proprioception.append(env.proprioception())
+        poses.append(env.poses())
+        solved_steps = solved_steps + 1 if solved else 0
+        if solved_steps == SUCCESS_STEPS:
+            return Demonstration(np.array(actions), np.array(states), proprioception, poses)
+    return None
+
+
+def begins_after_a_miss(attempt: int, share: float) -> bool:
+    """Which attempts are recorded from a missed grasp on: `share` of them, spread evenly."""
+    return int((attempt + 1) * share) > int(attempt * share)
+
+
+def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, obs_alignment: str) -> None:
+    """Draws a demonstration and writes it in LIBERO's layout."""
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    steps = range(len(demonstration.actions))
+    frames = [t + 1 if obs_alignment == "after" else t for t in steps]
+    env_obs = [demonstration.proprioception[t] for t in frames]
+    ee_pos = np.stack([o["robot0_eef_pos"] for o in env_obs])
+    ee_ori = np.stack([quat2axisangle(o["robot0_eef_quat"].copy()) for o in env_obs])
+    joints, fingers = (
+        np.stack([o[SIMULATOR_KEYS[name]] for o in env_obs]) for name in ("joint_states", "gripper_states")
+    )
+    robot_states = np.hstack([fingers, ee_pos, np.stack([o["robot0_eef_quat"] for o in env_obs])])
+    only_the_last = np.zeros(len(steps), dtype=np.uint8)
+    only_the_last[-1] = 1
+
+    demo["actions"], demo["states"] = demonstration.actions, demonstration.states
+    demo["robot_states"], demo["rewards"], demo["dones"] = robot_states, only_the_last, only_the_last
+    demo["obs/joint_states"], demo["obs/gripper_states"] = joints, fingers
+    demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/ee_states"] = ee_pos, ee_ori, np.hstack([ee_pos, ee_ori])
+    picture = (env.image_size, env.image_size, 3)
+    cameras = {
+        name: demo["obs"].create_dataset(
+            name, (len(frames), *picture), np.uint8, chunks=(1, *picture), compression="gzip", compression_opts=1
+        )
+        for name in CAMERAS
+    }
+    for i, t in enumerate(frames):
+        pictures = env.draw(demonstration.poses[t])
+        for name, dataset in cameras.items():
+            dataset[i] = pictures[SIMULATOR_KEYS[name]]
+    demo.attrs["num_samples"] = len(steps)
+    demo.attrs["model_file"] = env.model_xml
+    demo.attrs["init_state"] = demonstration.states[0]
+
+
+class Demonstrator:
+    """What a worker process keeps between attempts: the environment of the task that it worked on last."""
+
+    task_id: int | None = None
+    env: LiberoEnv | None = None
+
+    @classmethod
+    def attempt(cls, task_id: int, attempt: int, settings: Settings, demo_file: Path) -> tuple[int, str]:
+        """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure,
+        and why the simulation broke down where it did: that is a failure, too, and the next time again."""
+        if cls.task_id != task_id:
+            cls.close()
+            cls.env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
+            cls.task_id = task_id
+        try:
+            demonstration = demonstrate(cls.env, task_id, attempt, settings)
+        except SimulatorError as problem:
+            cls.close()  # not to be trusted any more
+            if is_out_of_memory(problem):  # the machine's failure, not the attempt's
+                raise MemoryError(str(problem)) from None
+            return 0, str(problem)
+        if demonstration is None:
+            return 0, ""
+        demo_file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with written_hdf5(demo_file, demo_file.parent) as file:
+                demo = file.create_group("demo")
+                write_demo(demo, cls.env, demonstration, settings.obs_alignment)
+                demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
+                file.attrs["collector"] = settings_text(settings)
+        except SimulatorError as problem:  # only the renderer works here
+            raise BadInput(f"task {task_id}: drawing a demo failed ({problem}); {CONTINUES}") from None
+        return len(demonstration.actions), ""
+
+    @classmethod
+    def close(cls) -> None:
+        if cls.env is not None:
+            cls.env.close()
+        cls.env = cls.task_id = None
+
+
+def prepare_worker() -> None:
+    """However the main process dies, its workers end, too."""
+
+    def end_with_parent():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

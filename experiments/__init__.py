@@ -1,0 +1,1 @@
+"""What makes z useful: the trainings and evaluations behind docs/learning.md."""

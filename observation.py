@@ -1,0 +1,32 @@
+"""What the robot sees: cameras and robot state, their widths and units, their names in HDF5 files and in the simulator.
+
+An observation of one frame is a dictionary, from a file and from the simulator alike:
+    agentview_rgb, eye_in_hand_rgb  (h, w, 3) uint8, rows in LIBERO's raw OpenGL order: nothing is ever flipped
+    joint_states (7,) float32, rad;  gripper_states (2,) float32, m
+
+This file needs numpy alone: the simulator's worker processes import it, and torch has no place there.
+"""
+
+import numpy as np
+
+CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
+STATE_WIDTHS = {"joint_states": 7, "gripper_states": 2}  # together the 9-D robot state
+OBS_KEYS = (*CAMERAS, *STATE_WIDTHS)
+SIMULATOR_KEYS = {  # name in the HDF5 files and in this repo -> name in the simulator
+    "agentview_rgb": "agentview_image",
+    "eye_in_hand_rgb": "robot0_eye_in_hand_image",
+    "joint_states": "robot0_joint_pos",
+    "gripper_states": "robot0_gripper_qpos",
+}
+SIMULATOR_CAMERAS = tuple(SIMULATOR_KEYS[camera].removesuffix("_image") for camera in CAMERAS)
+ORIENTATION = "opengl"  # of the rows of every picture, as files call it
+FINGER_TRAVEL = 0.04  # metres that each Panda finger moves: the finger positions enter as shares of it, not as 0.04
+ARM_JOINTS = slice(1, 8)  # of a flattened simulator state, whose [0] is the time
+
+
+def from_simulator(env_obs: dict) -> dict:
+    """The observation from what the simulator calls one; the batches of dataloader.py hold the same."""
+    return {
+        name: np.asarray(env_obs[key], dtype=np.uint8 if name in CAMERAS else np.float32)
+        for name, key in SIMULATOR_KEYS.items()
+    }

@@ -1,0 +1,216 @@
+"""One LIBERO task as an environment that draws a picture only when asked."""
+
+import atexit
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from errors import BadInput
+from observation import SIMULATOR_CAMERAS
+from simulator.libero import choose_egl_device, import_libero, in_short, no_renderer
+from simulator.suites import bddl_path
+from simulator.thin_meshes import thin_visual_meshes
+
+# What MuJoCo takes from its MjData to draw a scene: where things are. Copying it costs microseconds, drawing 0.1 s.
+POSE_ARRAYS = (
+    "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
+    "xpos", "xquat", "xmat", "xipos", "ximat",
+)  # fmt: skip
+
+
+class SimulatorError(Exception):
+    """The simulation broke down in the middle of an episode: MuJoCo, the arm's controller or the renderer gave up."""
+
+
+@contextlib.contextmanager
+def _breakdowns_named():
+    libero = import_libero()
+    try:
+        yield
+    except (libero.mujoco.FatalError, libero.SimulationError, np.linalg.LinAlgError) as problem:
+        raise SimulatorError(f"{type(problem).__name__}: {problem}") from problem
+
+
+def make_env(suite, task_id: int, image_size: int, visual_mesh_ratio: float = 1.0) -> "LiberoEnv":
+    """The environment of one task. visual_mesh_ratio < 1 draws thinned meshes: faster, not LIBERO's own pictures."""
+    return LiberoEnv(bddl_path(suite, task_id), image_size, visual_mesh_ratio)
+
+
+class LiberoEnv:
+    """A LIBERO task that steps without drawing; `observe()` draws what LIBERO's own camera observations would show.
+
+    LIBERO reads its sensors, cameras included, in the middle of a step: at one of the 25 physics substeps, and after
+    `set_init_state` not at the last one. Drawing the finished step would show the arm 2 ms later than LIBERO does. So a
+    sensor beside the cameras copies the poses of everything at that very substep, and `observe()` draws from the copy.
+
+    `sim` is robosuite's simulation and `domain` LIBERO's robosuite environment, for whoever needs the full state.
+    """
+
+    def __init__(self, bddl_file: Path, image_size: int, visual_mesh_ratio: float):
+        libero = import_libero()
+        self.bddl_file, self.image_size = Path(bddl_file), image_size
+        try:
+            choose_egl_device()
+            self._env = libero.OffScreenRenderEnv(
+                bddl_file_name=str(bddl_file),
+                use_camera_obs=False,  # step() draws nothing
+                hard_reset=False,  # reset() keeps the compiled model: 0.03 s instead of 4 s, placement is still random
+                ignore_done=True,
+            )
+        except (ImportError, RuntimeError, libero.GLError) as problem:  # what EGL and OSMesa contexts raise
+            raise no_renderer(problem) from None
+        except FileNotFoundError as problem:
+            raise BadInput(f"the installed LIBERO lacks an asset of this task, {problem.filename}") from None
+        except ValueError as problem:  # MuJoCo's compiler: a mesh or texture that is missing or none
+            raise BadInput(f"{bddl_file}: MuJoCo cannot build this task's scene ({in_short(problem)})") from None
+        self.domain, self.sim = self._env.env, self._env.sim
+        atexit.register(self.close)  # a renderer that outlives EGL's own exit handler ends in tracebacks
+        self.model_xml = self.sim.model.get_xml()
+        self._model = self.sim.model._model
+        self._renderer = self.sim._render_context_offscreen
+        if visual_mesh_ratio < 1:
+            thin_visual_meshes(self._model, visual_mesh_ratio)
+            self._renderer.con.free()
+            self._renderer._set_mujoco_context_and_buffers()  # uploads the meshes anew
+        if image_size > min(self._renderer.con.offWidth, self._renderer.con.offHeight):
+            self._renderer.update_offscreen_size(image_size, image_size)
+        self._drawn_data = libero.mujoco.MjData(self._model)  # draw() poses this one and leaves the simulation alone
+        self._add_pose_sensor(libero)
+
+    @_breakdowns_named()
+    def reset(self, seed: int | None = None) -> None:
+        """Places the objects anew, at random; with a seed the same way every time."""
+        if seed is not None:
+            self.domain.seed(seed)  # robosuite places with numpy's global generator
+        for robot in self.domain.robots:  # a hard reset rebuilds the gripper; this one would keep its last command
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
+        while True:
+            try:  # not the reset() of LIBERO's wrapper: that one also swallows Ctrl-C
+                self.domain.reset()
+                return
+            except import_libero().RandomizationError:  # the objects did not fit on the table: draw again
+                continue
+
+    @_breakdowns_named()
+    def set_init_state(self, state: np.ndarray) -> None:
+        """Puts the simulation into a flattened state (S,), as `task_init_states` has them. Call `reset()` before."""
+        self._env.set_init_state(state)
+
+    @_breakdowns_named()
+    def add_start_noise(self, rng: np.random.Generator, std: float) -> None:
+        """Turns every arm joint by N(0, std) rad. Call it after `reset()`, whose start pose never varies by itself."""
+        robot = self.domain.robots[0]
+        joints = robot._ref_joint_pos_indexes
+        self.sim.data.qpos[joints] = robot.init_qpos + rng.normal(0, std, len(joints))
+        self.sim.data.qvel[:] = 0
+        self.sim.forward()
+        robot.controller.update(force=True)
+        robot.controller.reset_goal()
+        self._read_sensors_anew()
+
+    @_breakdowns_named()
+    def shift_target(self, rng: np.random.Generator, reach: float) -> None:
+        """Moves the task's first object of interest by up to `reach` metres in x and in y, uniformly among the places
+        where LIBERO itself would put it beside the other objects. Call it after `reset()` or `set_init_state()`.
+
+        Raises BadInput where the task is about a fixture, such as a drawer, and SimulatorError where nothing is free.
+        """
+        domain, data = self.domain, self.sim.data
+        target, *_ = domain.obj_of_interest
+        if target not in domain.objects_dict:
+            raise BadInput(f"the target of {self.bddl_file.stem}, {target}, is no object that could be shifted")
+        joint = domain.objects_dict[target].joints[-1]
+        pose = np.array(data.get_joint_qpos(joint))
+        others = {
+            name: (data.body_xpos[domain.obj_body_id[name]][:2], thing.horizontal_radius)
+            for name, thing in domain.objects_dict.items()
+            if name != target
+        }
+        radius = domain.objects_dict[target].horizontal_radius
+        for _ in range(1000):
+            xy = pose[:2] + rng.uniform(-reach, reach, 2)
+            if all(np.linalg.norm(xy - place) > radius + its_radius for place, its_radius in others.values()):
+                break
+        else:
+            raise SimulatorError(f"{target} has no free place within {reach} m")
+        data.set_joint_qpos(joint, np.append(xy, pose[2:]))
+        self.sim.forward()
+        self._read_sensors_anew()
+
+    def _read_sensors_anew(self) -> None:
+        for observable in self.domain._observables.values():  # their clocks as after reset()
+            observable.reset()
+        self.domain._update_observables(force=True)
+
+    @_breakdowns_named()
+    def step(self, action: np.ndarray) -> bool:
+        """Applies one action (7,) for 1/20 s and returns whether the task is solved."""
+        if not np.isfinite(action).all():  # MuJoCo would reset itself without a word
+            raise SimulatorError(f"the action {np.asarray(action).round(3).tolist()} is not finite")
+        before = self.sim.data.time
+        _, _, success, _ = self._env.step(action)
+        if self.sim.data.time <= before:  # a reset scene can even look solved
+            raise SimulatorError("a position, velocity or acceleration became infinite or NaN: MuJoCo has reset itself")
+        return bool(success)
+
+    def check_success(self) -> bool:
+        return bool(self._env.check_success())
+
+    def state(self) -> np.ndarray:
+        """The flattened state (S,): time, positions, velocities."""
+        return self._env.get_sim_state()
+
+    def proprioception(self) -> dict:
+        """The simulator's observation without the pictures, as of the last step."""
+        return dict(self.domain._get_observations())
+
+    def poses(self) -> dict:
+        """What `draw` needs to draw the pictures of the last step at any later time."""
+        return self._poses
+
+    def observe(self) -> dict:
+        """The simulator's observation with both pictures, number for number what LIBERO's camera observations give."""
+        return {**self.proprioception(), **self.draw(self._poses)}
+
+    @_breakdowns_named()
+    def draw(self, poses: dict, image_size: int | None = None, cameras: Sequence[str] = SIMULATOR_CAMERAS) -> dict:
+        """The pictures at `poses`, {camera}_image -> (image_size, image_size, 3) uint8 in raw OpenGL row order."""
+        mujoco, renderer, size = import_libero().mujoco, self._renderer, image_size or self.image_size
+        for name in POSE_ARRAYS:
+            getattr(self._drawn_data, name)[:] = poses[name]
+        site_rgba_now, self._model.site_rgba[:] = self._model.site_rgba.copy(), poses["site_rgba"]
+        renderer.gl_ctx.make_current()  # another environment of this process may have drawn last
+        viewport = mujoco.MjrRect(0, 0, size, size)
+        pictures = {}
+        for name in cameras:
+            renderer.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            renderer.cam.fixedcamid = self.sim.model.camera_name2id(name)
+            mujoco.mjv_updateScene(
+                self._model, self._drawn_data, renderer.vopt, renderer.pert, renderer.cam, mujoco.mjtCatBit.mjCAT_ALL,
+                renderer.scn,
+            )  # fmt: skip
+            mujoco.mjr_render(viewport, renderer.scn, renderer.con)
+            pictures[f"{name}_image"] = renderer.read_pixels(size, size)
+        self._model.site_rgba[:] = site_rgba_now
+        return pictures
+
+    def close(self) -> None:
+        """Frees simulation and renderer; a second call does nothing."""
+        atexit.unregister(self.close)
+        if self._env is not None:
+            self._renderer = self._drawn_data = self._model = self.sim = self.domain = None
+            self._env.close()
+            self._env = None
+
+    def _add_pose_sensor(self, libero) -> None:
+        @libero.sensor(modality="poses")
+        def copy_poses(obs_cache):
+            self._poses = {name: getattr(self.sim.data, name).copy() for name in POSE_ARRAYS}
+            self._poses["site_rgba"] = self._model.site_rgba.copy()  # a stove that is on shows its flame this way
+            return 0.0  # robosuite wants a number from every sensor
+
+        observable = libero.Observable("camera_poses", copy_poses, sampling_rate=self.domain.control_freq)
+        observable.set_active(False)  # sampled with the other sensors, but not part of their observation
+        self.domain.add_observable(observable)

