@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import LARGEST, Config, add_set_flag, parse_config
+from config import LARGEST, Config, add_set_flag
 from dataloader import Batches, LowDimensional, chunk_rows
 from demos.frames import HDF5Frames
 from demos.hdf5 import Demo, load_demos, numbered_alone
@@ -30,7 +30,7 @@ from jepa.mamba import choose_mamba_backend
 from provenance import code_version
 from representation import draw_report, print_report, representation_report
 from statevla_model import StateVLA, model_from_checkpoint
-from training.checkpoint import read_checkpoint
+from training.checkpoint import config_of, read_checkpoint
 from training.processes import choose_device
 
 DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
@@ -40,16 +40,12 @@ DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 def main() -> None:
     arguments = parse_arguments()
     checkpoint = read_checkpoint(arguments.checkpoint)
-    overrides = [
-        "training.device=auto",
-        "training.mamba_backend=auto",
-        *arguments.set,
-    ]  # not those of the trainer's machine
+    overrides = list(arguments.set)
     if arguments.data_directory:
         overrides.append(f"data.data_directory={arguments.data_directory}")
     if arguments.batch_size is not None:
         overrides.append(f"training.batch_size={arguments.batch_size}")
-    config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
+    config = config_of(checkpoint, arguments.checkpoint, overrides)
     if arguments.output and not Path(arguments.output).parent.is_dir():
         raise BadInput(f"--output {arguments.output}: no such directory {Path(arguments.output).parent}")
     if arguments.sample_steps < 1:

@@ -10,12 +10,15 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer, StateScaling
 from config import Config, ModelConfig, TrainingConfig, add_config_flags, load_config, parse_config
+from demos.instructions import canonical_instruction
+from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input
 from files import expanded
 from jepa.all_ranks import rows_of_all_ranks
@@ -26,6 +29,7 @@ from jepa.temporal_predictor import (
     representation_health,
     variance_loss,
 )
+from observation import OBS_KEYS
 from state_encoder import JEPAStateEncoder
 from training.checkpoint import read_checkpoint, save_checkpoint, weights_alone
 
@@ -44,10 +48,25 @@ class StateVLA(nn.Module):
         self.state_scaling = StateScaling(config.state_dim)
         self.policy = FlowMatchingPolicy(config)
         self.gripper = GripperClassifier(config)
+        self.language: LanguageTable | None = None  # the instructions that a checkpoint brings; no part of the weights
 
     def encode(self, obs: dict[str, Tensor]) -> Tensor:
         """-> z_t (B, D)."""
         return self.state_encoder(obs)
+
+    def decide(self, obs: dict[str, np.ndarray], instruction: str, **sampling) -> np.ndarray:
+        """One frame's observation (observation.py) and what the robot is told -> actions (H, 7), as `predict`, whose
+        other arguments are `sampling`.
+
+        Raises BadInput where the model came without a language table or its table lacks the instruction.
+        """
+        if self.language is None:
+            raise BadInput("this model knows no instruction; `load_checkpoint` brings those that it was trained on")
+        frame = {name: torch.from_numpy(np.ascontiguousarray(obs[name])) for name in OBS_KEYS}
+        frame["language"] = self.language[canonical_instruction(instruction)]
+        device = self.policy.positions.device
+        batch = {name: value.unsqueeze(0).to(device) for name, value in frame.items()}
+        return self.predict(batch, **sampling).squeeze(0).cpu().numpy()
 
     @torch.no_grad()
     def predict(
@@ -277,7 +296,8 @@ def load_encoder(model: StateVLA, checkpoint: dict, source: str | Path) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> StateVLA:
-    """Rebuilds the model from a checkpoint alone, in eval mode. Raises BadInput as `read_checkpoint`."""
+    """Rebuilds the model from a checkpoint alone, in eval mode, with the instructions that it was trained on: ready to
+    `decide`. Raises BadInput as `read_checkpoint`."""
     return model_from_checkpoint(read_checkpoint(path), path).to(device)
 
 
@@ -285,6 +305,7 @@ def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
     """As `load_checkpoint`, from a dictionary that `read_checkpoint` has read from the file `source`."""
     trainer = build_trainer(parse_config(checkpoint["config"], str(source)), checkpoint["phase"])
     load_weights(trainer, checkpoint["model_state_dict"], source)
+    trainer.model.language = LanguageTable(**checkpoint["language"])
     return trainer.model.eval()
 
 

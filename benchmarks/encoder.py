@@ -130,7 +130,7 @@ SCAN = mamba.gated_scan
 
 def use_scan(side: str, baseline: str) -> None:
     """Which kernels our mixers run from now on."""
-    mamba._backend = "cpp" if baseline == OURS and side != PLAIN else "torch"
+    mamba.backend.name = "cpp" if baseline == OURS and side != PLAIN else "torch"
     mamba.gated_scan = elementwise if side == FREE else SCAN
 
 

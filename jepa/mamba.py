@@ -14,6 +14,10 @@ at start-up. Who never calls it gets plain PyTorch: a forward pass should not st
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,31 @@ from jepa import cpu_kernel
 
 CHUNK = 16  # tokens of which the scan holds all states at once
 CACHED_ELEMENTS = 2**20  # states that a CPU scans at once: few enough to stay in its cache, enough to share among cores
+
+
+@dataclass
+class Backend:
+    """Which kernels run from now on. `choose_mamba_backend` decides, `using_backend` changes it for a while."""
+
+    name: str = "torch"  # or cpp, cuda
+    mamba_ssm: Any = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
+
+
+backend = Backend()
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """Runs everything in the block on this backend. Its kernels must have been loaded before."""
+    before, backend.name = backend.name, name
+    try:
+        yield
+    finally:
+        backend.name = before
+
+
+def _on_cuda_kernels(x: Tensor) -> bool:
+    return backend.name == "cuda" and x.is_cuda
 
 
 def selective_scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -153,10 +182,10 @@ def fill_chunk(decay: Tensor, states: Tensor, x: Tensor, dt: Tensor, A_ne: Tenso
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU of the depthwise convolution that looks back only. x (B, L, E), weight (E, 1, K), bias (E,) -> (B, L, E)."""
     if _on_cuda_kernels(x):
-        return _mamba_ssm.causal_conv1d_fn(x.mT, weight.squeeze(1), bias, activation="silu").mT
+        return backend.mamba_ssm.causal_conv1d_fn(x.mT, weight.squeeze(1), bias, activation="silu").mT
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     taps = weight.squeeze(1).T.contiguous()  # (K, E), the last one meets the token itself
-    if _backend == "cpp" and cpu_kernel.fits(x):
+    if backend.name == "cpp" and cpu_kernel.fits(x):
         return cpu_kernel.ConvSiLU.apply(x, taps, bias)
     # One shifted product per tap keeps E last; F.conv1d would need (B, E, L) and takes longer on a CPU.
     y = torch.addcmul(bias, x, taps[-1])
@@ -176,11 +205,11 @@ def gated_scan(
     if _on_cuda_kernels(u):
         # It wants time as the last axis, u, dt, B and C in one type, bfloat16 under autocast, and the rest in float32.
         u, dt, B, C = (v.mT.to(u.dtype) for v in (u, dt, B, C))
-        y = _mamba_ssm.selective_scan_fn(u, dt, A, B, C, D, delta_bias=dt_bias, delta_softplus=True).mT
+        y = backend.mamba_ssm.selective_scan_fn(u, dt, A, B, C, D, delta_bias=dt_bias, delta_softplus=True).mT
         return y[:, -last:] * F.silu(gate)
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, dt, dt_bias, A, B, C, D, gate = inputs = [v.to(dtype) for v in (u, dt, dt_bias, A, B, C, D, gate)]
-    if _backend == "cpp" and cpu_kernel.fits(u):
+    if backend.name == "cpp" and cpu_kernel.fits(u):
         return cpu_kernel.gated_scan(*inputs)
     y = selective_scan(u, F.softplus(dt + dt_bias), A, B, C, D)
     return y[:, -last:] * F.silu(gate)
@@ -219,7 +248,7 @@ class Mamba(nn.Module):
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """With `last`, only the outputs of the last tokens: (B, last, D)."""
         if _on_cuda_kernels(tokens) and last is None:
-            return self.forward_fused(tokens, _mamba_ssm.mamba_inner_fn)
+            return self.forward_fused(tokens, backend.mamba_ssm.mamba_inner_fn)
         to_x, to_gate = self.in_proj.weight.chunk(2)
         N = self.A_log.shape[1]
         x = causal_conv_silu(F.linear(tokens, to_x), self.conv1d.weight, self.conv1d.bias)  # (B, L, E)
@@ -324,13 +353,6 @@ REMEDIES = {  # by the words of the failure
     "cpp": {"the device is": "it runs where the device is cpu", "no C++ compiler": "install g++ or clang++"},
 }
 
-_backend = "torch"
-_mamba_ssm = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
-
-
-def _on_cuda_kernels(x: Tensor) -> bool:
-    return _backend == "cuda" and x.is_cuda
-
 
 def choose_mamba_backend(name: str, device: torch.device) -> str:
     """Called once at start-up with auto, cuda, cpp or torch: says which backend runs from then on and returns its name.
@@ -338,7 +360,6 @@ def choose_mamba_backend(name: str, device: torch.device) -> str:
     auto takes the device's kernels, mamba-ssm's on CUDA and the C++ one on a CPU, where they run and give this file's
     numbers, and plain PyTorch where they do not; cuda and cpp raise BadInput there.
     """
-    global _backend
     wanted, reason = name, "as set"
     if name == "auto":
         wanted = "cpp" if device.type == "cpu" else "cuda"
@@ -347,7 +368,6 @@ def choose_mamba_backend(name: str, device: torch.device) -> str:
             _try_kernels(wanted, device)
             reason = "its kernels run and agree with plain PyTorch"
         except (ImportError, OSError, RuntimeError) as failure:  # OSError: no compiler, or built for another torch
-            _backend = "torch"
             first_line, *_ = str(failure).split("\n")
             reason = f"no {KERNELS[wanted]}: {first_line}"
             if wanted == name:
@@ -355,32 +375,33 @@ def choose_mamba_backend(name: str, device: torch.device) -> str:
                 remedy = ", or ".join([*remedies, "--set training.mamba_backend=torch"])
                 raise BadInput(f"training.mamba_backend={name}, but {reason}; {remedy}") from None
             wanted = "torch"
-    _backend = wanted
+    backend.name = wanted
     if os.environ.get("RANK", "0") == "0":
-        print(f"mamba backend: {_backend} ({reason})")
-    return _backend
+        print(f"mamba backend: {wanted} ({reason})")
+    return wanted
 
 
 @torch.enable_grad()
-def _try_kernels(backend: str, device: torch.device) -> None:
+def _try_kernels(name: str, device: torch.device) -> None:
     """Loads kernels and holds them against plain PyTorch: they may import or compile where they cannot run."""
-    global _backend, _mamba_ssm
-    if device.type != {"cuda": "cuda", "cpp": "cpu"}[backend]:
+    if device.type != {"cuda": "cuda", "cpp": "cpu"}[name]:
         raise RuntimeError(f"the device is {device.type}")
-    if backend == "cpp":
+    if name == "cpp":
         cpu_kernel.kernel()
     else:
         import causal_conv1d.cpp_functions  # noqa: F401  mamba-ssm goes on without it and then fails in the first forward
-        from mamba_ssm.ops import selective_scan_interface as _mamba_ssm
+        from mamba_ssm.ops import selective_scan_interface
+
+        backend.mamba_ssm = selective_scan_interface
 
     with torch.random.fork_rng():  # the trial leaves the run's random numbers as they were
         stack = MambaStack(2, 64, d_state=16, d_conv=4, expand=2, with_mlp=False).to(device)
         tokens = torch.randn(2, 21, 64, device=device)
     # TF32 and bfloat16 round, and differently in every kernel; a wrong result is far beyond that.
-    for bfloat16, tolerance in {"cpp": [(False, 1e-4)], "cuda": [(False, 1e-2), (True, 0.1)]}[backend]:
+    for bfloat16, tolerance in {"cpp": [(False, 1e-4)], "cuda": [(False, 1e-2), (True, 0.1)]}[name]:
         results = []
-        for _backend in ("torch", backend):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        for one in ("torch", name):
+            with using_backend(one), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 y = stack(tokens, last=3)  # the last block runs on separate kernels, the other one on the fused one
             gradients = torch.autograd.grad(y.float().square().sum(), list(stack.parameters()))
             results.append([y.detach(), *gradients])

@@ -37,12 +37,12 @@ from jepa.mamba import (
 @pytest.fixture(autouse=True)
 def seeded_on_plain_pytorch(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(mamba, "_backend", "torch")
+    monkeypatch.setattr(mamba.backend, "name", "torch")
 
 
 @pytest.fixture(params=["torch", "cpp"])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(mamba, "_backend", request.param)
+    monkeypatch.setattr(mamba.backend, "name", request.param)
     return request.param
 
 
@@ -216,7 +216,7 @@ def test_the_memory_layout_of_inputs_does_not_matter(backend):
 
 
 def test_the_kernel_gives_the_same_bits_with_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(mamba, "_backend", "cpp")
+    monkeypatch.setattr(mamba.backend, "name", "cpp")
     threads = torch.get_num_threads()
     x = torch.randn(3, 395, 160)
     taps, bias = torch.randn(160, 1, 4), torch.randn(160)
@@ -230,7 +230,7 @@ def test_the_kernel_gives_the_same_bits_with_any_number_of_threads(monkeypatch):
 
 
 def test_what_the_kernel_does_not_take_runs_on_pytorch(monkeypatch):
-    monkeypatch.setattr(mamba, "_backend", "cpp")
+    monkeypatch.setattr(mamba.backend, "name", "cpp")
     for inputs in (single(gated_inputs(E=7)), gated_inputs()):  # no whole vector of channels; float64
         y = gated_scan(*inputs)
         assert y.dtype == inputs[0].dtype
@@ -439,7 +439,7 @@ def cuda_path(mamba_ssm, monkeypatch):
     monkeypatch.setattr(kernels, "causal_conv1d_fn", causal_conv1d_fn)
     monkeypatch.setattr(kernels, "selective_scan_fn", selective_scan_fn)
     monkeypatch.setattr(kernels, "mamba_inner_fn", kernels.mamba_inner_ref)
-    monkeypatch.setattr(mamba, "_mamba_ssm", kernels)
+    monkeypatch.setattr(mamba.backend, "mamba_ssm", kernels)
 
     def switch(on: bool):
         calls.clear()
@@ -551,7 +551,7 @@ def test_a_kernel_that_does_not_compile_or_is_wrong_is_not_used(
     changed.write_text(source.replace(correct, broken if broken else "y[t] = Vec{};"))
     monkeypatch.setattr(cpu_kernel, "SOURCE", changed)
     assert choose_mamba_backend("auto", torch.device("cpu")) == "torch"
-    assert mamba._backend == "torch"
+    assert mamba.backend.name == "torch"
     assert reason in capsys.readouterr().out
 
 
@@ -707,7 +707,7 @@ def test_a_folder_from_which_nothing_may_be_executed_is_done_without(variable, e
 def test_narrower_vectors_give_the_same_numbers(flag, lanes, empty_cache, monkeypatch):
     monkeypatch.setattr(cpu_kernel, "FLAGS", [*cpu_kernel.FLAGS, flag])
     assert cpu_kernel.kernel().lanes() == lanes or lanes is None
-    monkeypatch.setattr(mamba, "_backend", "cpp")
+    monkeypatch.setattr(mamba.backend, "name", "cpp")
     assert_close_to_float64(gated_scan, gated_definition, gated_inputs(L=395, E=84))
 
 

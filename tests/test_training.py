@@ -85,7 +85,7 @@ def run_here(command: list[str]) -> subprocess.CompletedProcess:
         contextlib.redirect_stderr(stderr),
     ):
         patch.setattr(sys, "argv", command)
-        patch.setattr(jepa.mamba, "_backend", "torch")  # as in a fresh process, and so again afterwards
+        patch.setattr(jepa.mamba.backend, "name", "torch")  # as in a fresh process, and so again afterwards
         try:
             HERE[command[0]]()
         except SystemExit as end:
