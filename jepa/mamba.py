@@ -401,9 +401,10 @@ def _try_kernels(name: str, device: torch.device) -> None:
     for bfloat16, tolerance in {"cpp": [(False, 1e-4)], "cuda": [(False, 1e-2), (True, 0.1)]}[name]:
         results = []
         for one in ("torch", name):
-            with using_backend(one), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                y = stack(tokens, last=3)  # the last block runs on separate kernels, the other one on the fused one
-            gradients = torch.autograd.grad(y.float().square().sum(), list(stack.parameters()))
+            with using_backend(one):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    y = stack(tokens, last=3)  # the last block runs on separate kernels, the other on the fused one
+                gradients = torch.autograd.grad(y.float().square().sum(), list(stack.parameters()))
             results.append([y.detach(), *gradients])
         differences = [(f - e).abs().max() / e.abs().max() for e, f in zip(*results, strict=True)]
         difference = torch.stack(differences).max()  # NaN where one is
