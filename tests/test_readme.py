@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SUFFIXES = ("py", "sh", "cpp", "yaml", "txt", "toml", "md", "png", "cff", "json")
 MADE_BY_RUNS = ("results.json", "side_by_side.json", "settings.json")  # names of files that are written, not kept
 SECTIONS = "data|model|training|wandb"
+FOLDERS = "conf|demos|jepa|rollouts|simulator|collection|experiments|benchmarks|training|docs|tests"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -35,7 +36,7 @@ def commands(code: str) -> list[tuple[str, list[str]]]:
     found = re.findall(r"(?:python3?|torchrun(?: --\S+)*) (-m \S+|\S+\.py)(.*)", code)
     scripts = [name[3:].replace(".", "/") + ".py" if name.startswith("-m ") else name for name, _ in found]
     calls = [(script, re.findall(r"(?<!\S)--\w+", rest)) for script, (_, rest) in zip(scripts, found, strict=True)]
-    return [(script, flags) for script, flags in calls if script != "venv.py"]
+    return [(script, flags) for script, flags in calls if script != "venv.py"]  # python -m venv
 
 
 @cache
@@ -106,7 +107,7 @@ def test_every_file_that_a_page_names_is_in_the_tree(page):
             continue
         there = (ROOT / path).exists() or (page.parent / path).exists()
         assert there, f"{page.name} names {path}, which is not there"
-    for folder in re.findall(r"(?<![\w./-])((?:conf|demos|jepa|rollouts|simulator|collection|experiments|docs|tests)/)", code):
+    for folder in re.findall(rf"(?<![\w./-])((?:{FOLDERS})/)", code):
         assert (ROOT / folder).is_dir(), f"{page.name} names {folder}, which is not there"
 
 
