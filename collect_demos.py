@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from collection.demonstrator import TASK_SUITE, Demonstrator, prepare_worker
-from collection.files import CONTINUES, Settings, claimed
+from collection.files import CONTINUES, DemoSettings, claimed
 from collection.task_demos import TaskDemos, libero_attributes
 from config import add_config_flags, load_config
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
@@ -218,7 +218,7 @@ def main() -> None:
     folder = Path(expanded(getattr(args, "data_directory", data.data_directory)))
     wanted = getattr(args, "demos_per_task", data.demos_per_task)
     check_arguments(args, folder, wanted)
-    settings = Settings(
+    settings = DemoSettings(
         args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
         args.missed_grasps,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The settings of a run. conf/*.yaml is read strictly: an unknown or mistyped key stops the program by name.
 
-The values live in conf/config.yaml, each with its comment; this file only says which keys there are and of which type.
+conf/config.yaml has the values and says what each key does; this file has the keys, their types and their ranges.
 Any other YAML file lists what it changes of conf/config.yaml.
 """
 
@@ -12,6 +12,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
 
@@ -23,90 +24,121 @@ LARGEST = 2**63 - 1  # whole number, that every generator and tensor takes
 
 
 @dataclass(frozen=True)
+class Range:
+    """Of a number: from `least` to `most`, or, where it is `open`, between them and neither of the two."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False
+
+    def expected(self, value: float) -> str | None:
+        """What should stand there instead of `value`, None where it is in range."""
+        if math.isfinite(value) and (self.least < value < self.most if self.open else self.least <= value <= self.most):
+            return None
+        if self.open and self.most < math.inf:
+            return f"between {self.least:g} and {self.most:g}"
+        return (
+            f"at most {self.most:g}" if value > self.most else f"a number {'>' if self.open else '>='} {self.least:g}"
+        )
+
+
+class PathText:
+    """Of a text: it is a path. ~ is one's home in it, and it must not be empty, as an unset variable of a shell is."""
+
+
+Positive = Range(0, open=True)
+NotNegative = Range(0)  # 0 means "none of it"
+Number, Count = Annotated[float, Positive], Annotated[int, Positive]
+NumberOrZero, CountOrZero = Annotated[float, NotNegative], Annotated[int, NotNegative]
+Share = Annotated[float, Range(0, 1)]
+FilePath = Annotated[str, PathText]
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    data_directory: str
-    demos_per_task: int
-    max_len_data: int
-    train_split: float
-    obs_alignment: str
-    split_seed: int
-    cache: str
-    cache_directory: str | None
-    language_embeddings: str | None
+    data_directory: FilePath
+    demos_per_task: Count
+    max_len_data: Count
+    train_split: Annotated[float, Range(0, 1, open=True)]
+    obs_alignment: Literal["auto", "before", "after"]
+    split_seed: CountOrZero
+    cache: Literal["disk", "ram", "gpu", "none"]
+    cache_directory: FilePath | None
+    language_embeddings: FilePath | None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What decides the shapes of StateVLA's parameters (with the temporal predictor's width, which is phase 1's)."""
 
-    image_size: int
-    patch_size: int
-    embed_dim: int  # D
-    lang_emb_dim: int
-    robot_state_dim: int
-    encoder_depth: int
-    d_state: int  # N
-    d_conv: int
-    expand: int
-    state_dim: int
-    action_dim: int  # A, 6 pose deltas + gripper
-    action_seq_len: int  # H
-    policy_layers: int
-    policy_embed_dim: int
-    prediction_gap: int  # K, frames from z_t to the state that the temporal predictor predicts
+    image_size: Count
+    patch_size: Count
+    embed_dim: Count  # D
+    lang_emb_dim: Count
+    robot_state_dim: Count  # 9: 7 joints + 2 fingers
+    encoder_depth: Count
+    d_state: Count  # N
+    d_conv: Count
+    expand: Count
+    state_dim: Count
+    action_dim: Count  # A, 7: 6 pose deltas + gripper
+    action_seq_len: Count  # H
+    policy_layers: Count
+    policy_embed_dim: Count
+    prediction_gap: Count  # K, frames from z_t to the state that the temporal predictor predicts
 
 
 @dataclass(frozen=True)
 class Phase1Config:
-    num_epochs: int
-    learning_rate: float | None
-    temporal_predictor_hidden_dim: int
-    vicreg_on: str
-    variance_weight: float
-    covariance_weight: float
-    inverse_dynamics_weight: float
-    foresight_weight: float
-    proprioception_masking: float
-    image_shift: int
+    num_epochs: CountOrZero
+    learning_rate: Number | None
+    temporal_predictor_hidden_dim: Count
+    vicreg_on: Literal["both", "state"]
+    variance_weight: NumberOrZero
+    covariance_weight: NumberOrZero
+    inverse_dynamics_weight: NumberOrZero
+    foresight_weight: NumberOrZero
+    proprioception_masking: Share
+    image_shift: CountOrZero
 
 
 @dataclass(frozen=True)
 class Phase2Config:
-    num_epochs: int
-    learning_rate: float | None
+    num_epochs: CountOrZero
+    learning_rate: Number | None
     freeze_encoder: bool
     store_states: bool
-    image_shift: int
-    state_scaling: str
-    state_noise: float
-    flow_start: str
+    image_shift: CountOrZero
+    state_scaling: Literal["standardise", "none"]
+    state_noise: NumberOrZero
+    flow_start: Literal["noise", "zero"]
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    gradient_clip: float
-    ema_momentum: float
-    ema_momentum_schedule: str
-    save_interval: int
-    log_interval: int
-    learning_rate_schedule: str
-    warmup_steps: int
-    seed: int
-    device: str
-    mamba_backend: str
-    precision: str
+    batch_size: Count
+    learning_rate: Number
+    weight_decay: NumberOrZero
+    gradient_clip: Number
+    ema_momentum: Share
+    ema_momentum_schedule: Literal["cosine", "constant"]
+    save_interval: Count
+    log_interval: Count
+    learning_rate_schedule: Literal["constant", "cosine"]
+    warmup_steps: CountOrZero
+    seed: CountOrZero
+    device: Literal["auto", "cuda", "mps", "cpu"]
+    mamba_backend: Literal["auto", "cuda", "cpp", "torch"]
+    precision: Literal["auto", "bf16", "fp32"]
     activation_checkpointing: bool
-    checkpoint_directory: str
+    checkpoint_directory: FilePath
     phase1: Phase1Config
     phase2: Phase2Config
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: str
+    mode: Literal["disabled", "offline", "online"]
     project: str
 
 
@@ -120,34 +152,6 @@ class Config:
     def to_dict(self) -> dict:
         """The nested dictionary that a checkpoint keeps; `parse_config` reads it back."""
         return asdict(self)
-
-
-CHOICES = {
-    "data.obs_alignment": ("auto", "before", "after"),
-    "data.cache": ("disk", "ram", "gpu", "none"),
-    "training.ema_momentum_schedule": ("cosine", "constant"),
-    "training.learning_rate_schedule": ("constant", "cosine"),
-    "training.device": ("auto", "cuda", "mps", "cpu"),
-    "training.mamba_backend": ("auto", "cuda", "cpp", "torch"),
-    "training.precision": ("auto", "bf16", "fp32"),
-    "training.phase1.vicreg_on": ("both", "state"),
-    "training.phase2.state_scaling": ("standardise", "none"),
-    "training.phase2.flow_start": ("noise", "zero"),
-    "wandb.mode": ("disabled", "offline", "online"),
-}
-NON_NEGATIVE = {  # 0 means "none of it"; every other number must be positive
-    "data.split_seed", "training.weight_decay", "training.ema_momentum", "training.warmup_steps", "training.seed",
-    "training.phase1.variance_weight", "training.phase1.covariance_weight",
-    "training.phase1.inverse_dynamics_weight", "training.phase1.foresight_weight",
-    "training.phase1.proprioception_masking",
-    "training.phase1.num_epochs", "training.phase1.image_shift",
-    "training.phase2.num_epochs", "training.phase2.image_shift", "training.phase2.state_noise",
-}  # fmt: skip
-
-
-PATHS = (  # ~ is one's home in them
-    "data.data_directory", "data.cache_directory", "data.language_embeddings", "training.checkpoint_directory",
-)  # fmt: skip
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -186,13 +190,6 @@ def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) 
         _override(tree, override)
         source = f"--set {override}"
         config = _build(Config, tree, "", source)
-    for key in PATHS:
-        section, name = key.split(".")
-        if (path := tree[section][name]) == "":  # an unset variable of a shell
-            raise BadInput(f"{source}: key {key} is empty, expected a path")
-        if path is not None:
-            tree[section][name] = expanded(path)
-    config = _build(Config, tree, "", source)
     _check_consistency(config, source)
     return config
 
@@ -242,7 +239,7 @@ def _override(tree: dict, override: str) -> None:
         kind = typing.get_type_hints(kind).get(section) if is_dataclass(kind) else None
     if not isinstance(node, dict) or name not in node or isinstance(node[name], dict):
         raise BadInput(f"--set {override}: no such key{_suggestion(key, _leaves(tree))}")
-    accepted = _accepted(typing.get_type_hints(kind)[name])
+    accepted, _ = _unpacked(typing.get_type_hints(kind, include_extras=True)[name])
     if str in accepted:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         is_null = types.NoneType in accepted and text == "null"
@@ -258,7 +255,7 @@ def _build(cls, tree, prefix: str, source: str):
     """One section of the file as its dataclass: exactly its keys, each of its type."""
     if not isinstance(tree, dict):
         raise BadInput(f"{source}: {prefix.rstrip('.') or 'the file'} must be a section of keys, found {tree!r}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     for key in tree:
         if key not in names:
@@ -272,7 +269,7 @@ def _build(cls, tree, prefix: str, source: str):
 def _value(value, expected, key: str, source: str):
     if is_dataclass(expected):
         return _build(expected, value, key + ".", source)
-    accepted = _accepted(expected)
+    accepted, notes = _unpacked(expected)
     if type(value) is int and value > LARGEST:
         raise BadInput(f"{source}: key {key} is {value}, expected at most 2^63 - 1")
     if float in accepted and type(value) in (int, str):  # YAML 1.1 takes 1e-4 for text
@@ -283,18 +280,30 @@ def _value(value, expected, key: str, source: str):
     if type(value) not in accepted:
         names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
         raise BadInput(f"{source}: key {key} is {value!r}, expected {names}")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise BadInput(f"{source}: key {key} is {value!r}, expected one of {', '.join(CHOICES[key])}")
-    in_range = type(value) not in (int, float) or value > 0 or (value == 0 and key in NON_NEGATIVE)
-    if not in_range or (type(value) is float and not math.isfinite(value)):
-        raise BadInput(
-            f"{source}: key {key} is {value!r}, expected a {'number >= 0' if key in NON_NEGATIVE else 'number > 0'}"
-        )
+    for note in notes if value is not None else ():
+        if note is PathText:
+            if not value:
+                raise BadInput(f"{source}: key {key} is empty, expected a path")
+            value = expanded(value)
+        elif isinstance(note, Range):
+            if expected_instead := note.expected(value):
+                raise BadInput(f"{source}: key {key} is {value!r}, expected {expected_instead}")
+        elif value not in note:
+            raise BadInput(f"{source}: key {key} is {value!r}, expected one of {', '.join(note)}")
     return value
 
 
-def _accepted(expected) -> tuple[type, ...]:
-    return expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
+def _unpacked(expected) -> tuple[tuple[type, ...], tuple]:
+    """A field's annotation as plain types, and what it says beside them: a Range, PathText, or a tuple of choices."""
+    if get_origin(expected) is Literal:
+        return (str,), (get_args(expected),)
+    if get_origin(expected) is Annotated:
+        kind, *notes = get_args(expected)
+        return (kind,), tuple(notes)
+    if get_origin(expected) in (types.UnionType, typing.Union):
+        parts = [_unpacked(part) for part in get_args(expected)]
+        return tuple(kind for kinds, _ in parts for kind in kinds), tuple(note for _, notes in parts for note in notes)
+    return (expected,), ()
 
 
 def _check_consistency(config: Config, source: str) -> None:
@@ -307,15 +316,6 @@ def _check_consistency(config: Config, source: str) -> None:
         raise BadInput(f"{source}: model.action_dim is {model.action_dim}, expected 7 (6 pose deltas + gripper)")
     if model.robot_state_dim != 9:
         raise BadInput(f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected 9 (7 joints + 2 fingers)")
-    if not config.data.train_split < 1:
-        raise BadInput(f"{source}: data.train_split is {config.data.train_split}, expected between 0 and 1")
-    shares = {
-        "training.ema_momentum": config.training.ema_momentum,
-        "training.phase1.proprioception_masking": config.training.phase1.proprioception_masking,
-    }
-    for key, share in shares.items():
-        if not share <= 1:
-            raise BadInput(f"{source}: {key} is {share}, expected at most 1")
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:

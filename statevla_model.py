@@ -148,19 +148,19 @@ class StateVLATrainer(nn.Module):
     tokenizer and context encoder too. Everything else is frozen and stays in eval mode.
     """
 
-    def __init__(self, model: StateVLA, phase: int, settings: TrainingConfig | None = None):
-        """`settings` are those of conf/config.yaml unless given."""
+    def __init__(self, model: StateVLA, phase: int, config: TrainingConfig | None = None):
+        """`config` is that of conf/config.yaml unless given."""
         super().__init__()
         if phase not in (1, 2):
             raise ValueError(f"phase is {phase}, expected 1 or 2")
-        settings = settings or load_config().training
-        recipe = settings.phase1
+        config = config or load_config().training
+        recipe = config.phase1
         self.model, self.phase = model, phase
         self.weights = {
             "jepa_mse": 1.0, "jepa_variance": recipe.variance_weight, "jepa_covariance": recipe.covariance_weight,
         }  # fmt: skip
         self.proprioception_masking, self.vicreg_on = recipe.proprioception_masking, recipe.vicreg_on
-        self.freeze_encoder, self.state_noise = settings.phase2.freeze_encoder, settings.phase2.state_noise
+        self.freeze_encoder, self.state_noise = config.phase2.freeze_encoder, config.phase2.state_noise
         self.inverse_dynamics = self.foresight = None
         encoder, state_dim = model.state_encoder, model.config.state_dim
         hidden_dim = encoder.predictor.project_state.out_features

@@ -16,7 +16,6 @@ resumed run continues exactly where the interrupted one was.
 import argparse
 import contextlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,13 +35,13 @@ from demos.hdf5 import SPLIT_RULE, Demo, load_demos, split_demos
 from demos.language import LanguageTable, embeddings_file, load_language, same_language
 from demos.states import encode_all, frozen_states
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
-from files import expanded, replaced_whole
+from files import expanded
 from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
-from training.checkpoint import best_of_run, check_same_run, epoch_and_loss, read_checkpoint, save_checkpoint
+from training.checkpoint import check_same_run, read_checkpoint, save_checkpoint
 from training.optimizer import (
     ema_momentum,
     learning_rate_factor,
@@ -52,7 +51,7 @@ from training.optimizer import (
     uses_bfloat16,
 )
 from training.processes import is_first_rank, join_processes, report, seed_noise
-from training.run_log import RunLog, check_finite, only_training_in, run_directory
+from training.run_log import RunLog, check_finite, only_training_in, run_directory, take_over_best
 
 
 @exits_on_bad_input
@@ -61,8 +60,7 @@ def main() -> None:
     arguments = parse_arguments()
     config, phase = load_config(arguments.config, arguments.set), arguments.phase
     resumed_from, encoder_from = arguments.checkpoint, arguments.phase1_checkpoint
-    settings = config.training
-    recipe = {1: settings.phase1, 2: settings.phase2}[phase]
+    recipe = {1: config.training.phase1, 2: config.training.phase2}[phase]
     resumed = read_checkpoint(resumed_from, phase) if resumed_from else None
     if resumed and not resumed["optimizer_state_dict"]:
         raise BadInput(f"{resumed_from}: holds weights alone, training cannot be resumed from it")
@@ -70,14 +68,14 @@ def main() -> None:
     source_path = resumed_from or encoder_from
 
     with a_run(config, phase) as device:
-        bfloat16 = uses_bfloat16(settings.precision, device)
-        choose_mamba_backend(settings.mamba_backend, device)
+        bfloat16 = uses_bfloat16(config.training.precision, device)
+        choose_mamba_backend(config.training.mamba_backend, device)
 
         # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
         data = load_data(config, phase, device, source["held_out_demos"] if source else ())
 
         # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(config.training.seed)
         trainer = build_trainer(config, phase)
         if source:
             held_out = {demo.name for demo in data.held_out_demos}
@@ -97,7 +95,9 @@ def main() -> None:
             f"phase {phase}: {num_trained:,} parameters train, {count_parameters(trainer) - num_trained:,} are frozen"
         )
 
-        optimizer = make_optimizer(trainer, recipe.learning_rate or settings.learning_rate, settings.weight_decay)
+        optimizer = make_optimizer(
+            trainer, recipe.learning_rate or config.training.learning_rate, config.training.weight_decay
+        )
         if resumed:
             restore_optimizer(optimizer, resumed["optimizer_state_dict"])
 
@@ -140,7 +140,7 @@ def main() -> None:
             """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
             nonlocal best_loss
             began = time.perf_counter()
-            seed_noise(settings.seed, "validation")  # the same noise after every epoch
+            seed_noise(config.training.seed, "validation")  # the same noise after every epoch
             with autocast:
                 metrics = validate(trainer, held_out_batches)
             log.write_validation(epoch, step, metrics, config.model.state_dim)
@@ -156,7 +156,7 @@ def main() -> None:
                     "model_state_dict": trainer.state_dict(),
                     "optimizer_state_dict": optimizer.state_dict(),
                 }
-                if epoch and epoch % settings.save_interval == 0:
+                if epoch and epoch % config.training.save_interval == 0:
                     save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch}.pt")
                 if is_best:
                     save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
@@ -170,7 +170,7 @@ def main() -> None:
                 validate_and_save(0)
             for epoch in range(first_epoch, recipe.num_epochs):
                 batches.set_epoch(epoch)
-                seed_noise(settings.seed, epoch)
+                seed_noise(config.training.seed, epoch)
                 title = f"phase {phase} epoch {epoch + 1}/{recipe.num_epochs}"
                 progress = tqdm(batches, desc=title, disable=not is_first_rank())
                 for batch in progress:
@@ -182,7 +182,7 @@ def main() -> None:
                     with autocast:
                         losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
                     losses["loss"].backward()
-                    gradient_norm = clip_grad_norm_(trained, settings.gradient_clip)
+                    gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     if phase == 1:
@@ -190,7 +190,7 @@ def main() -> None:
                     step += 1
 
                     log.add(losses | {"gradient_norm": gradient_norm})
-                    if step % settings.log_interval == 0 or step == total_steps:
+                    if step % config.training.log_interval == 0 or step == total_steps:
                         means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
                         check_finite(means, step, learning_rate, bfloat16, untouched=step == 1)
                         progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
@@ -322,27 +322,6 @@ def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples
         states = encode_all(trainer.model, data.demos, batches)
     trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], config.training.phase2.state_scaling)
     trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
-
-
-def take_over_best(resumed: dict, path: str, directory: Path) -> float:
-    """The lowest validation loss so far. Its checkpoint is put into the folder where the run goes on, unless that has
-    one as good: a run that was killed may have kept the best one of the epoch that it will now do again."""
-    source, target = best_of_run(resumed, Path(path)), directory / "checkpoint_best.pt"
-    epoch, loss = epoch_and_loss(target)
-    if loss <= resumed["best_loss"] and epoch <= resumed["epoch"] + 1:
-        return loss
-    if source is None:
-        report(
-            f"note: the best checkpoint so far is not beside {path} any more; the best of the epochs to come is kept"
-        )
-        return math.inf
-    if is_first_rank():
-        try:
-            with replaced_whole(target) as part:
-                shutil.copyfile(source, part)
-        except OSError as problem:
-            raise BadInput(f"{target}: cannot be written ({problem.strerror})") from None
-    return resumed["best_loss"]
 
 
 # ------------------------------------------------------------------------------------------------------- settings

@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from collection.files import CONTINUES, Settings, settings_text, written_hdf5
+from collection.files import CONTINUES, DemoSettings, settings_text, written_hdf5
 from errors import BadInput, is_out_of_memory
 from observation import CAMERAS, SIMULATOR_KEYS
 from provenance import code_version
@@ -38,7 +38,7 @@ class Demonstration:
     poses: list  # T + 1 arguments for LiberoEnv.draw
 
 
-def demonstrate(env: LiberoEnv, task_id: int, attempt: int, settings: Settings) -> Demonstration | None:
+def demonstrate(env: LiberoEnv, task_id: int, attempt: int, settings: DemoSettings) -> Demonstration | None:
     """Lets the expert try once, without drawing. None when it failed."""
     rng = np.random.default_rng([settings.seed, task_id, attempt])
     env.reset(seed=int(rng.integers(2**31)))
@@ -113,7 +113,7 @@ class Demonstrator:
     env: LiberoEnv | None = None
 
     @classmethod
-    def attempt(cls, task_id: int, attempt: int, settings: Settings, demo_file: Path) -> tuple[int, str]:
+    def attempt(cls, task_id: int, attempt: int, settings: DemoSettings, demo_file: Path) -> tuple[int, str]:
         """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure,
         and why the simulation broke down where it did: that is a failure, too, and the next time again."""
         if cls.task_id != task_id:

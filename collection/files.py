@@ -17,7 +17,7 @@ CONTINUES = "finished demos are kept, and the same command continues"
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """All that decides what a demo looks like. Every file carries it; files of other settings are never added to."""
 
     image_size: int
@@ -96,11 +96,11 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def settings_text(settings: Settings) -> str:
+def settings_text(settings: DemoSettings) -> str:
     return json.dumps({"program": "collect_demos.py", **asdict(settings)})
 
 
-def check_settings(path: Path, group, settings: Settings) -> None:
+def check_settings(path: Path, group, settings: DemoSettings) -> None:
     """Raises BadInput when the group of a file does not say that it was collected with these very settings."""
     try:
         found = json.loads(group.attrs["collector"])
@@ -109,7 +109,7 @@ def check_settings(path: Path, group, settings: Settings) -> None:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: not a file of collect_demos.py; choose another --data_directory") from None
     for name, value in asdict(settings).items():
-        before = found.get(name, getattr(Settings, name, None))  # those with a default came later
+        before = found.get(name, getattr(DemoSettings, name, None))  # those with a default came later
         if before != value:
             raise BadInput(
                 f"{path}: was collected with {name} {before}, not {value};"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import h5py
 
-from collection.files import UNFINISHED, Settings, check_settings, settings_text, written_hdf5
+from collection.files import UNFINISHED, DemoSettings, check_settings, settings_text, written_hdf5
 from demos.hdf5_errors import open_hdf5
 from errors import BadInput
 from simulator.libero import import_libero
@@ -18,7 +18,7 @@ from simulator.libero import import_libero
 class TaskDemos:
     """The demos of one task on disk, and which attempt comes next."""
 
-    def __init__(self, suite, task_id: int, folder: Path, wanted: int, settings: Settings):
+    def __init__(self, suite, task_id: int, folder: Path, wanted: int, settings: DemoSettings):
         self.task_id, self.wanted, self.settings = task_id, wanted, settings
         self.name = suite.get_task(task_id).name
         self.path = folder / f"{self.name}_demo.hdf5"

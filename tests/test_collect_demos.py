@@ -25,7 +25,7 @@ import collect_demos
 from collect_demos import check_expert, collect, how_it_ended, report
 from collection import demonstrator
 from collection.demonstrator import Demonstration, Demonstrator, begins_after_a_miss, demonstrate, write_demo
-from collection.files import UNFINISHED, Settings, claimed, settings_text, written_hdf5
+from collection.files import UNFINISHED, DemoSettings, claimed, settings_text, written_hdf5
 from collection.task_demos import TaskDemos
 from config import load_config
 from dataloader import frame_rows
@@ -43,7 +43,7 @@ REPO = Path(__file__).parent.parent
 TASK = 6
 NAME = "pick_up_the_butter_and_place_it_in_the_basket"
 # Those of the fixture collected_demos.
-SETTINGS = Settings(image_size=64, visual_mesh_ratio=0.2, obs_alignment="after", start_noise=0.02, seed=0)
+SETTINGS = DemoSettings(image_size=64, visual_mesh_ratio=0.2, obs_alignment="after", start_noise=0.02, seed=0)
 SAME_SETTINGS = ("--tasks", "6", "--image_size", "64", "--visual_mesh_ratio", "0.2")
 
 

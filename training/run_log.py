@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from config import Config
 from errors import BadInput
-from files import Lock
+from files import Lock, replaced_whole, unwritable_named
+from training.checkpoint import best_of_run, epoch_and_loss
 from training.processes import is_first_rank, report
 
 PHASE_DIRECTORIES = {1: "phase1_temporal_jepa", 2: "phase2_flow_matching"}
@@ -126,6 +128,24 @@ class RunLog:
             self.file.close()
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def take_over_best(resumed: dict, path: str, directory: Path) -> float:
+    """The lowest validation loss so far. Its checkpoint is put into the folder where the run goes on, unless that has
+    one as good: a run that was killed may have kept the best one of the epoch that it will now do again."""
+    source, target = best_of_run(resumed, Path(path)), directory / "checkpoint_best.pt"
+    epoch, loss = epoch_and_loss(target)
+    if loss <= resumed["best_loss"] and epoch <= resumed["epoch"] + 1:
+        return loss
+    if source is None:
+        report(
+            f"note: the best checkpoint so far is not beside {path} any more; the best of the epochs to come is kept"
+        )
+        return math.inf
+    if is_first_rank():
+        with unwritable_named(target), replaced_whole(target) as part:
+            shutil.copyfile(source, part)
+    return resumed["best_loss"]
 
 
 def is_collapsing(metrics: dict[str, float], before: dict[str, float] | None, state_dim: int) -> bool:
