@@ -11,11 +11,13 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from config import Config, parse_config
 from errors import BadInput, is_out_of_memory
 from files import written_whole
 
@@ -91,6 +93,13 @@ def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
         "config": _config_of_today(checkpoint["config"], path),
         "model_state_dict": _weights_of_today(checkpoint["model_state_dict"]),
     }
+
+
+def config_of(checkpoint: dict, source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The checkpoint's settings for use on this machine, which need not be the trainer's."""
+    return parse_config(
+        checkpoint["config"], str(source), ["training.device=auto", "training.mamba_backend=auto", *overrides]
+    )
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
