@@ -15,18 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from errors import BadInput, exits_on_bad_input, is_out_of_memory, out_of_memory_named
 from files import Lock, expanded, private_temporary_folder, replaced_whole, written_whole
-
-REPO = Path(__file__).parent.parent
 
 
 def start(script: str, *arguments) -> subprocess.Popen:
     """A Python process with this repo's modules, whose input and output are pipes of text."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=REPO, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 

@@ -4,12 +4,11 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import ROOT, run
+from helpers import ROOT, Page, run
 
 from errors import BadInput
 from rollouts.folder import EvaluationFolder, merge, read_episodes
@@ -475,27 +474,6 @@ def test_the_conditions_side_by_side_are_the_cells_of_the_table(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- report
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed in order, and collects what a page refers to."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.links, self.text = [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name in ("href", "src")]
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
