@@ -406,6 +406,7 @@ def write_attributes(path, bddl_file_name: str, bddl: str, info: str | None = No
 
 
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"])
+@pytest.mark.simulator
 def test_no_task_of_liberos_own_contradicts_itself(tmp_path, suite):
     path = write_task_file(tmp_path, demos=1, steps=2, image_size=2)
     with h5py.File(path, "a") as file:
@@ -419,6 +420,7 @@ def test_no_task_of_liberos_own_contradicts_itself(tmp_path, suite):
             assert task_instruction(tmp_path / f"{name}_demo.hdf5", file["data"]) == expected
 
 
+@pytest.mark.simulator
 def test_liberos_instructions_are_told_apart():
     """Also where the same words stand in another order, or on and in make the difference."""
     told = set()
@@ -432,6 +434,7 @@ def test_liberos_instructions_are_told_apart():
     assert not same_task("turn on the stove", "turn on the stove and put the frying pan on it")
 
 
+@pytest.mark.simulator
 def test_a_name_and_an_attribute_that_disagree_are_both_named(tmp_path):
     path = write_task_file(tmp_path)
     path = path.rename(tmp_path / f"{BUTTER}_demo.hdf5")
@@ -448,6 +451,7 @@ def test_a_name_and_an_attribute_that_disagree_are_both_named(tmp_path):
     assert load(tmp_path)[0][0].task == BUTTER.replace("_", " ")
 
 
+@pytest.mark.simulator
 def test_a_name_of_another_scene_than_the_bddl_files_is_refused(tmp_path):
     words = "turn_on_the_stove"
     path = write_task_file(tmp_path, task=f"KITCHEN_SCENE3_{words}")
@@ -473,6 +477,7 @@ def test_a_name_with_its_scene_outweighs_problem_info_alone_and_both_are_named(t
 
 
 @pytest.mark.parametrize("suite", ["libero_object_task", "libero_object_lan"])
+@pytest.mark.simulator
 def test_where_libero_pro_varies_the_task_its_bddl_file_speaks(tmp_path, suite):
     name, bddl = next(libero_tasks(suite))
     path = write_task_file(tmp_path, task=name)

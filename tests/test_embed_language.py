@@ -67,6 +67,7 @@ def test_an_encoder_that_cannot_be_imported_says_why(monkeypatch):
         offline_embeddings([INSTRUCTION])
 
 
+@pytest.mark.slow
 def test_without_clips_weights_the_mirror_is_asked_and_auto_takes_the_offline_encoder(tmp_path):
     asked = []
 

@@ -84,6 +84,7 @@ def test_two_writers_at_once_do_not_mix(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_killed_writers_part_is_in_no_ones_way(tmp_path):
     writer = start(
         "import sys, files, pathlib\n"
@@ -131,6 +132,7 @@ HOLDER = (
 )
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
     holder = start(HOLDER, tmp_path / "lock")
     assert holder.stdout.readline() == "held\n"
@@ -142,6 +144,7 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_holder_holds_nothing(tmp_path):
     holder = start(HOLDER, tmp_path / "lock")
     assert holder.stdout.readline() == "held\n"
@@ -153,6 +156,7 @@ def test_a_killed_holder_holds_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_may_wait_for_the_lock(tmp_path):
     waiting = (
         "import sys, files, pathlib\nwith files.Lock(pathlib.Path(sys.argv[1]), 'busy', wait=True):\n    print('got')"
@@ -165,6 +169,7 @@ def test_a_process_may_wait_for_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_released_while_others_ask_for_it_is_never_held_twice(tmp_path):
     """Its file is deleted at every release: whoever opened it just before must not take that one for the lock."""
     asking = (

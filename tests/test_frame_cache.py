@@ -236,6 +236,7 @@ def convert_and_report(directory, start, results):
     results.put(int(all_frames(demos, frames).sum(dtype=np.int64)))
 
 
+@pytest.mark.slow
 def test_processes_that_convert_at_once_agree_and_write_one_file(tmp_path):
     write_task_file(tmp_path, demos=6)
     context = multiprocessing.get_context("spawn")

@@ -42,6 +42,7 @@ def groups(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="Linux's taskset is not installed")
+@pytest.mark.slow
 def test_a_process_that_may_use_one_core_counts_one():
     allowed = str(min(os.sched_getaffinity(0)))
     command = ["taskset", "-c", allowed, sys.executable, "-c", "import machine; print(machine.available_cores())"]

@@ -89,6 +89,7 @@ def test_two_evaluations_never_write_into_one_folder(tmp_path):
     EvaluationFolder(tmp_path, SETTINGS).close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
     code = f"""
 import resource
@@ -145,6 +146,7 @@ def test_shards_are_a_partition_in_one_piece_each():
             shard_of(episodes, wrong)
 
 
+@pytest.mark.slow
 def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     whole = [episode(task, trial, success=trial != 1) for task in (3, 6) for trial in range(3)]
     for number, share in ((2, whole[3:]), (1, whole[:3])):
@@ -256,6 +258,7 @@ def write_results(path: Path, episodes: list[dict], **changes) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
     paths = []
     for name, solved in {"a": "110111", "b": "100001"}.items():

@@ -433,6 +433,7 @@ def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
     assert earlier.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
     changes = {"wandb__mode": "offline", "training__phase1__num_epochs": 1}
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes)
@@ -440,6 +441,7 @@ def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
     assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_wandb_online_without_an_account_is_one_sentence(data, tmp_path):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, wandb__mode="online")
     nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
@@ -472,6 +474,7 @@ def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> No
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
     for ranks in (1, 2):
         arguments = (ranks, tmp_path / f"store{ranks}", tmp_path / "rank")
