@@ -17,8 +17,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,8 +58,8 @@ def ctrl_c_waits() -> Iterator[None]:
 def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
     """Runs attempts on all workers until every task has its demos; calls finish(task) when one has them."""
     missing = sum(max(task.wanted - len(task.successes()), 0) for task in tasks)
-    running = {}  # future -> (task, attempt, time when it was handed out)
-    processes: set[multiprocessing.Process] = set()
+    running: dict[Future, tuple[TaskDemos, int, float]] = {}  # and the time when the attempt was handed out
+    processes: set[BaseProcess] = set()
     open_tasks = list(tasks)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):  # LP: Mesa's software renderer
         os.environ[name] = "1"  # inherited by the workers, one of which keeps one core busy by itself
@@ -81,11 +82,12 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
                         processes.update(multiprocessing.active_children())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, attempt, begun = running.pop(future)
-                task.lengths[attempt], why_broken = future.result()
+                length, why_broken = future.result()
+                task.lengths[attempt] = length
                 if why_broken:
                     task.broken.append(why_broken)
                 task.seconds += time.monotonic() - begun
-                progress.update(task.lengths[attempt] > 0)
+                progress.update(length > 0)
     except BrokenProcessPool:
         pool.shutdown()  # waits for the other workers, which it ends with SIGTERM
         raise BadInput(f"{how_it_ended([process.exitcode for process in processes])}; {CONTINUES}") from None
@@ -140,7 +142,7 @@ def report(tasks: list[TaskDemos]) -> None:
     print("\ntask  successes/attempts  percent  mean length  worker seconds")
     successes = attempts = 0
     for task in tasks:
-        lengths = [task.lengths[attempt] for attempt in task.successes()]
+        lengths = task.successes().values()
         solved, tried = len(lengths) + task.deleted, len(task.lengths)
         rate, percent = f"{solved}/{tried}", 100 * solved / tried
         mean = sum(lengths) / len(lengths)

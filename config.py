@@ -233,7 +233,8 @@ def _override(tree: dict, override: str) -> None:
     if not separator:
         raise BadInput(f"--set {override}: expected section.key=value, for example training.phase1.num_epochs=5")
     *sections, name = key.split(".")
-    node, kind = tree, Config
+    node: typing.Any = tree
+    kind: typing.Any = Config
     for section in sections:
         node = node.get(section) if isinstance(node, dict) else None
         kind = typing.get_type_hints(kind).get(section) if is_dataclass(kind) else None

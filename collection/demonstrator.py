@@ -116,12 +116,13 @@ class Demonstrator:
     def attempt(cls, task_id: int, attempt: int, settings: DemoSettings, demo_file: Path) -> tuple[int, str]:
         """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure,
         and why the simulation broke down where it did: that is a failure, too, and the next time again."""
-        if cls.task_id != task_id:
+        env = cls.env
+        if env is None or cls.task_id != task_id:
             cls.close()
-            cls.env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
-            cls.task_id = task_id
+            env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
+            cls.env, cls.task_id = env, task_id
         try:
-            demonstration = demonstrate(cls.env, task_id, attempt, settings)
+            demonstration = demonstrate(env, task_id, attempt, settings)
         except SimulatorError as problem:
             cls.close()  # not to be trusted any more
             if is_out_of_memory(problem):  # the machine's failure, not the attempt's
@@ -133,7 +134,7 @@ class Demonstrator:
         try:
             with written_hdf5(demo_file, demo_file.parent) as file:
                 demo = file.create_group("demo")
-                write_demo(demo, cls.env, demonstration, settings.obs_alignment)
+                write_demo(demo, env, demonstration, settings.obs_alignment)
                 demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
                 file.attrs["collector"] = settings_text(settings)
         except SimulatorError as problem:  # only the renderer works here

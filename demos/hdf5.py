@@ -146,7 +146,9 @@ def split_demos(
 
     Raises BadInput for a file that would have none to train on or none to hold out.
     """
-    train, unseen, listed = [], [], set(held_out)
+    train: list[Demo] = []
+    unseen: list[Demo] = []
+    listed = set(held_out)
     for path in dict.fromkeys(demo.path for demo in demos):
         of_task = [demo for demo in demos if demo.path == path]
         if len(of_task) < 2:
@@ -256,7 +258,7 @@ def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
         "before": float(np.abs(observed - simulated).mean()),
         "after": float(np.abs(observed[:-1] - simulated[1:]).mean()),
     }
-    best, other = sorted(gap, key=gap.get)
+    best, other = sorted(gap, key=lambda name: gap[name])
     if not gap[best] < 0.2 * gap[other]:
         raise BadInput(
             f"{path}: {key}: obs/joint_states fits states neither as recorded before (mean gap {gap['before']:.2g} "

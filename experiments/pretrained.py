@@ -50,7 +50,7 @@ def main() -> None:
 def counts(results: dict) -> dict:
     """Successes of all and of each task, and the steps of every episode (null where it failed)."""
     overall = {key: results["overall"][key] for key in ("successes", "trials", "crashed", "interval")}
-    tasks = {}
+    tasks: dict[int, list[int | None]] = {}
     for episode in results["episodes"]:
         tasks.setdefault(episode["task_id"], []).append(episode["steps"] if episode["success"] else None)
     return overall | {"steps_to_success": tasks}

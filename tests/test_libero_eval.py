@@ -15,9 +15,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, SMALL, Page, one_sentence, run
 from libero_files import write_task_file
-from test_rollouts_folder import Page
-from test_training import ROOT, SMALL, one_sentence, run
 
 import eval as offline_evaluation
 from demos.language import LanguageTable

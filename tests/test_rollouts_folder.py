@@ -5,12 +5,11 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import ROOT, run
+from helpers import ROOT, Page, run
 
 from errors import BadInput
 from rollouts.episodes import Episode, episode_seed, shard_of
@@ -92,6 +91,7 @@ def test_two_evaluations_never_write_into_one_folder(tmp_path):
     EvaluationFolder(tmp_path, SETTINGS).close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
     code = f"""
 import resource
@@ -148,6 +148,7 @@ def test_shards_are_a_partition_in_one_piece_each():
             shard_of(episodes, wrong)
 
 
+@pytest.mark.slow
 def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     whole = [episode(task, trial, success=trial != 1) for task in (3, 6) for trial in range(3)]
     for number, share in ((2, whole[3:]), (1, whole[:3])):
@@ -278,6 +279,7 @@ def write_results(path: Path, episodes: list[dict], **changes) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
     paths = []
     for name, solved in {"a": "110111", "b": "100001"}.items():
@@ -582,27 +584,6 @@ def test_the_report_of_all_eight_has_their_figures_and_leads_to_each_ones_own(tm
 
 
 # ---------------------------------------------------------------------------------------------------------- report
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed in order, and collects what a page refers to."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.links, self.text = [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name in ("href", "src")]
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
