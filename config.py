@@ -48,8 +48,10 @@ class PathText:
 
 Positive = Range(0, open=True)
 NotNegative = Range(0)  # 0 means "none of it"
-Number, Count = Annotated[float, Positive], Annotated[int, Positive]
-NumberOrZero, CountOrZero = Annotated[float, NotNegative], Annotated[int, NotNegative]
+Number = Annotated[float, Positive]
+NumberOrZero = Annotated[float, NotNegative]
+Count = Annotated[int, Positive]
+CountOrZero = Annotated[int, NotNegative]
 Share = Annotated[float, Range(0, 1)]
 FilePath = Annotated[str, PathText]
 

@@ -23,7 +23,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def play_side_by_side(evaluation: Evaluation, shift: float) -> None:
     cells = conditions(evaluation, shift)
     # What would stop a later one of the eight stops the command before the first is played.
     _, tasks, replay = asked_for(cells["replay_shifted"])
-    make_policy(replay, read_checkpoint(evaluation.checkpoint, phase=2), tasks)
+    make_policy(replay, read_checkpoint(evaluation.checkpoint or "", phase=2), tasks)
     directory = choose_output_dir(evaluation)
     for name in ("settings.json", "report.html"):
         if (directory / name).exists() and not (directory / SIDE_BY_SIDE).exists():
@@ -221,7 +221,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
     return Played(folder.directory, len(episodes), results)
 
 
-def keep_all(rollout: Iterator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
+def keep_all(rollout: Generator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
     """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn."""
     origins = {"code": code_version(), "renderer": renderer_name()}
     with progress, contextlib.closing(rollout):
@@ -383,11 +383,15 @@ def choose_output_dir(evaluation: Evaluation) -> Path:
     try:
         results.mkdir(exist_ok=True)
         for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                (directory := results / f"{evaluation.task_suite}_{number}").mkdir()
-                return directory
+            directory = results / f"{evaluation.task_suite}_{number}"
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                continue
+            break
     except OSError as problem:
         raise BadInput(f"{results}: not writable ({problem.strerror}); choose a folder with --output_dir") from None
+    return directory
 
 
 if __name__ == "__main__":

@@ -179,9 +179,8 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
         for key, group in groups.items():
             with hdf5_problems_named(path, key):
                 check_demo(path, key, group, has_attributes, config.max_len_data, config.cache == "none")
-        alignment = config.obs_alignment
-        if alignment == "auto":
-            alignment = _detect_alignment(path, groups)
+        forced = config.obs_alignment
+        alignment = _detect_alignment(path, groups) if forced == "auto" else forced
         lag = {"before": 0, "after": 1}[alignment]
         demos = []
         for key, group in groups.items():

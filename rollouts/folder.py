@@ -132,10 +132,11 @@ def merge(parts: Sequence[Path], directory: Path) -> EvaluationFolder:
 
     Raises BadInput for parts of different evaluations and for an episode that two of them have.
     """
-    merged_settings, where, episodes = None, {}, []
+    merged_settings = read_settings(parts[0]) | {"shard": None}
+    where: dict[tuple[int, int], Path] = {}
+    episodes = []
     for part in parts:
         settings = read_settings(part) | {"shard": None}
-        merged_settings = merged_settings or settings
         check_same(settings, merged_settings, f"{part} and {parts[0]} cannot be merged: {part}")
         for episode in read_episodes(part):
             key = episode["task_id"], episode["trial"]

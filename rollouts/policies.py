@@ -20,8 +20,8 @@ from config import Config
 from dataloader import to_device
 from demos.hdf5 import demos_of, find_task_files
 from demos.hdf5_errors import open_dataset, open_hdf5
-from demos.instructions import canonical_instruction, task_instruction
-from demos.language import CLIP, OFFLINE, LanguageTable, embed
+from demos.instructions import task_instruction
+from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from observation import CAMERAS, STATE_WIDTHS
@@ -132,19 +132,21 @@ def make_policy(
     Raises BadInput where the checkpoint is of other observations, or a demonstration or an embedding cannot be had.
     """
     settings = {"policy": evaluation.policy, "image_size": 128, "visual_mesh_ratio": 1.0}
-    config = None
+    source, config = evaluation.checkpoint or "", None
     if checkpoint:
         observation = checkpoint["observation"]
-        check_observation(observation, evaluation.checkpoint)
+        check_observation(observation, source)
         settings |= {name: observation[name] for name in ("image_size", "visual_mesh_ratio")}
-        config = config_of(checkpoint, evaluation.checkpoint, evaluation.overrides)
+        config = config_of(checkpoint, source, evaluation.overrides)
     if evaluation.visual_mesh_ratio is not None:
         settings["visual_mesh_ratio"] = evaluation.visual_mesh_ratio
     if evaluation.policy == "zero":
         return ZeroPolicy(evaluation.max_steps), settings
+    policy: ReplayPolicy | CheckpointPolicy
     if evaluation.policy == "replay":
         policy, of_policy = _replay_policy(evaluation, checkpoint, config, tasks)
     else:
+        assert checkpoint is not None and config is not None, "an Evaluation of a checkpoint names one"
         policy, of_policy = _checkpoint_policy(evaluation, checkpoint, config, tasks)
     return policy, settings | of_policy
 
@@ -157,6 +159,7 @@ def _replay_policy(
             raise BadInput(f"--demo {evaluation.demo}: is of one task; choose that task with --tasks")
         chosen = dict.fromkeys(tasks, demo_of(evaluation.demo))
     else:
+        assert checkpoint is not None and config is not None, "a replay without --demo has a checkpoint"
         data, held_out = config.data, checkpoint["held_out_demos"]
         chosen = {
             task_id: training_demo(task, data.data_directory, data.demos_per_task, held_out)
@@ -196,7 +199,7 @@ def _checkpoint_policy(
         f"{evaluation.checkpoint}: out of memory while loading it on {device.type}; other programs may hold it"
         + (", and --set training.device=cpu needs none of the GPU's" if device.type != "cpu" else "")
     ):
-        model = model_from_checkpoint(checkpoint, evaluation.checkpoint)
+        model = model_from_checkpoint(checkpoint, evaluation.checkpoint or "")
         told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
         policy = CheckpointPolicy(model, told, device, execute_steps, evaluation.sample_steps, flow_start)
     return policy, of_policy
@@ -261,7 +264,7 @@ def training_demo(
             if np.abs((start - usual)[ARM_JOINTS]).max() < SAME_START
         }
         if distance:
-            return path, min(distance, key=distance.get)
+            return path, min(distance, key=lambda key: distance[key])
     raise BadInput(f"{data_directory}: has no training demo of '{task.instruction}' to replay; name one with --demo")
 
 
@@ -300,30 +303,3 @@ def _first_state(path: Path, key: str, data: h5py.Group) -> np.ndarray:
     if states.ndim != 2 or not len(states):
         raise BadInput(f"{path}: {key}: key states is {states.shape}, expected (T, S)")
     return states[0].astype(np.float64)
-
-
-# ------------------------------------------------------------------------------------------------------- language
-
-
-def with_embeddings_of(instructions: Sequence[str], language: LanguageTable) -> LanguageTable:
-    """The checkpoint's embeddings and, for instructions that it doesn't know, new ones from the same text encoder.
-
-    Raises BadInput where that encoder can't be had or gives the known instructions other vectors than it did then.
-    """
-    unknown = sorted({text for text in map(canonical_instruction, instructions) if text not in language.embeddings})
-    if not unknown:
-        return language
-    which = {OFFLINE: "offline", CLIP: "clip"}
-    encoder = next((name for package, name in which.items() if language.encoder.startswith(package)), None)
-    advice = f"no embedding of '{unknown[0]}' in the checkpoint, and its text encoder '{language.encoder}'"
-    if encoder is None:
-        raise BadInput(f"{advice} is none of embed_language.py's")
-    known = next(iter(language.embeddings))
-    try:
-        _, vectors = embed([known, *unknown], encoder)
-    except (BadInput, ImportError) as problem:
-        raise BadInput(f"{advice} cannot be used here: {problem}") from None
-    vectors = torch.from_numpy(vectors)
-    if not torch.allclose(vectors[0], language.embeddings[known], atol=1e-3):
-        raise BadInput(f"{advice} gives '{known}' another vector here than in training; install the same version")
-    return LanguageTable(language.encoder, language.embeddings | dict(zip(unknown, vectors[1:], strict=True)))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -69,7 +69,7 @@ class SimulatorProcess:
         theirs.close()
         self.send(rollouts)
         self.task_id: int | None = None
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt  # from begin() on
 
     def begin(self, attempt: Attempt, init_state: np.ndarray, timeout: float) -> None:
         self.attempt, self.task_id = attempt, attempt.episode.task_id
@@ -123,7 +123,7 @@ def play_all(
     rollouts: Rollouts,
     num_workers: int,
     episode_timeout: float,
-) -> Iterator[dict]:
+) -> Generator[dict]:
     """Yields the record of each episode when it is over, in the order in which they end.
 
     Raises BadInput where no environment can be built at all, or where a worker cannot write its pictures.
@@ -183,7 +183,8 @@ class Pool:
         rollouts: Rollouts,
         episode_timeout: float,
     ):
-        self.queue, self.workers = EpisodeQueue(episodes), []
+        self.queue = EpisodeQueue(episodes)
+        self.workers: list[SimulatorProcess] = []
         self.init_state_of, self.rollouts, self.episode_timeout = init_state_of, rollouts, episode_timeout
         self.environment_worked = False  # since one could be built, a later failure is that worker's alone
 
@@ -277,7 +278,7 @@ class EpisodeQueue:
         for episode in episodes:
             self.by_task.setdefault(episode.task_id, deque()).append(Attempt(episode))
 
-    def next_for(self, task_id: int | None, tasks_of_workers: list[int]) -> Attempt | None:
+    def next_for(self, task_id: int | None, tasks_of_workers: Sequence[int | None]) -> Attempt | None:
         """One of the worker's own task, else of the task with the fewest workers, and of these the largest."""
         if not self.by_task:
             return None

@@ -89,13 +89,10 @@ def results_of_all(evaluations: Mapping[str, dict]) -> dict:
 def check_comparable(evaluations: Mapping[str, dict]) -> None:
     """evaluations: name -> settings. Raises BadInput that names the first setting in which one has other scenes,
     another simulator or another checkpoint than those before it, or the two that are of the same cell."""
-    first, *others = evaluations
     of_checkpoint = [name for name, settings in evaluations.items() if settings["policy"] == "checkpoint"]
-    for which, names, reference in (
-        (_scenes_and_world, others, first),
-        (_weights, of_checkpoint[1:], of_checkpoint[0] if of_checkpoint else None),
-    ):
-        for name in names:
+    for which, names in ((_scenes_and_world, list(evaluations)), (_weights, of_checkpoint)):
+        for name in names[1:]:
+            reference = names[0]
             where = f"{name} and {reference} cannot stand side by side: {name}"
             check_same(which(evaluations[name]), which(evaluations[reference]), where)
     cells: dict[tuple[str, str], str] = {}

@@ -94,7 +94,9 @@ def distinct(episodes: Sequence[dict], key: str) -> list[str]:
 def describe(settings: dict, num_episodes: int) -> str:
     """What this figure is a figure of; a subset or thinned meshes must not pass for the benchmark's own."""
     tasks, trials = len(settings["instructions"]), settings["num_trials"]
-    who = {"replay": "one demonstration replayed blindly, ", "zero": "standing still, "}.get(settings.get("policy"), "")
+    who = {"replay": "one demonstration replayed blindly, ", "zero": "standing still, "}.get(
+        settings.get("policy", ""), ""
+    )
     which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
     which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
     title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states} init states"

@@ -86,7 +86,9 @@ def draw_for_people(env: LiberoEnv, poses: dict) -> np.ndarray:
 def serve(pipe: Connection) -> None:
     """Plays what the pipe brings until it closes; the environment of the last task is kept for the next episode."""
     rollouts = pipe.recv()
-    env, task_of_env = None, None
+    env: LiberoEnv | None = None
+    task_of_env: int | None = None
+    working_since = 0.0
 
     def ask(obs: dict | None) -> np.ndarray:
         nonlocal working_since
@@ -98,7 +100,7 @@ def serve(pipe: Connection) -> None:
     while True:
         episode, init_state = pipe.recv()
         start = working_since = time.perf_counter()
-        if task_of_env != episode.task_id:
+        if env is None or task_of_env != episode.task_id:
             if env is not None:
                 env.close()
             try:
