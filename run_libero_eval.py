@@ -36,7 +36,7 @@ from errors import BadInput, exits_on_bad_input
 from files import expanded
 from machine import affordable_processes
 from provenance import code_version
-from rollouts.episodes import Episode, Rollouts, Task, shard_of, step_limit
+from rollouts.episodes import Episode, Rollouts, Task, shard_of, start_name, step_limit
 from rollouts.evaluation import Evaluation
 from rollouts.folder import SIDE_BY_SIDE, EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import make_policy
@@ -53,6 +53,7 @@ from rollouts.side_by_side import (
 )
 from rollouts.statistics import (
     ORIGINS,
+    causes_text,
     comparison_text,
     describe,
     distinct,
@@ -109,8 +110,8 @@ def play_side_by_side(evaluation: Evaluation, shift: float) -> None:
     """Eight evaluations in folders of their own, and the table of exactly these."""
     cells = conditions(evaluation, shift)
     # What would stop a later one of the eight stops the command before the first is played.
-    _, tasks, replay = asked_for(cells["replay_shifted"])
-    make_policy(replay, read_checkpoint(evaluation.checkpoint or "", phase=2), tasks)
+    _, tasks, _ = asked_for(cells["replay_shifted"])
+    make_policy(cells["replay_shifted"], read_checkpoint(evaluation.checkpoint or "", phase=2), tasks)
     directory = choose_output_dir(evaluation)
     for name in ("settings.json", "report.html"):
         if (directory / name).exists() and not (directory / SIDE_BY_SIDE).exists():
@@ -141,10 +142,7 @@ def exit_unless_complete(played: Sequence[Played], advice: str) -> None:
 
 
 def asked_for(evaluation: Evaluation) -> tuple:
-    """The suite, its tasks by id, and the evaluation with its number of trials.
-
-    Raises BadInput for what can't be had.
-    """
+    """The suite, its tasks by id, and the trials of each. Raises BadInput for what can't be had."""
     suite = make_suite(evaluation.task_suite)
     task_ids = parse_task_ids(
         f"0-{suite.n_tasks - 1}" if evaluation.tasks is None else evaluation.tasks, suite, evaluation.task_suite
@@ -159,7 +157,7 @@ def asked_for(evaluation: Evaluation) -> tuple:
         name_tells = canonical_instruction(named.language) == canonical_instruction(told)
         init_states = task_init_states(suite, task_id)
         tasks[task_id] = Task(named.name, canonical_instruction(told), name_tells, init_states)
-    return suite, tasks, evaluation.with_num_trials(num_init_states(tasks))
+    return suite, tasks, evaluation.trials(num_init_states(tasks))
 
 
 def num_init_states(tasks: dict[int, Task]) -> int:
@@ -172,15 +170,17 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
     all_sides: the --output_dir of the command that this evaluation is a part of, where it is only a part.
     """
     # What is asked for: tasks, their init states and instructions, and who acts.
-    suite, tasks, evaluation = asked_for(evaluation)
+    suite, tasks, trials = asked_for(evaluation)
     checkpoint = read_checkpoint(evaluation.checkpoint, phase=2) if evaluation.checkpoint else None
     policy, settings = make_policy(evaluation, checkpoint, tasks)
     settings |= {
         "task_suite": evaluation.task_suite,
         "instructions": {str(task_id): task.instruction for task_id, task in tasks.items()},
         "tasks_of_suite": suite.n_tasks,
-        "num_trials": evaluation.num_trials,
+        "num_trials": len(trials),
         "init_states": num_init_states(tasks),
+        "init_states_played": evaluation.init_states,
+        "random_resets": evaluation.random_resets,
         "max_steps": evaluation.max_steps,
         "shift_target": evaluation.shift_target,
         "seed": evaluation.seed,
@@ -188,7 +188,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         "simulator": simulator_difference(),
         **versions(),
     }
-    episodes = shard_of(evaluation.episodes(list(tasks)), evaluation.shard)
+    episodes = shard_of(evaluation.episodes(list(tasks), trials), evaluation.shard)
     beside = read_beside(evaluation.beside, settings)
 
     with EvaluationFolder(choose_output_dir(evaluation), settings) as folder:
@@ -205,14 +205,15 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         )  # fmt: skip
         rollout = play_all(
             missing,
-            lambda episode: tasks[episode.task_id].init_states[episode.trial],
+            lambda episode: None if evaluation.random_resets else tasks[episode.task_id].init_states[episode.trial],
             policy,
             rollouts,
             evaluation.num_workers or affordable_processes(GB_PER_ENVIRONMENT),
             evaluation.episode_timeout,
         )
         try:
-            keep_all(rollout, folder, tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0))
+            progress = tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0)
+            keep_all(rollout, folder, start_name(settings), progress)
         except KeyboardInterrupt:
             kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
             print(f"\nStopped. {kept}; the same command with --output_dir {all_sides or folder.directory} continues.")
@@ -221,14 +222,15 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
     return Played(folder.directory, len(episodes), results)
 
 
-def keep_all(rollout: Generator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
-    """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn."""
+def keep_all(rollout: Generator[dict], folder: EvaluationFolder, start: str, progress: tqdm) -> None:
+    """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn. `start`
+    is what it began from, for people."""
     origins = {"code": code_version(), "renderer": renderer_name()}
     with progress, contextlib.closing(rollout):
         for episode in rollout:
             folder.append(episode | origins)
             if trouble := trouble_of(episode):
-                progress.write(f"task {episode['task_id']}, init state {episode['trial']}: {trouble}")
+                progress.write(f"task {episode['task_id']}, {start} {episode['trial']}: {trouble}")
             progress.set_postfix(successes=sum(one["success"] for one in folder.episodes), refresh=False)
             progress.update()
 
@@ -273,6 +275,8 @@ def finish(
     if overall["decision_ms_mean"]:
         mean, median = overall["decision_ms_mean"], overall["decision_ms_median"]
         print(f"decisions: {mean:.1f} ms on average, median {median:.1f} ms")
+    if causes := causes_text(overall["lifted_in_failures"]):
+        print(f"the failures lifted: {causes}")
     for trouble, times in Counter(filter(None, map(trouble_of, episodes))).most_common():
         print(f"{times} x {trouble}")
     print(f"overall: {figures_text(overall)}\n")
@@ -297,6 +301,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--task_suite", default="libero_object", help="LIBERO or LIBERO-PRO suite (default: %(default)s)")
     add("--tasks", help="task ids such as 0,3 or 2-5 (default: all tasks of the suite)")
     add("--num_trials", type=int, help="episodes a task, each from its own init state (default: all, at most 50)")
+    add("--init_states", metavar="NUMBERS", help="init states such as 10-49, of every task (default: the first)")
+    add("--random_resets", type=int, metavar="N",
+        help="N episodes a task from objects placed at random, not from the suite's init states: for development")
     add("--policy", choices=("checkpoint", "replay", "zero"), default="checkpoint",
         help="who acts: the checkpoint, a training demo of the task replayed blindly, or nobody (default: %(default)s)")
     add("--demo", type=expanded, metavar="FILE[:demo_i]",
@@ -348,6 +355,8 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
         task_suite=task_suite,
         tasks=arguments.tasks,
         num_trials=arguments.num_trials,
+        init_states=arguments.init_states,
+        random_resets=arguments.random_resets,
         max_steps=step_limit(task_suite) if arguments.max_steps is None else arguments.max_steps,
         demo=arguments.demo,
         execute_steps=arguments.execute_steps,

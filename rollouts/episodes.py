@@ -17,6 +17,7 @@ STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite tak
     "libero_10": 520,
 }
 WAIT_STEPS = 10  # the objects fall into place before the policy starts
+LIFTED = 0.05  # metres above where it stood, from which on an object counts as lifted
 STAND_STILL = np.array([0.0, 0, 0, 0, 0, 0, -1])  # no motion, gripper open
 
 
@@ -36,7 +37,7 @@ class Episode:
 
     suite: str
     task_id: int
-    trial: int  # which of the task's init states
+    trial: int  # which of the task's init states, or which of the random resets
     seed: int  # of the policy's noise and of what an init state leaves open, such as where fixtures stand
 
     @property
@@ -67,6 +68,16 @@ def step_limit(suite: str) -> int:
 def episode_seed(suite: str, task_id: int, trial: int, seed: int) -> int:
     """Independent of the checkpoint: two checkpoints meet the same scene and the same noise, and can be paired."""
     return int.from_bytes(hashlib.sha256(f"{suite} {task_id} {trial} {seed}".encode()).digest()[:4], "big")
+
+
+def reset_seed(suite: str, task_id: int, trial: int, seed: int) -> int:
+    """As `episode_seed`, of an episode that begins from a random reset: its scene is no init state's."""
+    return episode_seed(f"{suite} random reset", task_id, trial, seed)
+
+
+def start_name(settings: dict) -> str:
+    """What the trial of an episode counts, by the evaluation's settings."""
+    return "random reset" if settings.get("random_resets") else "init state"
 
 
 def shard_of(episodes: Sequence[Episode], shard: str | None) -> Sequence[Episode]:

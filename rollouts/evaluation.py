@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from errors import BadInput
-from rollouts.episodes import Episode, episode_seed
+from rollouts.episodes import Episode, episode_seed, reset_seed
+from simulator.suites import parse_numbers
 
 LARGEST_SHIFT = 0.2  # metres
 LONGEST_EPISODE = 100_000  # steps, more than an hour
@@ -22,7 +23,9 @@ class Evaluation:
     overrides: tuple[str, ...]  # KEY=VALUE of --set, for the checkpoint's config
     task_suite: str  # in lower case
     tasks: str | None  # ids such as "0,3" or "2-5"; None: all of the suite
-    num_trials: int | None  # episodes a task, each from its own init state; None until `with_num_trials`
+    num_trials: int | None  # episodes a task, each from its own init state; None: all, at most MOST_TRIALS
+    init_states: str | None  # numbers of the init states such as "10-49"; None: the first num_trials
+    random_resets: int | None  # episodes a task from objects placed at random, instead of the suite's init states
     max_steps: int  # step limit of an episode
     demo: str | None  # FILE or FILE:demo_<number> that a replay plays; None: a training demo of each task
     execute_steps: int | None  # actions executed of each chunk; None: the whole chunk
@@ -53,25 +56,34 @@ class Evaluation:
             raise BadInput(f"--visual_mesh_ratio {self.visual_mesh_ratio:g}: expected more than 0 and at most 1")
         if not self.episode_timeout > 0:
             raise BadInput(f"--episode_timeout {self.episode_timeout:g}: expected more than 0 seconds")
+        chosen = {"num_trials": self.num_trials, "init_states": self.init_states, "random_resets": self.random_resets}
+        given = [f"--{name}" for name, value in chosen.items() if value is not None]
+        if len(given) > 1:
+            raise BadInput(f"{' and '.join(given)}: each says which episodes are played; give one of them")
+        if self.random_resets is not None:
+            check_range("random_resets", self.random_resets)
         check_range("max_steps", self.max_steps, LONGEST_EPISODE)
         check_range("sample_steps", self.sample_steps)
         if self.num_workers is not None:
             check_range("num_workers", self.num_workers)
 
-    def with_num_trials(self, num_init_states: int) -> "Evaluation":
-        """The same with as many trials as its tasks have init states, unless it says how many."""
-        if self.num_trials is None:
-            return replace(self, num_trials=min(num_init_states, MOST_TRIALS))
-        check_range("num_trials", self.num_trials, num_init_states)
-        return self
+    def trials(self, num_init_states: int) -> Sequence[int]:
+        """Of each task: the numbers of its init states, or of its random resets. Raises BadInput for one that isn't."""
+        if self.random_resets is not None:
+            return range(self.random_resets)
+        if self.init_states is not None:
+            return parse_numbers(self.init_states, num_init_states, "--init_states", "init state")
+        if self.num_trials is not None:
+            check_range("num_trials", self.num_trials, num_init_states)
+        return range(self.num_trials or min(num_init_states, MOST_TRIALS))
 
-    def episodes(self, task_ids: Sequence[int]) -> list[Episode]:
+    def episodes(self, task_ids: Sequence[int], trials: Sequence[int]) -> list[Episode]:
         """Every trial of every task, in the order of the tasks, without regard to the shard."""
-        assert self.num_trials is not None, "with_num_trials comes first"
+        seed_of = episode_seed if self.random_resets is None else reset_seed
         return [
-            Episode(self.task_suite, task_id, trial, episode_seed(self.task_suite, task_id, trial, self.seed))
+            Episode(self.task_suite, task_id, trial, seed_of(self.task_suite, task_id, trial, self.seed))
             for task_id in task_ids
-            for trial in range(self.num_trials)
+            for trial in trials
         ]
 
 

@@ -71,7 +71,7 @@ class SimulatorProcess:
         self.task_id: int | None = None
         self.attempt: Attempt  # from begin() on
 
-    def begin(self, attempt: Attempt, init_state: np.ndarray, timeout: float) -> None:
+    def begin(self, attempt: Attempt, init_state: np.ndarray | None, timeout: float) -> None:
         self.attempt, self.task_id = attempt, attempt.episode.task_id
         self.generator = torch.Generator().manual_seed(attempt.episode.seed)
         self.decision_ms: list[float] = []
@@ -118,7 +118,7 @@ class SimulatorProcess:
 
 def play_all(
     episodes: Sequence[Episode],
-    init_state_of: Callable[[Episode], np.ndarray],
+    init_state_of: Callable[[Episode], np.ndarray | None],
     policy,
     rollouts: Rollouts,
     num_workers: int,
@@ -179,7 +179,7 @@ class Pool:
     def __init__(
         self,
         episodes: Sequence[Episode],
-        init_state_of: Callable[[Episode], np.ndarray],
+        init_state_of: Callable[[Episode], np.ndarray | None],
         rollouts: Rollouts,
         episode_timeout: float,
     ):

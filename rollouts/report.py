@@ -15,9 +15,10 @@ import numpy as np
 
 from errors import BadInput
 from files import replaced_whole, unwritable_named
+from rollouts.episodes import start_name
 from rollouts.folder import PICTURES, write_whole
 from rollouts.side_by_side import ROWS, Table, cell_text, columns_of, num_cells, table_text
-from rollouts.statistics import ORIGINS, troubles
+from rollouts.statistics import ORIGINS, causes_text, troubles
 from rollouts.video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
 
 MANY = 10  # videos; a grid of more shows them at half size
@@ -149,6 +150,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
 def page(directory: Path, results: dict) -> str:
     """report.html: plain HTML without scripts, nothing loaded from elsewhere."""
     title, overall = html.escape(results["title"]), results["overall"]
+    start = start_name(results["settings"])
     sections = [
         f"<h1>{title}</h1>",
         f'<p class="figure">{overall["successes"]}/{overall["trials"]} successes{_percent(overall)}</p>',
@@ -158,20 +160,21 @@ def page(directory: Path, results: dict) -> str:
         figures_table(results["tasks"], overall),
         '<p><img src="success_rates.png" alt="Success rate of each task with its 95% interval"></p>',
         "<h2>Episodes</h2>",
-        '<p class="soft">Numbers are init states. <span class="chips" style="display:inline-flex">'
+        f'<p class="soft">Numbers are {start}s. <span class="chips" style="display:inline-flex">'
         '<span class="success">solved</span><span class="failure">failed</span><span class="crashed">crashed</span>'
         "</span> A number opens the episode's video or last frame where one was kept.</p>",
     ]
     for task in results["tasks"]:
         own = [episode for episode in results["episodes"] if episode["task_id"] == task["task_id"]]
         sections += task_section(directory, task, own)
+    sections += lifted_section(results["tasks"])
     if (directory / "failures.png").exists():
         sections += [
             '<h2>Failures</h2><p class="soft">The last frame of each.</p>',
             '<p><a href="failures.png"><img src="failures.png" alt="Last frames of the failed episodes"></a></p>',
         ]
-    sections += broken_section(results["episodes"])
-    sections += crash_section(results["episodes"])
+    sections += broken_section(results["episodes"], start)
+    sections += crash_section(results["episodes"], start)
     of_checkpoint = {"checkpoint": results["checkpoint"], "epoch": results["checkpoint_epoch"]}
     origins = {name: ", ".join(results[name]) for name in ORIGINS}
     sections += ["<h2>Settings</h2>", settings_table(of_checkpoint | results["settings"] | origins)]
@@ -269,21 +272,34 @@ def task_section(directory: Path, task: dict, episodes: Sequence[dict]) -> list[
     return section
 
 
-def broken_section(episodes: Sequence[dict]) -> list[str]:
+def lifted_section(tasks: Sequence[dict]) -> list[str]:
+    """What the failures of each task lifted; nothing where no failure is known."""
+    rows = [(task, causes_text(task["lifted_in_failures"])) for task in tasks]
+    cells = [
+        f"<tr><td>{task['task_id']}</td><td>{html.escape(task['task'])}</td><td>{html.escape(causes)}</td></tr>"
+        for task, causes in rows
+        if causes
+    ]
+    head = "<tr><th>task</th><th>instruction</th><th>episodes, and what was lifted in them</th></tr>"
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(cells)}</tbody></table></div>'
+    return ["<h2>What the failures lifted</h2>", table] if cells else []
+
+
+def broken_section(episodes: Sequence[dict], start: str) -> list[str]:
     """Failures that the policy's own actions broke off."""
     items = [
-        f"<li>task {episode['task_id']}, init state {episode['trial']}: {html.escape(episode['broken_by_policy'])}</li>"
+        f"<li>task {episode['task_id']}, {start} {episode['trial']}: {html.escape(episode['broken_by_policy'])}</li>"
         for episode in episodes
         if episode.get("broken_by_policy") is not None
     ]
     return ["<h2>Broken off by the policy's own actions</h2>", f"<ul>{''.join(items)}</ul>"] if items else []
 
 
-def crash_section(episodes: Sequence[dict]) -> list[str]:
+def crash_section(episodes: Sequence[dict], start: str) -> list[str]:
     """Crashes, and episodes that were finished only at the second try."""
     section = []
     for episode in episodes:
-        where = f"task {episode['task_id']}, init state {episode['trial']}"
+        where = f"task {episode['task_id']}, {start} {episode['trial']}"
         if episode["crashed"]:
             what, error = f"crashed {episode['tries']} times", html.escape(episode["error"])
         elif episode.get("earlier_crash"):

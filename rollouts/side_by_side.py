@@ -20,7 +20,16 @@ ROWS = {
     ("zero", None): "standing still",
 }
 # All evaluations of a table agree in these settings, and in those of `world`.
-SCENES = ("task_suite", "instructions", "num_trials", "max_steps", "seed", "shard")
+SCENES = (
+    "task_suite",
+    "instructions",
+    "num_trials",
+    "init_states_played",
+    "random_resets",
+    "max_steps",
+    "seed",
+    "shard",
+)
 # Those of a checkpoint, rather than of a blind policy, agree in these as well.
 POLICY = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")
 OF_A_CELL = ("policy", "flow_start", "shift_target")
@@ -141,7 +150,9 @@ def _finished(directory: Path) -> dict:
     path = directory / "results.json"
     results = read_results(path)
     try:
-        is_whole = {"policy", "shift_target", *SCENES} <= results["settings"].keys()
+        is_whole = {"policy", "shift_target", *SCENES} - {"init_states_played", "random_resets"} <= results[
+            "settings"
+        ].keys()
         is_whole = is_whole and {*FIGURES} <= results["overall"].keys()
     except (KeyError, TypeError, AttributeError):
         is_whole = False

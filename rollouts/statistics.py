@@ -5,14 +5,17 @@ Letters: k successes of n trials; z = 1.96, the normal distribution's 97.5% quan
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 
 from errors import BadInput
+from rollouts.episodes import start_name
 
 Z = 1.959964
 NOT_RECORDED = "not recorded"
+NOTHING, ASKED_FOR = "nothing", "the object asked for"  # what a failure has lifted
 USUAL = {"simulator": "LIBERO's own", "shard": "the whole"}  # what the value None of a setting means
 ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
 # What two results that are compared differ in by nature, or what only a policy that looks has.
@@ -52,9 +55,31 @@ def summarise(episodes: Sequence[dict]) -> dict:
         "success_rate": len(solved) / len(finished) if finished else None,
         "interval": wilson_interval(len(solved), len(finished)),
         "mean_steps_to_success": fmean(episode["steps"] for episode in solved) if solved else None,
+        "lifted_in_failures": lifted_in_failures(finished),
         "decision_ms_mean": fmean(decisions) if decisions else None,
         "decision_ms_median": median(decisions) if decisions else None,
     }
+
+
+def lifted_in_failures(finished: Sequence[dict]) -> dict[str, int]:
+    """What the failures lifted, and how many of each kind: NOTHING, ASKED_FOR (and did not bring it there), or another
+    object's name. An episode of before this was recorded counts as none of them."""
+    kinds = Counter(
+        ASKED_FOR if episode["asked_for"] in episode["lifted"] else next(iter(episode["lifted"]), NOTHING)
+        for episode in finished
+        if not episode["success"] and "lifted" in episode
+    )
+    return dict(kinds.most_common())
+
+
+def causes_text(lifted: dict[str, int]) -> str:
+    """Such as "3 nothing, 2 the object asked for, 1 another (milk_1 1)"; "" where there is nothing to say."""
+    others = {name: count for name, count in lifted.items() if name not in (NOTHING, ASKED_FOR)}
+    parts = [f"{lifted[kind]} {kind}" for kind in (NOTHING, ASKED_FOR) if kind in lifted]
+    if others:
+        which = ", ".join(f"{name} {count}" for name, count in others.items())
+        parts.append(f"{sum(others.values())} another ({which})")
+    return ", ".join(parts)
 
 
 def summarise_tasks(instructions: dict[int, str], episodes: Sequence[dict]) -> list[dict]:
@@ -99,7 +124,10 @@ def describe(settings: dict, num_episodes: int) -> str:
     )
     which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
     which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
-    title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states} init states"
+    which_states += " init states" + (f" ({played})" if (played := settings.get("init_states_played")) else "")
+    if settings.get("random_resets"):
+        which_states = f"{trials} random resets (not the suite's init states)"
+    title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states}"
     if settings.get("shift_target"):
         title += f", target shifted by up to {1000 * settings['shift_target']:g} mm"
     if settings["shard"]:
@@ -188,8 +216,8 @@ def read_results(path: Path) -> dict:
 def _outcomes(results: dict, path: Path) -> dict[tuple, bool]:
     outcomes = {}
     for episode in results["episodes"]:
-        key = episode["suite"], episode["task_id"], episode["trial"]
+        key = start_name(results["settings"]), episode["suite"], episode["task_id"], episode["trial"]
         if key in outcomes:
-            raise BadInput(f"{path}: holds two episodes of {key[0]}, task {key[1]}, init state {key[2]}")
+            raise BadInput(f"{path}: holds two episodes of {key[1]}, task {key[2]}, {key[0]} {key[3]}")
         outcomes[key] = None if episode["crashed"] else episode["success"]
     return {key: success for key, success in outcomes.items() if success is not None}

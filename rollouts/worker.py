@@ -24,7 +24,7 @@ import numpy as np
 
 from errors import BadInput, is_out_of_memory
 from observation import from_simulator
-from rollouts.episodes import STAND_STILL, WAIT_STEPS, Episode, Rollouts
+from rollouts.episodes import LIFTED, STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 from simulator.env import LiberoEnv, SimulatorError, make_env
 from simulator.suites import make_suite
@@ -33,17 +33,19 @@ from simulator.suites import make_suite
 def play_episode(
     env: LiberoEnv,
     episode: Episode,
-    init_state: np.ndarray,
+    init_state: np.ndarray | None,
     rollouts: Rollouts,
     ask: Callable[[dict | None], np.ndarray],
 ) -> dict:
-    """One rollout; `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video.
+    """One rollout, from an init state (S,) or, for None, from where a reset with the episode's seed puts the objects;
+    `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video.
 
     An action that is not finite, or with which the simulation breaks down, ends the episode as a failure of the policy,
     named in `broken_by_policy`. Raises SimulatorError for what breaks down without it: the scene or the renderer.
     """
     env.reset(seed=episode.seed)
-    env.set_init_state(init_state)
+    if init_state is not None:
+        env.set_init_state(init_state)
     if rollouts.shift_target:
         env.shift_target(np.random.default_rng(episode.seed), rollouts.shift_target)
     for _ in range(WAIT_STEPS):
@@ -52,6 +54,7 @@ def play_episode(
     frames = []
     executed = hashlib.sha256()  # two episodes with the same fingerprint went exactly the same way
     steps, success, broken = 0, False, None
+    stood, lifted = env.object_heights(), []
     while steps < rollouts.max_steps and not success and broken is None:
         for action in ask(from_simulator(env.observe()) if rollouts.policy_looks else None):
             poses = env.poses()
@@ -66,6 +69,9 @@ def play_episode(
                 broken = f"after {steps} steps: {problem}"
                 break
             steps += 1
+            for name, height in env.object_heights().items():
+                if height > stood[name] + LIFTED and name not in lifted:
+                    lifted.append(name)
             if success or steps == rollouts.max_steps:
                 break
     executed.update(env.state().tobytes())
@@ -76,7 +82,14 @@ def play_episode(
         if rollouts.save_video != "none":
             video = rollouts.pictures / f"{episode.name}_{'success' if success else 'failure'}.mp4"
             write_mp4(framed(frames, success), video, CONTROL_HZ // VIDEO_EVERY)
-    return {"success": success, "steps": steps, "fingerprint": executed.hexdigest(), "broken_by_policy": broken}
+    return {
+        "success": success,
+        "steps": steps,
+        "fingerprint": executed.hexdigest(),
+        "broken_by_policy": broken,
+        "asked_for": env.target,
+        "lifted": lifted,  # objects, in the order in which they left their place
+    }
 
 
 def draw_for_people(env: LiberoEnv, poses: dict) -> np.ndarray:

@@ -155,6 +155,17 @@ class LiberoEnv:
             raise SimulatorError("a position, velocity or acceleration became infinite or NaN: MuJoCo has reset itself")
         return bool(success)
 
+    @property
+    def target(self) -> str | None:
+        """The object that the task asks for, None where it is about a fixture, such as a drawer."""
+        name, *_ = self.domain.obj_of_interest
+        return name if name in self.domain.objects_dict else None
+
+    def object_heights(self) -> dict[str, float]:
+        """Where the middle of each movable object is, in metres above the floor of the world."""
+        heights = self.sim.data.body_xpos[:, 2]
+        return {name: float(heights[self.domain.obj_body_id[name]]) for name in self.domain.objects_dict}
+
     def check_success(self) -> bool:
         return bool(self._env.check_success())
 

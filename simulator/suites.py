@@ -36,20 +36,23 @@ def make_suite(name: str):
 
 def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
     """Turns "0,3,5-7" into task ids of the suite, sorted. Raises BadInput for anything else."""
-    task_ids = set()
+    return parse_numbers(text, suite.n_tasks, "--tasks", "task", f"{suite_name} has the tasks")
+
+
+def parse_numbers(text: str, count: int, flag: str, thing: str, known: str | None = None) -> list[int]:
+    """Turns "0,3,5-7" into numbers below `count`, sorted. Raises BadInput that names the flag for anything else."""
+    numbers = set()
     for part in text.split(","):
-        first, _, end = part.strip().partition("-")
-        if not (first.isdecimal() and (end or first).isdecimal()):
-            raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
-        last = int(end or first)
-        if last >= suite.n_tasks:
-            raise BadInput(
-                f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {last}"
-            )
-        task_ids |= set(range(int(first), last + 1))
-    if not task_ids:
-        raise BadInput(f"--tasks {text}: names no task")
-    return sorted(task_ids)
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise BadInput(f"{flag} {text}: expected {thing} ids such as 0,3 or 2-5")
+        if int(last or first) >= count:
+            there_are = known or f"there are the {thing}s"
+            raise BadInput(f"{flag} {text}: {there_are} 0 to {count - 1}, there is no {thing} {int(last or first)}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if not numbers:
+        raise BadInput(f"{flag} {text}: names no {thing}")
+    return sorted(numbers)
 
 
 def instruction_of(suite, suite_name: str, task_id: int) -> str:

@@ -17,7 +17,15 @@ from rollouts.evaluation import Evaluation
 from rollouts.folder import EvaluationFolder, merge, read_episodes
 from rollouts.report import write_report, write_side_by_side_report
 from rollouts.side_by_side import OWN, conditions, read_beside, results_of_all, side_by_side, table_text
-from rollouts.statistics import comparison_text, describe, exact_mcnemar, figures_text, summarise, wilson_interval
+from rollouts.statistics import (
+    causes_text,
+    comparison_text,
+    describe,
+    exact_mcnemar,
+    figures_text,
+    summarise,
+    wilson_interval,
+)
 from rollouts.video import write_mp4, write_png
 from run_libero_eval import main
 
@@ -535,6 +543,7 @@ def test_crashes_stand_in_the_cell(tmp_path):
 
 ASKED = Evaluation(
     policy="checkpoint", checkpoint="best.pt", overrides=(), task_suite="libero_object", tasks=None, num_trials=None,
+    init_states=None, random_resets=None,
     max_steps=280, demo=None, execute_steps=None, sample_steps=4, flow_start=None, shift_target=0.0,
     visual_mesh_ratio=None, seed=0, shard=None, output_dir=None, beside=(), save_video="none", num_workers=None,
     episode_timeout=900.0,
@@ -581,6 +590,62 @@ def test_the_report_of_all_eight_has_their_figures_and_leads_to_each_ones_own(tm
     title = results_of_all(cells)["title"]
     assert title == "libero_object, all 2 tasks x all 3 init states, beside blind policies and shifted targets"
     assert title in page.text and "weights_sha256" in page.text and INIT in page.text and SHIFTED in page.text
+
+
+# ------------------------------------------------------------------------------------------------------- which starts
+
+
+def test_episodes_begin_at_the_init_states_that_are_asked_for():
+    assert [*ASKED.trials(50)] == [*range(50)] and [*ASKED.trials(90)] == [*range(50)]
+    assert [*replace(ASKED, num_trials=3).trials(50)] == [0, 1, 2]
+    chosen = replace(ASKED, init_states="10-12,49")
+    assert [*chosen.trials(50)] == [10, 11, 12, 49]
+    episodes = chosen.episodes([3, 6], chosen.trials(50))
+    assert [(one.task_id, one.trial) for one in episodes[::4]] == [(3, 10), (6, 10)]
+    assert episodes[0].seed == episode_seed(
+        "libero_object", 3, 10, 0
+    )  # that of the same state played with --num_trials
+    with pytest.raises(
+        BadInput, match="--init_states 10-50: there are the init states 0 to 49, there is no init state 50"
+    ):
+        replace(ASKED, init_states="10-50").trials(50)
+    with pytest.raises(BadInput, match="--num_trials and --init_states: each says which episodes are played"):
+        replace(ASKED, num_trials=3, init_states="1")
+
+
+def test_random_resets_share_no_scene_with_the_init_states_and_are_never_paired_with_them(tmp_path):
+    resets = replace(ASKED, random_resets=40)
+    episodes = resets.episodes([6], resets.trials(50))
+    assert len({one.seed for one in episodes} | {one.seed for one in ASKED.episodes([6], range(40))}) == 80
+    title = describe(SETTINGS | {"num_trials": 40, "random_resets": 40}, 80)
+    assert "all 2 tasks x 40 random resets (not the suite's init states)" in title
+    assert "x 3 of 50 init states (10-12)" in describe(
+        SETTINGS | {"num_trials": 3, "init_states": 50, "init_states_played": "10-12"}, 6
+    )
+    for name, changes in (("A", {}), ("B", {"random_resets": 3})):
+        results_in(tmp_path / name, 1, **changes)
+    with pytest.raises(BadInput, match="no finished episode of the same suite"):
+        comparison_text(tmp_path / "A/results.json", tmp_path / "B/results.json")
+
+
+def test_a_failure_is_told_by_what_it_lifted(tmp_path):
+    def failure(trial: int, *lifted: str) -> dict:
+        return episode(6, trial, success=False) | {"asked_for": "butter_1", "lifted": [*lifted]}
+
+    solved = episode(6, 0) | {"asked_for": "butter_1", "lifted": ["butter_1"]}
+    failures = [failure(1), failure(2, "milk_1", "butter_1"), failure(3, "milk_1"), failure(4, "ketchup_1"), failure(5)]
+    row = summarise([solved, *failures, episode(6, 6, success=False), episode(6, 7, error="died")])
+    found = row["lifted_in_failures"]
+    assert found == {"nothing": 2, "the object asked for": 1, "milk_1": 1, "ketchup_1": 1}  # 6 was not recorded yet
+    text = causes_text(found)
+    assert text == "2 nothing, 1 the object asked for, 2 another (milk_1 1, ketchup_1 1)"
+    folder = folder_with(tmp_path, solved, *failures)
+    results = {
+        "title": "t", "overall": row, "tasks": [{"task_id": 6, "task": "pick"} | row], "episodes": folder.episodes,
+        "settings": SETTINGS, "checkpoint": None, "checkpoint_epoch": None, "code": [], "renderer": [],
+        "side_by_side": {},
+    }  # fmt: skip
+    assert text in Page(write_report(tmp_path, results).read_text()).text
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -1,5 +1,6 @@
 """rollouts/pool.py with real worker processes and the real simulator."""
 
+import itertools
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ from rollouts.policies import ZeroPolicy
 from rollouts.pool import Attempt, EpisodeQueue, SimulatorProcess, _receive, decide, play_all
 from rollouts.worker import play_episode
 from simulator.env import SimulatorError, make_env
+from simulator.scripted_expert import ScriptedExpert
 from simulator.suites import make_suite, task_init_states
 
 TASK = 6
@@ -109,6 +111,26 @@ def test_a_simulation_that_blows_up_is_the_policys_failure_only_after_its_first_
     no_scene[0] = 1.0  # the time
     with pytest.raises(SimulatorError):
         play_episode(env, episode, no_scene, rollouts, blows_up)
+    env.close()
+
+
+def test_what_was_lifted_is_recorded_in_its_order(tmp_path):
+    suite = make_suite("libero_object")
+    env, init_state = make_env(suite, TASK, 64, visual_mesh_ratio=0.2), task_init_states(suite, TASK)[0]
+    [episode] = episodes(0)
+    acting = []
+
+    def expert(obs):
+        if not acting:
+            scripted = ScriptedExpert(env, np.random.default_rng(0))
+            acting.append(itertools.chain(scripted.settle(), scripted.actions()))
+        return np.array([next(acting[0])])
+
+    rollouts = Rollouts("libero_object", 64, 0.2, 90, 0.0, False, "none", tmp_path)
+    outcome = play_episode(env, episode, init_state, rollouts, expert)
+    assert (outcome["success"], outcome["asked_for"], outcome["lifted"]) == (False, "butter_1", ["butter_1"])
+    random_reset = play_episode(env, episode, None, rollouts, lambda obs: np.tile(STAND_STILL, (90, 1)))
+    assert random_reset["lifted"] == [] and random_reset["fingerprint"] != outcome["fingerprint"]
     env.close()
 
 
