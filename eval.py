@@ -25,7 +25,7 @@ from demos.frames import HDF5Frames
 from demos.hdf5 import Demo, load_demos, numbered_alone
 from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
-from files import expanded, written_whole
+from files import expanded, unwritable_named, written_whole
 from jepa.mamba import choose_mamba_backend
 from provenance import code_version
 from representation import draw_report, print_report, representation_report
@@ -73,11 +73,8 @@ def main() -> None:
             result = evaluate_actions(model, checkpoint, config, held_out, arguments, device)
     result |= {"code": code_version(), "code_of_checkpoint": checkpoint.get("code", "unknown")}
     if arguments.output:
-        try:
-            with written_whole(Path(arguments.output)) as stream:
-                stream.write((json.dumps(result, indent=2) + "\n").encode())
-        except OSError as problem:
-            raise BadInput(f"--output {arguments.output}: cannot be written ({problem.strerror})") from None
+        with unwritable_named(f"--output {arguments.output}"), written_whole(Path(arguments.output)) as stream:
+            stream.write((json.dumps(result, indent=2) + "\n").encode())
         print(f"written to {arguments.output}")
 
 
