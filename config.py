@@ -114,6 +114,9 @@ class Phase2Config:
     state_scaling: Literal["standardise", "none"]
     state_noise: NumberOrZero
     flow_start: Literal["noise", "zero"]
+    rollout_interval: CountOrZero
+    rollouts_per_task: Count
+    rollout_suite: str
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ PANELS = {  # title -> the metrics of one panel, by their names in metrics.jsonl
     "flow matching (MSE)": ("pos_rot_loss",),
     "gripper (BCE)": ("gripper_loss",),
     "total loss": ("loss",),
+    "share of episodes solved": ("success_rate",),
 }
 STYLES: dict[str, dict[str, Any]] = {  # by split
     "train": {"alpha": 0.6, "linewidth": 1},

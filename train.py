@@ -15,7 +15,6 @@ resumed run continues exactly where the interrupted one was.
 
 import argparse
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,8 +40,9 @@ from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
+from rollouts.while_training import success_rate, tasks_of
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
-from training.checkpoint import check_same_run, read_checkpoint, save_checkpoint
+from training.checkpoint import NO_SCORE, Score, check_same_run, read_checkpoint, save_checkpoint
 from training.optimizer import (
     ema_momentum,
     learning_rate_factor,
@@ -127,7 +127,11 @@ def main() -> None:
         first_epoch = resumed["epoch"] if resumed else 0
         step = first_epoch * len(batches)
         log = RunLog(config, phase, resumed_from)
-        best_loss = take_over_best(resumed, resumed_from, log.directory) if resumed else math.inf
+        # Best is the lowest validation loss or, where rollouts are played, the highest success, then the lowest loss.
+        best = take_over_best(resumed, resumed_from, log.directory) if resumed else NO_SCORE
+        rollout_interval = config.training.phase2.rollout_interval if phase == 2 else 0
+        if rollout_interval and is_first_rank():  # what would stop them stops the run before its first step
+            tasks_of(config.training.phase2.rollout_suite, list(data.language.embeddings))
         # What a checkpoint keeps beside the guide's six keys: an evaluation needs no other file.
         facts = {
             "config": config.to_dict(),
@@ -141,21 +145,26 @@ def main() -> None:
 
         def validate_and_save(epoch: int) -> None:
             """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
-            nonlocal best_loss
+            nonlocal best
             began = time.perf_counter()
             seed_noise(config.training.seed, "validation")  # the same noise after every epoch
             with autocast:
                 metrics = validate(trainer, held_out_batches)
+            if rollout_interval and epoch % rollout_interval == 0 and is_first_rank():
+                metrics["success_rate"] = play_rollouts(trainer, data, config, log.directory / f"rollouts_{epoch}")
             log.write_validation(epoch, step, metrics, config.model.state_dim)
             check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
-            is_best = metrics["loss"] < best_loss
-            best_loss = min(best_loss, metrics["loss"])
+            score = Score(metrics.get("success_rate", NO_SCORE.success), metrics["loss"])
+            is_best = score.beats(best)
+            best = score if is_best else best
             if is_first_rank():
                 checkpoint = facts | {
                     "epoch": epoch,
                     "step": step,
                     "loss": metrics["loss"],
-                    "best_loss": best_loss,
+                    "success": score.success,
+                    "best_loss": best.loss,
+                    "best_success": best.success,
                     "model_state_dict": trainer.state_dict(),
                     "optimizer_state_dict": optimizer.state_dict(),
                 }
@@ -207,7 +216,7 @@ def main() -> None:
             sys.exit(130)
         finally:
             log.close()
-        report(f"phase {phase}: done after {step:,} steps, best validation loss {best_loss:.4f}, see {log.directory}")
+        report(f"phase {phase}: done after {step:,} steps, best validation loss {best.loss:.4f}, see {log.directory}")
 
 
 @contextlib.contextmanager
@@ -385,6 +394,18 @@ def validate(trainer: StateVLATrainer, batches: Batches) -> dict[str, float]:
         }
     trainer.train()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def play_rollouts(trainer: StateVLATrainer, data: Data, config: Config, pictures: Path) -> float:
+    """The share of a few episodes that the policy solves as it is now. Raises BadInput where none could be finished."""
+    recipe = config.training.phase2
+    trainer.eval()
+    success = success_rate(
+        trainer.model, data.language, data.observation, recipe.rollout_suite, recipe.rollouts_per_task,
+        recipe.flow_start, config.training.seed, pictures,
+    )  # fmt: skip
+    trainer.train()
+    return success
 
 
 if __name__ == "__main__":

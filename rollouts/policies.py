@@ -24,14 +24,13 @@ from demos.instructions import task_instruction
 from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
-from observation import CAMERAS, STATE_WIDTHS
+from observation import ARM_JOINTS, CAMERAS, STATE_WIDTHS
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation, check_range
 from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
 from training.checkpoint import config_of
 from training.processes import choose_device
 
-ARM_JOINTS = slice(1, 8)  # of a flattened state, whose [0] is the time
 SAME_START = 0.2  # rad: a demo whose arm starts further from an episode's start begins in the middle of its task
 CUDA_BATCH = 16  # rows of every forward pass on a GPU, however many environments have asked
 

@@ -4,7 +4,7 @@ tests/checkpoints/<commit>.pt holds a tiny phase-2 checkpoint as that commit wro
 observation, and z and actions as that commit's own code computed them from it.
 """
 
-import math
+import itertools
 import resource
 import signal
 from pathlib import Path
@@ -16,7 +16,16 @@ from config import load_config, parse_config
 from errors import BadInput
 from statevla_model import load_checkpoint
 from training import checkpoint as checkpoints
-from training.checkpoint import SCHEMA, best_of_run, check_same_run, epoch_and_loss, read_checkpoint, save_checkpoint
+from training.checkpoint import (
+    NO_SCORE,
+    SCHEMA,
+    Score,
+    best_of_run,
+    check_same_run,
+    epoch_and_score,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 EARLIER = sorted(Path(__file__).with_name("checkpoints").glob("*.pt"))
 
@@ -114,8 +123,8 @@ def test_a_checkpoint_with_a_damaged_block_is_refused(tmp_path):
         damaged.write_bytes(whole[:place] + bytes([0xE9]) * length + whole[place + length :])
         with pytest.raises(BadInput, match=f"{name}.pt: not readable as a checkpoint of train.py"):
             read_checkpoint(damaged)
-        assert epoch_and_loss(damaged)[1] == math.inf
-    assert epoch_and_loss(path)[1] == found["checkpoint"]["loss"]
+        assert epoch_and_score(damaged) == (0, NO_SCORE)
+    assert epoch_and_score(path)[1].loss == found["checkpoint"]["loss"]
 
 
 @pytest.mark.parametrize("room", [4096, 250_000, 399_000])
@@ -152,6 +161,13 @@ def test_the_best_of_a_run_is_found_beside_the_checkpoint_it_goes_on_from(run):
     path.with_name("checkpoint_epoch_2.pt").unlink()
     assert best_of_run(resumed, path) is None
     assert best_of_run(resumed | {"best_loss": 2.0}, path) == path
+
+
+def test_success_comes_before_loss():
+    in_order = [NO_SCORE, Score(-1.0, 0.9), Score(-1.0, 0.1), Score(0.0, 0.5), Score(0.5, 0.9), Score(0.5, 0.2)]
+    for worse, better in itertools.combinations(in_order, 2):
+        assert better.beats(worse) and not worse.beats(better)
+    assert not any(score.beats(score) for score in in_order)
 
 
 def test_a_resumed_run_is_told_which_settings_have_changed(tmp_path):

@@ -154,6 +154,29 @@ def test_an_evaluation_killed_and_continued_plays_the_same_episodes_in_one_simul
     assert "0/2 successes" in evaluate(checkpoint, *flags).stdout  # complete: only the report is written anew
 
 
+def test_training_plays_a_few_episodes_of_the_tasks_it_knows(checkpoint, collected_demos, tmp_path, monkeypatch):
+    monkeypatch.setattr("rollouts.while_training.step_limit", lambda suite: 20)
+    encoder = checkpoint.parent.parent / "phase1_temporal_jepa/checkpoint_best.pt"
+    changes = {
+        "model.image_size": 64, "data.data_directory": collected_demos, "training.checkpoint_directory": tmp_path,
+        "training.phase2.num_epochs": 2, "training.phase2.rollout_interval": 2,
+    }  # fmt: skip
+    flags = [word for key, value in (SMALL | changes).items() for word in ("--set", f"{key}={value}")]
+    torch.set_num_threads(2)
+    run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *flags)
+    assert torch.get_num_threads() == 2
+    folder = tmp_path / "phase2_flow_matching"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [line.get("success_rate") for line in lines if line["split"] == "validation"]
+    assert found == [None, 0.0]  # nothing is solved within a second
+    assert sorted(path.name for path in (folder / "rollouts_2").iterdir()) == [
+        "task6_trial0_last.png", "task6_trial1_last.png",
+    ]  # fmt: skip
+    wrong = [*flags, "--set", "training.phase2.rollout_suite=libero_goal"]
+    said = one_sentence(run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *wrong, expect=2))
+    assert "none of libero_goal's tasks is in the demonstrations, whose first is 'pick up the butter" in said
+
+
 def test_a_shifted_target_is_another_episode_and_the_title_says_so(checkpoint, tmp_path):
     fingerprints = {}
     for shift in (0, 0.05):

@@ -54,6 +54,7 @@ def flags_of(script: str) -> frozenset[str]:
     return frozenset(re.findall(r"^  (?:-\w, )?(--\w+)", output.getvalue(), re.M))
 
 
+@pytest.mark.simulator
 def test_the_python_of_readme_runs_and_gives_a_chunk_of_actions(monkeypatch):
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     monkeypatch.chdir(ROOT)

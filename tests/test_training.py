@@ -317,6 +317,33 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_with_it(runs, da
         assert found["epoch"] == (4 if alone else best["epoch"])
 
 
+def test_best_is_by_success_where_rollouts_are_played_and_a_resumed_run_keeps_it(runs, data, tmp_path, monkeypatch):
+    shares = iter([0.5, 0.5, 0.25, 0.25, 0.75])
+    monkeypatch.setattr(train, "success_rate", lambda *_: next(shares))
+    monkeypatch.setattr(train, "tasks_of", lambda *_: {6: "pick up the butter"})
+    folder = tmp_path / "phase2_flow_matching"
+    both = settings(
+        data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase2__rollout_interval=2,
+        training__phase2__num_epochs=8,
+    )  # fmt: skip
+    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    train_here(monkeypatch, "--phase", 2, "--phase1_checkpoint", encoder, *both)
+    lines = {line["epoch"]: line for line in metrics(folder, "validation")}
+    assert {epoch: line.get("success_rate") for epoch, line in lines.items() if epoch > 1} == {
+        2: 0.5, 3: None, 4: 0.5, 5: None, 6: 0.25, 7: None, 8: 0.25,
+    }  # fmt: skip
+    first = 4 if lines[4]["loss"] < lines[2]["loss"] else 2
+    best, latest = (read_checkpoint(folder / f"checkpoint_{name}.pt") for name in ("best", "latest"))
+    assert (best["epoch"], best["success"]) == (first, 0.5)
+    assert (latest["best_success"], latest["best_loss"]) == (0.5, lines[first]["loss"])
+
+    resumed = [*both, "--set", "training.phase2.num_epochs=10"]
+    (folder / "checkpoint_best.pt").unlink()  # it is found among the epochs
+    train_here(monkeypatch, "--phase", 2, "--checkpoint", folder / "checkpoint_epoch_8.pt", *resumed)
+    assert read_checkpoint(folder / "checkpoint_best.pt")["epoch"] == 10
+    assert read_checkpoint(folder / "checkpoint_epoch_9.pt")["best_success"] == 0.5
+
+
 @pytest.mark.parametrize("phase, folder", [(1, "phase1_temporal_jepa"), (2, "phase2_flow_matching")])
 def test_resume_continues_the_same_loss_curve(runs, data, tmp_path, phase, folder):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path)

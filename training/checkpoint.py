@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ CAME_LATER = {
     "training.phase2.state_scaling": "standardise",
     "training.phase2.state_noise": 0.0,
     "training.phase2.flow_start": "noise",
+    "training.phase2.rollout_interval": 0,
+    "training.phase2.rollouts_per_task": 2,
+    "training.phase2.rollout_suite": "libero_object",
 }
 MOVED = {"training.image_shift": ("training.phase1.image_shift", "training.phase2.image_shift")}
 ANYTHING = object()
@@ -176,20 +180,38 @@ def _differences(before: dict, now: dict, prefix: str, left_out: set[str]) -> li
     return sorted(lines)
 
 
+class Score(NamedTuple):
+    """What a checkpoint is worth: the share of episodes that it solved, then its validation loss."""
+
+    success: float  # below 0 where none were played
+    loss: float
+
+    def beats(self, other: "Score") -> bool:
+        return (self.success, -self.loss) > (other.success, -other.loss)
+
+
+NO_SCORE = Score(-1.0, math.inf)
+
+
+def best_score(checkpoint: dict) -> Score:
+    """That of the best checkpoint of the run so far."""
+    return Score(checkpoint.get("best_success", NO_SCORE.success), checkpoint["best_loss"])
+
+
 def best_of_run(resumed: dict, path: Path) -> Path | None:
-    """The file of the resumed run that has its lowest validation loss so far, `resumed["best_loss"]`: the best
-    checkpoint beside the resumed one, the resumed one itself or one of the epochs. None where it is gone."""
+    """The file of the resumed run that has its best score so far: the best checkpoint beside the resumed one, the
+    resumed one itself or one of the epochs. None where it is gone."""
     beside = [path.with_name("checkpoint_best.pt"), path, *sorted(path.parent.glob("checkpoint_epoch_*.pt"))]
-    return next((candidate for candidate in beside if epoch_and_loss(candidate)[1] == resumed["best_loss"]), None)
+    return next((candidate for candidate in beside if epoch_and_score(candidate)[1] == best_score(resumed)), None)
 
 
-def epoch_and_loss(path: Path) -> tuple[int, float]:
-    """Of a checkpoint: its epoch and its validation loss, infinite where there is none to be read."""
+def epoch_and_score(path: Path) -> tuple[int, Score]:
+    """Of a checkpoint: its epoch and its score, NO_SCORE where there is none to be read."""
     try:
         checkpoint = _load(path, mmap=True)
-        return checkpoint["epoch"], checkpoint["loss"]
+        return checkpoint["epoch"], Score(checkpoint.get("success", NO_SCORE.success), checkpoint["loss"])
     except (OSError, *UNREADABLE):
-        return 0, math.inf
+        return 0, NO_SCORE
 
 
 def _load(path: Path, **options):

@@ -17,7 +17,7 @@ from torch import Tensor
 from config import Config
 from errors import BadInput
 from files import Lock, replaced_whole, unwritable_named
-from training.checkpoint import best_of_run, epoch_and_loss
+from training.checkpoint import NO_SCORE, Score, best_of_run, best_score, epoch_and_score
 from training.processes import is_first_rank, report
 
 PHASE_DIRECTORIES = {1: "phase1_temporal_jepa", 2: "phase2_flow_matching"}
@@ -130,22 +130,22 @@ class RunLog:
             self.wandb_run.finish()
 
 
-def take_over_best(resumed: dict, path: str, directory: Path) -> float:
-    """The lowest validation loss so far. Its checkpoint is put into the folder where the run goes on, unless that has
+def take_over_best(resumed: dict, path: str, directory: Path) -> Score:
+    """The best score so far. Its checkpoint is put into the folder where the run goes on, unless that has
     one as good: a run that was killed may have kept the best one of the epoch that it will now do again."""
     source, target = best_of_run(resumed, Path(path)), directory / "checkpoint_best.pt"
-    epoch, loss = epoch_and_loss(target)
-    if loss <= resumed["best_loss"] and epoch <= resumed["epoch"] + 1:
-        return loss
+    best, (epoch, score) = best_score(resumed), epoch_and_score(target)
+    if not best.beats(score) and epoch <= resumed["epoch"] + 1:
+        return score
     if source is None:
         report(
             f"note: the best checkpoint so far is not beside {path} any more; the best of the epochs to come is kept"
         )
-        return math.inf
+        return NO_SCORE
     if is_first_rank():
         with unwritable_named(target), replaced_whole(target) as part:
             shutil.copyfile(source, part)
-    return resumed["best_loss"]
+    return best
 
 
 def is_collapsing(metrics: dict[str, float], before: dict[str, float] | None, state_dim: int) -> bool:
