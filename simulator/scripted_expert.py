@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.env import LiberoEnv
-from simulator.libero import import_libero
 
 OPEN, CLOSED = -1.0, 1.0
 SETTLE_STEPS = 5  # the objects drop onto the floor; LIBERO's files leave these steps out
@@ -24,7 +23,8 @@ CLEAR_OF_RIM = 0.165  # lowest height of the carried object's bottom on its way 
 MISSED_BY = 0.02, 0.05  # from the middle of the grasp that was missed on purpose
 UNNOTICED_STEPS = 70  # after it, at most: long enough to be over the basket with nothing in the hand
 ACTION_NOISE = 0.05
-BOX_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
+FALLEN = 0.35  # rad by which what was upright leans; a standing object settles within 0.02
+REACH = 0.82  # from the robot's base
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,21 @@ class ScriptedExpert:
 
     def settle(self) -> Iterator[np.ndarray]:
         """The hand waits until the objects have dropped onto the floor."""
+        self.placed = self._object_rotation(self.target)
         for _ in range(SETTLE_STEPS):
             yield np.array([0, 0, 0, 0, 0, 0, OPEN])
         _, rotation = self._hand()
         self.upright, self.upright_yaw = _pointing_down(rotation), self._closing_yaw()
+
+    def why_target_cannot_be_taken(self) -> str:
+        """After `settle()`: why this is no scene to show a grasp in, or "" if it is one."""
+        turned = self._object_rotation(self.target) @ self.placed.T
+        if turned[2, 2] < np.cos(FALLEN):
+            return "the target fell over"
+        base = self.env.domain.robots[0].base_pos
+        if np.linalg.norm((self._object_position(self.target) - base)[:2]) > REACH:
+            return "the target is out of reach"
+        return ""
 
     def missed_grasp(self) -> Iterator[np.ndarray]:
         """A grasp beside the target, which it may push over, and what one does who has not noticed: lift, go to the
@@ -177,7 +188,7 @@ class ScriptedExpert:
 
     def _plan_grasp(self) -> Grasp:
         """The narrowest grasp from above whose fingers and palm miss the neighbours, at any yaw."""
-        boxes = self._collision_boxes(self.target)  # (n, 8, 3)
+        boxes = self.env.collision_boxes(self.target)  # (n, 8, 3)
         top, bottom = boxes[..., 2].max(), boxes[..., 2].min()
         height = max(bottom + 0.010, min(top - 0.028, 0.5 * (top + bottom) + 0.015))
         between_fingers = (boxes[..., 2].min(axis=1) <= height + 0.008) & (boxes[..., 2].max(axis=1) >= height - 0.008)
@@ -186,7 +197,7 @@ class ScriptedExpert:
             (box[:, :2], box[:, 2].max())
             for name in self.env.domain.obj_body_id
             if name != self.target
-            for box in self._collision_boxes(name)
+            for box in self.env.collision_boxes(name)
             if box[:, 2].max() > height - 0.01
         ]
         yaw_now = self._closing_yaw()
@@ -228,6 +239,9 @@ class ScriptedExpert:
     def _object_position(self, name: str) -> np.ndarray:
         return self.env.sim.data.body_xpos[self.env.domain.obj_body_id[name]].copy()
 
+    def _object_rotation(self, name: str) -> np.ndarray:
+        return self.env.sim.data.body_xmat[self.env.domain.obj_body_id[name]].reshape(3, 3).copy()
+
     def _over_basket(self, bottom_height: float) -> np.ndarray:
         """Where the hand (3,) must be for the object in it to hang over the basket, its bottom at `bottom_height`."""
         hand_from_object = self._hand()[0][:2] - self._object_position(self.target)[:2]
@@ -243,17 +257,6 @@ class ScriptedExpert:
         """Whether both fingers touch it: unlike `_holds_target`, told apart from another object in the hand."""
         domain = self.env.domain
         return bool(domain._check_grasp(domain.robots[0].gripper, domain.objects_dict[self.target]))
-
-    def _collision_boxes(self, name: str) -> np.ndarray:
-        """(n, 8, 3) world corners of an object's collision boxes; other shapes count as a cube inside their sphere."""
-        model, data = self.env.sim.model, self.env.sim.data
-        belongs = model.body_rootid[model.geom_bodyid] == self.env.domain.obj_body_id[name]
-        boxes = []
-        for geom in np.flatnonzero(belongs & (model.geom_contype != 0)):
-            is_box = model.geom_type[geom] == import_libero().mujoco.mjtGeom.mjGEOM_BOX
-            half_size = model.geom_size[geom] if is_box else np.full(3, 0.6 * model.geom_rbound[geom])
-            boxes.append(data.geom_xpos[geom] + (BOX_CORNERS * half_size) @ data.geom_xmat[geom].reshape(3, 3).T)
-        return np.array(boxes)
 
 
 def _collision_cost(corners: np.ndarray, top: float) -> float:

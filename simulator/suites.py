@@ -60,7 +60,12 @@ def instruction_of(suite, suite_name: str, task_id: int) -> str:
     """
     if not suite_name.lower().endswith(("_lan", "_task")):
         return suite.get_task(task_id).language
-    return re.search(r"\(:language\s+([^)]*)\)", bddl_path(suite, task_id).read_text()).group(1)
+    return instruction_in(bddl_path(suite, task_id).read_text())
+
+
+def instruction_in(bddl_text: str) -> str:
+    """What the robot is told, as a BDDL file has it."""
+    return re.search(r"\(:language\s+([^)]*)\)", bddl_text).group(1)
 
 
 def bddl_path(suite, task_id: int) -> Path:
