@@ -26,6 +26,7 @@ import numpy as np
 
 from errors import BadInput
 from simulator.env import LiberoEnv, SimulatorError
+from simulator.scripted_expert import REACH
 from simulator.suites import bddl_path
 
 Place = tuple[float, float]  # x, y
@@ -33,6 +34,7 @@ Layout = dict[str, np.ndarray]  # object or basket -> x and y (2,)
 
 MOVED_BY = 0.05
 CLEARANCE = 0.02  # between the collision geometries of two objects, beyond LIBERO's own radii: room for a finger
+SETTLES_WITHIN = 0.005  # of where it is put
 TRIES = 2000  # layouts and moves drawn before a scene counts as one that has no room
 
 # Scene (the object that LIBERO itself asks for in it) -> three pairs. The first is LIBERO-PRO's. Of the three ways to
@@ -144,10 +146,11 @@ def _moved(
     """Moves everything from its place by up to MOVED_BY, uniformly among what leaves all their clearance: the object
     named into its withheld cell, the others outside of theirs."""
     footprints = {name: _footprint(env, name) for name in env.domain.objects_dict}
+    base = env.domain.robots[0].base_pos[:2]
     for _ in range(TRIES):
         layout: Layout = {}
         for name, place in draw_places().items():
-            xy = _position(rng, place, name == to_withheld_cell)
+            xy = _position(rng, place, base, name == to_withheld_cell)
             if not all(_are_clear(footprints[name], xy, footprints[other], at) for other, at in layout.items()):
                 break
             layout[name] = xy
@@ -156,15 +159,13 @@ def _moved(
     raise SimulatorError(f"the scene of {env.bddl_file.stem} has no layout that leaves every object its clearance")
 
 
-def _position(rng: np.random.Generator, place: Place, withheld: bool) -> np.ndarray:
-    """(2,), in the withheld cell of a place or in the rest of the square around it."""
-    if place not in WITHHELD_CELLS:  # the basket's
-        return place + rng.uniform(-MOVED_BY, MOVED_BY, 2)
-    if withheld:
-        return rng.uniform(*withheld_cell(place))
+def _position(rng: np.random.Generator, place: Place, base: np.ndarray, withheld: bool) -> np.ndarray:
+    """(2,), in the withheld cell of a place or in the rest of its square, within reach of the arm's base (2,)."""
     while True:
-        xy = place + rng.uniform(-MOVED_BY, MOVED_BY, 2)
-        if not in_withheld_cell(place, xy):
+        xy = rng.uniform(*withheld_cell(place)) if withheld else place + rng.uniform(-MOVED_BY, MOVED_BY, 2)
+        if place not in WITHHELD_CELLS:  # the basket's
+            return xy
+        if in_withheld_cell(place, xy) == withheld and np.linalg.norm(xy - base) < REACH - SETTLES_WITHIN:
             return xy
 
 

@@ -18,13 +18,14 @@ SETTLE_STEPS = 5  # the objects drop onto the floor; LIBERO's files leave these 
 CLOSING_STEPS, OPENING_STEPS = 12, 8
 RETREAT_STEPS = 40  # from letting go until the expert gives up waiting for success and tries again
 WIDEST_GRASP = 0.074  # the fingers open to 0.08
+PALM_HEIGHT = 0.031  # over the point between the fingertips
 TRAVEL_HEIGHT = 0.16  # of the hand on its way over the other objects
 CLEAR_OF_RIM = 0.165  # lowest height of the carried object's bottom on its way to the basket
 MISSED_BY = 0.02, 0.05  # from the middle of the grasp that was missed on purpose
 UNNOTICED_STEPS = 70  # after it, at most: long enough to be over the basket with nothing in the hand
 ACTION_NOISE = 0.05
 FALLEN = 0.35  # rad by which what was upright leans; a standing object settles within 0.02
-REACH = 0.82  # from the robot's base
+REACH = 0.77  # from the base. Beyond, the elbow stretches to its limit, from where the hand does not come back.
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ class ScriptedExpert:
 
     Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
     `env.step`.
+
+    With `spares_tops` tall objects are taken near their top. Without, the hand comes down on cartons and bottles until
+    the palm touches them, and a carton may stay on a finger that opens. Demos of LIBERO's own layouts are made without,
+    so that they stay what they were.
     """
 
-    def __init__(self, env: LiberoEnv, rng: np.random.Generator):
-        self.env, self.rng = env, rng
+    def __init__(self, env: LiberoEnv, rng: np.random.Generator, spares_tops: bool = False):
+        self.env, self.rng, self.spares_tops = env, rng, spares_tops
         self.target, self.basket = env.domain.obj_of_interest[:2]
         self.hand_site = env.sim.model.site_name2id("gripper0_grip_site")
         self.pads = [env.sim.model.geom_name2id(f"gripper0_finger{i}_pad_collision") for i in (1, 2)]
@@ -191,6 +196,8 @@ class ScriptedExpert:
         boxes = self.env.collision_boxes(self.target)  # (n, 8, 3)
         top, bottom = boxes[..., 2].max(), boxes[..., 2].min()
         height = max(bottom + 0.010, min(top - 0.028, 0.5 * (top + bottom) + 0.015))
+        if self.spares_tops and top - height > PALM_HEIGHT:
+            height = top - 0.018  # on a carton's gable, above the ledge under which an open finger can catch
         between_fingers = (boxes[..., 2].min(axis=1) <= height + 0.008) & (boxes[..., 2].max(axis=1) >= height - 0.008)
         outline = boxes[between_fingers].reshape(-1, 3)[:, :2]
         neighbours = [
@@ -268,7 +275,7 @@ def _collision_cost(corners: np.ndarray, top: float) -> float:
 
     if reaches(0.066, 0.014):  # the open fingers
         return 0.2
-    if top > 0.035 and reaches(0.11, 0.036):  # the palm hangs 4.5 cm above the fingertips
+    if top > 0.035 and reaches(0.11, 0.036):  # the palm
         return 0.1
     return 0.0
 
