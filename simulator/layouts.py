@@ -185,7 +185,7 @@ def _footprint(env: LiberoEnv, name: str) -> Footprint:
 
 
 def _are_clear(first: Footprint, at: np.ndarray, second: Footprint, second_at: np.ndarray) -> bool:
-    """LIBERO's radii are smaller than the objects (the basket's is a tenth of it), so the geometry counts, too."""
+    """LIBERO's radii are smaller than the objects (the basket's is a third of it), so the geometry counts, too."""
     gap = np.maximum(at + first.low - second_at - second.high, second_at + second.low - at - first.high)  # (2,)
     return gap.max() > CLEARANCE and np.linalg.norm(at - second_at) > first.radius + second.radius
 
@@ -194,8 +194,12 @@ def _are_clear(first: Footprint, at: np.ndarray, second: Footprint, second_at: n
 
 
 def scene_of(env: LiberoEnv) -> str:
-    """The scene's name in WITHHELD_PAIRS: the object that LIBERO's own task asks for in it."""
-    return without_number(_objects_of_interest(env.bddl_file.read_text())[0])
+    """The scene's name in WITHHELD_PAIRS, known by its objects. Raises BadInput for a scene that is none of them."""
+    held = {without_number(name) for name in graspable(env)}
+    for scene, pairs in WITHHELD_PAIRS.items():
+        if held == {name for pair in pairs for name in pair}:
+            return scene
+    raise BadInput(f"the scene of {env.bddl_file.stem} is none of libero_object's, whose layouts can be shuffled")
 
 
 def places_of(env: LiberoEnv) -> dict[str, Place]:
