@@ -1,9 +1,9 @@
 # Two commands do all the set-up they need on a fresh Debian or Ubuntu machine with Python 3.10 to 3.13:
 #
 #   make demo    real LIBERO demonstrations -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
-#   make test    the tests
+#   make test    the tests; make test-fast those without simulator and other processes, in less than a minute
 #
-# make lint checks the style, make bench measures how fast all of it is, make table prints the component table,
+# make lint checks style and types, make bench measures how fast all of it is, make table prints the component table,
 # make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks.
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes. Another Python is tested beside the
 # first one with: make test PYTHON=python3.13 VENV=/tmp/venv313
@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo libero-object-cpu libero-object-gpu test lint bench table clean-demo install system-packages
+.PHONY: help demo libero-object-cpu libero-object-gpu test test-fast lint bench table clean-demo install system-packages
 
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -102,9 +102,13 @@ clean-demo:
 test: install $(VENV)/reference/.installed
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/reference) $(RUN) -m pytest -n 2 --dist loadfile
 
+test-fast: install
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not simulator and not slow"
+
 lint: install
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(RUN) -m mypy
 
 # Figures: benchmarks/results/*.json and docs/speed.png. The machine should do nothing else meanwhile.
 bench: install $(VENV)/reference/.installed $(VENV)/peers/.installed

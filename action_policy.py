@@ -22,6 +22,9 @@ class Normalizer(nn.Module):
     """Standardises per dimension and back; the statistics are buffers and travel in the checkpoint. They start as NaN,
     so that forgetting to fit is loud."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.full((dim,), torch.nan))
@@ -47,6 +50,9 @@ class StateScaling(nn.Module):
     standardise: every dimension has mean 0 and variance 1. none: z as it is.
     """
 
+    mean: Tensor
+    transform: Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.full((dim,), torch.nan))
@@ -70,6 +76,8 @@ class StateScaling(nn.Module):
 
 class SigmaEmbedding(nn.Module):
     """sigma (B,) in [0, 1] -> tokens (B, 1, D): sines and cosines of many frequencies, then an MLP."""
+
+    frequencies: Tensor
 
     def __init__(self, dim: int):
         super().__init__()

@@ -22,8 +22,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,7 +36,7 @@ from config import add_config_flags, load_config
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from machine import affordable_processes
-from simulator.layouts import MOVED_BY, shuffled_tasks
+from simulator.layouts import MOVED_BY, ShuffledTask, shuffled_tasks
 from simulator.self_check import simulator_difference
 from simulator.suites import make_suite, parse_task_ids
 
@@ -63,8 +64,8 @@ def ctrl_c_waits() -> Iterator[None]:
 def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
     """Runs attempts on all workers until every task has its demos; calls finish(task) when one has them."""
     missing = sum(max(task.wanted - len(task.successes()), 0) for task in tasks)
-    running = {}  # future -> (task, attempt, time when it was handed out)
-    processes: set[multiprocessing.Process] = set()
+    running: dict[Future, tuple[TaskDemos, int, float]] = {}  # and the time when the attempt was handed out
+    processes: set[BaseProcess] = set()
     open_tasks = list(tasks)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):  # LP: Mesa's software renderer
         os.environ[name] = "1"  # inherited by the workers, one of which keeps one core busy by itself
@@ -93,7 +94,7 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
                     task.broken.append(outcome.why_broken)
                 task.discarded += outcome.discarded
                 task.seconds += time.monotonic() - begun
-                progress.update(task.lengths[attempt] > 0)
+                progress.update(outcome.length > 0)
     except BrokenProcessPool:
         pool.shutdown()  # waits for the other workers, which it ends with SIGTERM
         raise BadInput(f"{how_it_ended([process.exitcode for process in processes])}; {CONTINUES}") from None
@@ -148,7 +149,7 @@ def report(tasks: list[TaskDemos]) -> None:
     print("\ntask  successes/attempts  percent  mean length  worker seconds")
     successes = attempts = 0
     for task in tasks:
-        lengths = [task.lengths[attempt] for attempt in task.successes()]
+        lengths = task.successes().values()
         solved, tried = len(lengths) + task.deleted, len(task.lengths)
         rate, percent = f"{solved}/{tried}", 100 * solved / tried
         mean = sum(lengths) / len(lengths)
@@ -245,12 +246,12 @@ def main() -> None:
 
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)
+    orders: list[tuple[int, int, ShuffledTask | None]] = [(task_id, wanted, None) for task_id in task_ids]
     if args.layouts == "shuffled":
-        asked = [(task.scene, task.share_of(wanted), task) for task in shuffled_tasks(suite, task_ids)]
-    else:
-        asked = [(task_id, wanted, None) for task_id in task_ids]
-    with claimed([task.name if task else suite.get_task(task_id).name for task_id, _, task in asked], folder):
-        tasks = [TaskDemos(suite, task_id, folder, share, settings, task) for task_id, share, task in asked if share]
+        shuffled = [(task, task.share_of(wanted)) for task in shuffled_tasks(suite, task_ids)]
+        orders = [(task.scene, share, task) for task, share in shuffled if share]
+    with claimed([asked.name if asked else suite.get_task(task_id).name for task_id, _, asked in orders], folder):
+        tasks = [TaskDemos(suite, task_id, folder, share, settings, asked) for task_id, share, asked in orders]
         if args.visual_mesh_ratio < 1:
             print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
         if simulator := simulator_difference():

@@ -48,8 +48,10 @@ class PathText:
 
 Positive = Range(0, open=True)
 NotNegative = Range(0)  # 0 means "none of it"
-Number, Count = Annotated[float, Positive], Annotated[int, Positive]
-NumberOrZero, CountOrZero = Annotated[float, NotNegative], Annotated[int, NotNegative]
+Number = Annotated[float, Positive]
+NumberOrZero = Annotated[float, NotNegative]
+Count = Annotated[int, Positive]
+CountOrZero = Annotated[int, NotNegative]
 Share = Annotated[float, Range(0, 1)]
 FilePath = Annotated[str, PathText]
 
@@ -233,7 +235,8 @@ def _override(tree: dict, override: str) -> None:
     if not separator:
         raise BadInput(f"--set {override}: expected section.key=value, for example training.phase1.num_epochs=5")
     *sections, name = key.split(".")
-    node, kind = tree, Config
+    node: typing.Any = tree
+    kind: typing.Any = Config
     for section in sections:
         node = node.get(section) if isinstance(node, dict) else None
         kind = typing.get_type_hints(kind).get(section) if is_dataclass(kind) else None

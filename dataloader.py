@@ -141,7 +141,8 @@ class PictureReader:
         if not self.buffers:
             shape = (len(self.offsets), self.batch_size, *frames.frame_shape)
             self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(self.BUFFERS)]
-        free, ready = queue.SimpleQueue(), queue.SimpleQueue()
+        free: queue.SimpleQueue = queue.SimpleQueue()
+        ready: queue.SimpleQueue = queue.SimpleQueue()
         for buffer in self.buffers:
             free.put((buffer, None))  # and the event after which it may be filled
         thread = threading.Thread(target=self._fill, args=(frames, batches, free, ready), daemon=True)

@@ -65,10 +65,12 @@ def main() -> None:
             )
     held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
     of_encoder = checkpoint["phase"] == 1 or arguments.representation
-    evaluate = evaluate_representation if of_encoder else evaluate_actions
     batch_size = config.training.batch_size
     with out_of_memory_named(f"out of memory with batch_size {batch_size}; use a smaller --batch_size"):
-        result = evaluate(model, checkpoint, config, demos, held_out, arguments, device)
+        if of_encoder:
+            result = evaluate_representation(model, checkpoint, config, demos, held_out, arguments, device)
+        else:
+            result = evaluate_actions(model, checkpoint, config, held_out, arguments, device)
     result |= {"code": code_version(), "code_of_checkpoint": checkpoint.get("code", "unknown")}
     if arguments.output:
         try:
@@ -80,8 +82,8 @@ def main() -> None:
 
 
 def evaluate_actions(
-    model: StateVLA, checkpoint: dict, config: Config, demos: list[Demo], held_out: list[Demo],
-    arguments: argparse.Namespace, device: torch.device,
+    model: StateVLA, checkpoint: dict, config: Config, held_out: list[Demo], arguments: argparse.Namespace,
+    device: torch.device,
 ) -> dict:  # fmt: skip
     """Phase 2: the error of the predicted actions."""
     held_out = numbered_alone(held_out)

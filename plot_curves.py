@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -26,7 +27,7 @@ PANELS = {  # title -> the metrics of one panel, by their names in metrics.jsonl
     "gripper (BCE)": ("gripper_loss",),
     "total loss": ("loss",),
 }
-STYLES = {  # by split
+STYLES: dict[str, dict[str, Any]] = {  # by split
     "train": {"alpha": 0.6, "linewidth": 1},
     "validation": {"marker": "o", "markersize": 3},
 }

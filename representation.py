@@ -194,7 +194,7 @@ def spread_within(z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
     return shares
 
 
-def probe(z: Tensor, truth: Tensor, task: Tensor, split: int, among: Tensor | None = None) -> dict[str, dict]:
+def probe(z: Tensor, truth: Tensor, task: Tensor, split: int, among: Tensor | None = None) -> dict:
     """How well `truth` (N, Q), in metres, can be read from z (N, D) of frames of tasks `task` (N,): one probe for all,
     fitted on the first `split` rows, tried on the rest; `among` (N,) restricts both to some rows.
 
@@ -320,7 +320,7 @@ def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> Non
     z, split = drawn["z"], drawn["split"]
     queries, neighbours, columns = 6, min(4, split), 5
     figure = plt.figure(figsize=(13, 3 + 1.7 * queries), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 1.7 * queries))
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 1.7 * queries))
     left, right = above.subplots(1, 2)
     left.semilogy(range(1, len(drawn["spectrum"]) + 1), np.maximum(drawn["spectrum"], 1e-12))
     left.set(title=f"variance of z by direction (effective rank {figures['effective_rank']:.0f})", xlabel="direction")

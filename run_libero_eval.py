@@ -11,51 +11,55 @@ where one is left, the exit code is 1, and the same command tries it again.
 
     --side_by_side 0.05                              policy and baselines, on init states and shifted targets
     --policy replay | zero                           what a policy that doesn't look gets
+    --beside A B                                     finished evaluations that stand in the table of this one
     --compare A/results.json B/results.json          is A better than B? paired by episode
     --shard 3/16 ... --merge PART PART ...           on many machines, then joined
 """
 
 import argparse
 import contextlib
-import copy
-import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from config import add_set_flag, parse_config
+from config import add_set_flag
 from demos.instructions import canonical_instruction
-from demos.language import LanguageTable
-from errors import BadInput, exits_on_bad_input, out_of_memory_named
+from errors import BadInput, exits_on_bad_input
 from files import expanded
-from jepa.mamba import choose_mamba_backend
 from machine import affordable_processes
-from observation import CAMERAS, STATE_WIDTHS
 from provenance import code_version
-from rollouts.folder import EvaluationFolder, merge, read_settings, write_whole
-from rollouts.policies import (
-    CheckpointPolicy,
-    ReplayPolicy,
-    Task,
-    ZeroPolicy,
-    demo_of,
-    read_demo,
-    training_demo,
-    with_embeddings_of,
-)
+from rollouts.episodes import Episode, Rollouts, Task, shard_of, step_limit
+from rollouts.evaluation import Evaluation
+from rollouts.folder import SIDE_BY_SIDE, EvaluationFolder, merge, read_settings, write_whole
+from rollouts.policies import make_policy
 from rollouts.pool import GB_PER_ENVIRONMENT, play_all
-from rollouts.report import write_report
-from rollouts.side_by_side import conditions, side_by_side, table_text
-from rollouts.statistics import ORIGINS, comparison_text, distinct, figures_text, summarise, summarise_tasks
-from rollouts.worker import Episode, Rollouts
+from rollouts.report import write_report, write_side_by_side_report
+from rollouts.side_by_side import (
+    OWN,
+    conditions,
+    num_cells,
+    read_beside,
+    results_of_all,
+    side_by_side,
+    table_text,
+)
+from rollouts.statistics import (
+    ORIGINS,
+    comparison_text,
+    describe,
+    distinct,
+    figures_text,
+    summarise,
+    summarise_tasks,
+)
 from simulator.self_check import renderer_name, simulator_difference
 from simulator.self_check import versions as simulator_versions
 from simulator.suites import (
@@ -66,19 +70,15 @@ from simulator.suites import (
     target_is_an_object,
     task_init_states,
 )
-from statevla_model import model_from_checkpoint
 from training.checkpoint import read_checkpoint
-from training.processes import choose_device
 
-STEP_LIMITS = {  # somewhat more than the longest demonstration of the suite takes; its variants have the same
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_90": 400,
-    "libero_10": 520,
-}
-LARGEST_SHIFT = 0.2  # metres
-LONGEST_EPISODE = 100_000  # steps, more than an hour
+
+class Played(NamedTuple):
+    """What has become of one evaluation."""
+
+    directory: Path
+    asked: int  # episodes
+    results: dict  # of results.json
 
 
 @exits_on_bad_input
@@ -86,124 +86,130 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.compare:
         print(comparison_text(*map(Path, arguments.compare)))
-        return
-    if arguments.merge:
-        with merge([Path(part) for part in arguments.merge], Path(arguments.output_dir)) as folder:
-            settings = read_settings(folder.directory)
-            asked = len(settings["instructions"]) * settings["num_trials"]
-            finish(folder, checkpoint_path=None, checkpoint=None)
-        exit_unless_complete([(folder, asked)], "the commands of the shards play them, then merge into a new folder")
-        return
-    if arguments.side_by_side is None:
-        played = [evaluate(arguments)]
-        directory = played[0][0].directory
+    elif arguments.merge:
+        merge_shards([Path(part) for part in arguments.merge], Path(arguments.output_dir), beside_of(arguments))
+    elif arguments.side_by_side is not None:
+        play_side_by_side(evaluation_of(arguments), arguments.side_by_side)
     else:
-        check_all_sides(arguments)
-        directory, played = choose_output_dir(arguments), []
-        for name, flags in conditions(arguments.side_by_side):
-            print(f"== {name}")
-            condition = copy.copy(arguments)
-            vars(condition).update(flags, output_dir=str(directory / name))
-            played.append(evaluate(condition, directory))
+        played = evaluate(evaluation_of(arguments))
+        exit_unless_complete([played], f"the same command with --output_dir {played.directory} tries them again")
+
+
+def merge_shards(parts: Sequence[Path], directory: Path, beside: Sequence[Path]) -> None:
+    beside_results = read_beside(beside, read_settings(parts[0]) | {"shard": None})
+    with merge(parts, directory) as folder:
+        settings = read_settings(directory)
+        results = finish(folder, None, None, beside_results)
+    asked = len(settings["instructions"]) * settings["num_trials"]
+    advice = "the commands of the shards play them, then merge into a new folder"
+    exit_unless_complete([Played(directory, asked, results)], advice)
+
+
+def play_side_by_side(evaluation: Evaluation, shift: float) -> None:
+    """Eight evaluations in folders of their own, and the table of exactly these."""
+    cells = conditions(evaluation, shift)
+    # What would stop a later one of the eight stops the command before the first is played.
+    _, tasks, replay = asked_for(cells["replay_shifted"])
+    make_policy(replay, read_checkpoint(evaluation.checkpoint or "", phase=2), tasks)
+    directory = choose_output_dir(evaluation)
+    for name in ("settings.json", "report.html"):
+        if (directory / name).exists() and not (directory / SIDE_BY_SIDE).exists():
+            raise BadInput(f"--output_dir {directory}: already holds the {name} of something else; choose another")
+
+    played = []
+    for name, condition in cells.items():
+        print(f"== {name}")
+        played.append(evaluate(replace(condition, output_dir=directory / name), directory))
+    results = results_of_all({one.directory.name: one.results for one in played})
+    write_whole(directory / SIDE_BY_SIDE, json.dumps(results, indent=1) + "\n")
+    report = write_side_by_side_report(directory, results)
+    print(f"\n{table_text(results['side_by_side'])}\n\nresults: {directory / SIDE_BY_SIDE}, to look at: {report}")
     exit_unless_complete(played, f"the same command with --output_dir {directory} tries them again")
 
 
-def exit_unless_complete(evaluations: Sequence[tuple[EvaluationFolder, int]], advice: str) -> None:
-    """Ends the program with code 1 and one sentence where episodes that were asked for are in no figure.
-
-    evaluations: each folder and how many episodes were asked of it.
-    """
+def exit_unless_complete(played: Sequence[Played], advice: str) -> None:
+    """Ends the program with code 1 and one sentence where episodes that were asked for are in no figure."""
     incomplete, left, crashed = [], 0, 0
-    for folder, asked in evaluations:
-        crashes = sum(episode["crashed"] for episode in folder.episodes)
-        missing = asked - (len(folder.episodes) - crashes)
+    for directory, asked, results in played:
+        missing = asked - results["overall"]["trials"]
         if missing:
-            incomplete.append(str(folder.directory))
-            left, crashed = left + missing, crashed + crashes
+            incomplete.append(str(directory))
+            left, crashed = left + missing, crashed + results["crashed"]
     if left:
-        where, asked = ", ".join(incomplete), sum(asked for _, asked in evaluations)
+        where, asked = ", ".join(incomplete), sum(one.asked for one in played)
         sys.exit(f"error: {where}: {left} of {asked} episodes are in no figure, {crashed} of them crashed; {advice}")
 
 
-def check_all_sides(arguments: argparse.Namespace) -> None:
-    """Raises BadInput for what would stop a later one of the eight evaluations, before the first is played."""
-    replay = copy.copy(arguments)
-    vars(replay).update(policy="replay", shift_target=arguments.side_by_side)
-    _, tasks = asked_for(replay)
-    make_policy(replay, read_checkpoint(arguments.checkpoint, phase=2), tasks)
+def asked_for(evaluation: Evaluation) -> tuple:
+    """The suite, its tasks by id, and the evaluation with its number of trials.
 
-
-def asked_for(arguments: argparse.Namespace) -> tuple:
-    """The suite and its tasks by id. Raises BadInput for what can't be had."""
-    suite = make_suite(arguments.task_suite)
+    Raises BadInput for what can't be had.
+    """
+    suite = make_suite(evaluation.task_suite)
     task_ids = parse_task_ids(
-        f"0-{suite.n_tasks - 1}" if arguments.tasks is None else arguments.tasks, suite, arguments.task_suite
+        f"0-{suite.n_tasks - 1}" if evaluation.tasks is None else evaluation.tasks, suite, evaluation.task_suite
     )
-    tasks = {}
     for task_id in task_ids:
         bddl_path(suite, task_id)  # raises here and now where a task's file is missing
-        if arguments.shift_target and not target_is_an_object(suite, task_id):
+        if evaluation.shift_target and not target_is_an_object(suite, task_id):
             raise BadInput(f"--shift_target: the target of task {task_id} is fixed; choose other --tasks")
+    tasks = {}
     for task_id in task_ids:
-        named, told = suite.get_task(task_id), instruction_of(suite, arguments.task_suite, task_id)
+        named, told = suite.get_task(task_id), instruction_of(suite, evaluation.task_suite, task_id)
         name_tells = canonical_instruction(named.language) == canonical_instruction(told)
         init_states = task_init_states(suite, task_id)
         tasks[task_id] = Task(named.name, canonical_instruction(told), name_tells, init_states)
-    check_numbers(arguments, min(len(task.init_states) for task in tasks.values()))
-    return suite, tasks
+    return suite, tasks, evaluation.with_num_trials(num_init_states(tasks))
 
 
-def evaluate(arguments: argparse.Namespace, all_sides: Path | None = None) -> tuple[EvaluationFolder, int]:
-    """Plays what is missing of one evaluation, and reports it. Returns its folder, closed, and how many episodes were
-    asked for.
+def num_init_states(tasks: dict[int, Task]) -> int:
+    return min(len(task.init_states) for task in tasks.values())
+
+
+def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
+    """Plays what is missing of one evaluation, and reports it.
 
     all_sides: the --output_dir of the command that this evaluation is a part of, where it is only a part.
     """
     # What is asked for: tasks, their init states and instructions, and who acts.
-    suite, tasks = asked_for(arguments)
-    checkpoint = read_checkpoint(arguments.checkpoint, phase=2) if arguments.checkpoint else None
-    policy, settings = make_policy(arguments, checkpoint, tasks)
+    suite, tasks, evaluation = asked_for(evaluation)
+    checkpoint = read_checkpoint(evaluation.checkpoint, phase=2) if evaluation.checkpoint else None
+    policy, settings = make_policy(evaluation, checkpoint, tasks)
     settings |= {
-        "task_suite": arguments.task_suite,
+        "task_suite": evaluation.task_suite,
         "instructions": {str(task_id): task.instruction for task_id, task in tasks.items()},
         "tasks_of_suite": suite.n_tasks,
-        "num_trials": arguments.num_trials,
-        "init_states": min(len(task.init_states) for task in tasks.values()),
-        "max_steps": arguments.max_steps,
-        "shift_target": arguments.shift_target,
-        "seed": arguments.seed,
-        "shard": arguments.shard,
+        "num_trials": evaluation.num_trials,
+        "init_states": num_init_states(tasks),
+        "max_steps": evaluation.max_steps,
+        "shift_target": evaluation.shift_target,
+        "seed": evaluation.seed,
+        "shard": evaluation.shard,
         "simulator": simulator_difference(),
         **versions(),
     }
-    episodes = [
-        Episode(
-            arguments.task_suite, task_id, trial, episode_seed(arguments.task_suite, task_id, trial, arguments.seed)
-        )
-        for task_id in tasks
-        for trial in range(arguments.num_trials)
-    ]
-    episodes = shard_of(episodes, arguments.shard)
+    episodes = shard_of(evaluation.episodes(list(tasks)), evaluation.shard)
+    beside = read_beside(evaluation.beside, settings)
 
-    with EvaluationFolder(choose_output_dir(arguments), settings) as folder:
+    with EvaluationFolder(choose_output_dir(evaluation), settings) as folder:
         # What is there already, and the rest.
-        identity = [field.name for field in dataclasses.fields(Episode)]
+        identity = [field.name for field in fields(Episode)]
         done = {Episode(*(one[name] for name in identity)) for one in folder.episodes if not one["crashed"]}
         missing = [episode for episode in episodes if episode not in done]
         print(describe(settings, len(episodes)))
         if done:
             print(f"{folder.directory}: {len(done)} episodes are there already, {len(missing)} are missing")
         rollouts = Rollouts(
-            arguments.task_suite, settings["image_size"], settings["visual_mesh_ratio"], arguments.max_steps,
-            arguments.shift_target, policy.looks, arguments.save_video, folder.pictures.absolute(),
+            evaluation.task_suite, settings["image_size"], settings["visual_mesh_ratio"], evaluation.max_steps,
+            evaluation.shift_target, policy.looks, evaluation.save_video, folder.pictures.absolute(),
         )  # fmt: skip
         rollout = play_all(
             missing,
             lambda episode: tasks[episode.task_id].init_states[episode.trial],
             policy,
             rollouts,
-            arguments.num_workers or affordable_processes(GB_PER_ENVIRONMENT),
-            arguments.episode_timeout,
+            evaluation.num_workers or affordable_processes(GB_PER_ENVIRONMENT),
+            evaluation.episode_timeout,
         )
         try:
             keep_all(rollout, folder, tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0))
@@ -211,11 +217,11 @@ def evaluate(arguments: argparse.Namespace, all_sides: Path | None = None) -> tu
             kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
             print(f"\nStopped. {kept}; the same command with --output_dir {all_sides or folder.directory} continues.")
             sys.exit(130)
-        finish(folder, arguments.checkpoint, checkpoint)
-    return folder, len(episodes)
+        results = finish(folder, evaluation.checkpoint, checkpoint, beside)
+    return Played(folder.directory, len(episodes), results)
 
 
-def keep_all(rollout: Iterator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
+def keep_all(rollout: Generator[dict], folder: EvaluationFolder, progress: tqdm) -> None:
     """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn."""
     origins = {"code": code_version(), "renderer": renderer_name()}
     with progress, contextlib.closing(rollout):
@@ -235,8 +241,13 @@ def trouble_of(episode: dict) -> str | None:
     return broken and f"broken off by the policy's own actions {broken}"
 
 
-def finish(folder: EvaluationFolder, checkpoint_path: str | None, checkpoint: dict | None) -> None:
-    """results.json, pictures and report, and the figures on the terminal."""
+def finish(
+    folder: EvaluationFolder, checkpoint_path: str | None, checkpoint: dict | None, beside: dict[str, dict]
+) -> dict:
+    """Writes results.json, pictures and report, and prints the figures. Returns what is in results.json.
+
+    beside: folder -> results of the evaluations that stand in this one's table.
+    """
     settings = read_settings(folder.directory)
     instructions = {int(task_id): instruction for task_id, instruction in settings["instructions"].items()}
     episodes = sorted(folder.episodes, key=lambda episode: (episode["task_id"], episode["trial"]))
@@ -254,7 +265,7 @@ def finish(folder: EvaluationFolder, checkpoint_path: str | None, checkpoint: di
         **{name: distinct(episodes, name) for name in ORIGINS},
         "episodes": episodes,
     }
-    results["side_by_side"] = side_by_side(folder.directory, results)
+    results["side_by_side"] = side_by_side({OWN: results} | beside)
     write_whole(folder.directory / "results.json", json.dumps(results, indent=1) + "\n")
     report = write_report(folder.directory, results)
     for row in results["tasks"]:
@@ -264,11 +275,14 @@ def finish(folder: EvaluationFolder, checkpoint_path: str | None, checkpoint: di
         print(f"decisions: {mean:.1f} ms on average, median {median:.1f} ms")
     for trouble, times in Counter(filter(None, map(trouble_of, episodes))).most_common():
         print(f"{times} x {trouble}")
-    print(f"overall: {figures_text(overall)}\n\n{table_text(results['side_by_side'])}\n")
+    print(f"overall: {figures_text(overall)}\n")
+    if num_cells(results["side_by_side"]) > 1:
+        print(f"{table_text(results['side_by_side'])}\n")
     print(f"results: {folder.directory / 'results.json'}, to look at: {report}")
+    return results
 
 
-# ------------------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------------------------- flags
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -300,6 +314,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--side_by_side", type=float, metavar="METRES",
         help="the policy (flow from noise, from zero), replay and standing still, from the init states and with the "
         "target shifted by up to this: eight evaluations in --output_dir and one table")
+    add("--beside", type=expanded, nargs="+", default=[], metavar="DIR",
+        help="folders of finished evaluations of the same scenes that stand in this one's table, such as a replay's")
     add("--seed", type=int, default=0, help="seed of the flow's noise and of the scene (default: %(default)s)")
     add("--output_dir", type=expanded,
         help="folder of the results, continued if started (default: a new results/<suite>_<number>)")
@@ -317,128 +333,40 @@ def parse_arguments() -> argparse.Namespace:
     add_set_flag(parser)
     # fmt: on
     arguments = parser.parse_args()
-    arguments.task_suite = arguments.task_suite.lower()
     if arguments.merge and not arguments.output_dir:
         raise BadInput("--merge needs --output_dir, the folder of the joined results")
-    if arguments.compare or arguments.merge:
-        return arguments
-    if arguments.policy == "checkpoint" and not arguments.checkpoint:
-        raise BadInput("--checkpoint is missing; `python train.py --phase 2` writes checkpoint_best.pt")
-    if arguments.policy == "replay" and not (arguments.checkpoint or arguments.demo):
-        raise BadInput("--policy replay needs --demo FILE, or --checkpoint, whose training demos it then replays")
-    if arguments.side_by_side is not None:
-        if not 0 < arguments.side_by_side <= LARGEST_SHIFT:
-            raise BadInput(f"--side_by_side {arguments.side_by_side:g}: expected 0 to {LARGEST_SHIFT} metres, not 0")
-        chosen = arguments.policy != "checkpoint" or arguments.shift_target or arguments.flow_start or arguments.demo
-        if not arguments.checkpoint or chosen:
-            raise BadInput("--side_by_side needs --checkpoint, and chooses policy, flow start and shift itself")
-    if arguments.demo and arguments.policy != "replay":
-        raise BadInput("--demo belongs to --policy replay")
     return arguments
 
 
-def check_numbers(arguments: argparse.Namespace, num_init_states: int) -> None:
-    """Fills in the defaults that depend on the suite; raises BadInput for numbers that make no sense."""
-    if arguments.num_trials is None:
-        arguments.num_trials = min(num_init_states, 50)
-    if arguments.max_steps is None:
-        family = [limit for name, limit in STEP_LIMITS.items() if arguments.task_suite.startswith(name)]
-        arguments.max_steps = max(family, default=max(STEP_LIMITS.values()))
-    if arguments.seed < 0:
-        raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
-    if not 0 <= arguments.shift_target <= LARGEST_SHIFT:
-        raise BadInput(f"--shift_target {arguments.shift_target:g}: expected 0 to {LARGEST_SHIFT} metres")
-    if arguments.visual_mesh_ratio is not None and not 0 < arguments.visual_mesh_ratio <= 1:
-        raise BadInput(f"--visual_mesh_ratio {arguments.visual_mesh_ratio:g}: expected more than 0 and at most 1")
-    if not arguments.episode_timeout > 0:
-        raise BadInput(f"--episode_timeout {arguments.episode_timeout:g}: expected more than 0 seconds")
-    check_range("num_trials", arguments.num_trials, num_init_states)
-    check_range("max_steps", arguments.max_steps, LONGEST_EPISODE)
-    for name in ("sample_steps", "num_workers"):
-        if getattr(arguments, name) is not None:
-            check_range(name, getattr(arguments, name))
+def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
+    """Raises BadInput for flags that contradict each other and for numbers that make no sense in any suite."""
+    task_suite = arguments.task_suite.lower()
+    return Evaluation(
+        policy=arguments.policy,
+        checkpoint=arguments.checkpoint,
+        overrides=tuple(arguments.set),
+        task_suite=task_suite,
+        tasks=arguments.tasks,
+        num_trials=arguments.num_trials,
+        max_steps=step_limit(task_suite) if arguments.max_steps is None else arguments.max_steps,
+        demo=arguments.demo,
+        execute_steps=arguments.execute_steps,
+        sample_steps=arguments.sample_steps,
+        flow_start=arguments.flow_start,
+        shift_target=arguments.shift_target,
+        visual_mesh_ratio=arguments.visual_mesh_ratio,
+        seed=arguments.seed,
+        shard=arguments.shard,
+        output_dir=Path(arguments.output_dir) if arguments.output_dir else None,
+        beside=beside_of(arguments),
+        save_video=arguments.save_video,
+        num_workers=arguments.num_workers,
+        episode_timeout=arguments.episode_timeout,
+    )
 
 
-def check_range(name: str, value: int, limit: int | None = None) -> None:
-    if value < 1 or (limit is not None and value > limit):
-        bounds = f"between 1 and {limit}" if limit is not None else "at least 1"
-        raise BadInput(f"--{name} {value}: expected {bounds}")
-
-
-def make_policy(arguments: argparse.Namespace, checkpoint: dict | None, tasks: dict[int, Task]) -> tuple:
-    """Who acts, and the settings that say so."""
-    settings = {"policy": arguments.policy, "image_size": 128, "visual_mesh_ratio": 1.0}
-    if checkpoint:
-        observation = checkpoint["observation"]
-        check_observation(observation, arguments.checkpoint)
-        settings |= {name: observation[name] for name in ("image_size", "visual_mesh_ratio")}
-        overrides = ["training.device=auto", "training.mamba_backend=auto", *arguments.set]  # not the trainer's machine
-        config = parse_config(checkpoint["config"], arguments.checkpoint, overrides)
-    if arguments.visual_mesh_ratio is not None:
-        settings["visual_mesh_ratio"] = arguments.visual_mesh_ratio
-    if arguments.policy == "zero":
-        return ZeroPolicy(arguments.max_steps), settings
-    if arguments.policy == "replay":
-        if arguments.demo:
-            if len(tasks) > 1:
-                raise BadInput(f"--demo {arguments.demo}: is of one task; choose that task with --tasks")
-            chosen = dict.fromkeys(tasks, demo_of(arguments.demo))
-        else:
-            data, held_out = config.data, checkpoint["held_out_demos"]
-            chosen = {
-                task_id: training_demo(task, data.data_directory, data.demos_per_task, held_out)
-                for task_id, task in tasks.items()
-            }
-        demos = {task_id: (path, *read_demo(path, key)) for task_id, (path, key) in chosen.items()}
-        settings["demos"] = {str(task_id): f"{path.name}:{key}" for task_id, (path, key, _) in demos.items()}
-        settings["actions_sha256"] = {  # files of one name can hold other demonstrations
-            str(task_id): hashlib.sha256(actions.tobytes()).hexdigest() for task_id, (*_, actions) in demos.items()
-        }
-        return ReplayPolicy(
-            {task_id: actions for task_id, (*_, actions) in demos.items()}, arguments.max_steps
-        ), settings
-
-    trained_language = LanguageTable(**checkpoint["language"])
-    instructions = [task.instruction for task in tasks.values()]
-    language = with_embeddings_of(instructions, trained_language)
-    chunk_length = config.model.action_seq_len
-    execute_steps = chunk_length if arguments.execute_steps is None else arguments.execute_steps
-    check_range("execute_steps", execute_steps, chunk_length)
-    flow_start = arguments.flow_start or config.training.phase2.flow_start
-    device = choose_device(config.training.device)
-    settings |= {
-        "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
-        "new_instructions": sorted(set(instructions) - trained_language.embeddings.keys()),
-        "execute_steps": execute_steps,
-        "sample_steps": arguments.sample_steps,
-        "flow_start": flow_start,
-        "device": device.type,
-        "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
-    }
-    with out_of_memory_named(
-        f"{arguments.checkpoint}: out of memory while loading it on {device.type}; other programs may hold it"
-        + (", and --set training.device=cpu needs none of the GPU's" if device.type != "cpu" else "")
-    ):
-        model = model_from_checkpoint(checkpoint, arguments.checkpoint)
-        told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
-        policy = CheckpointPolicy(model, told, device, execute_steps, arguments.sample_steps, flow_start)
-    return policy, settings
-
-
-def check_observation(observation: dict, source: str) -> None:
-    """The simulator here gives these cameras, this orientation, this state; a policy trained on others is refused."""
-    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_WIDTHS), "image_orientation": "opengl"}
-    for key, value in provided.items():
-        if observation.get(key) != value:
-            raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")
-
-
-def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def beside_of(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    return tuple(Path(directory) for directory in arguments.beside)
 
 
 def versions() -> dict[str, str]:
@@ -447,57 +375,23 @@ def versions() -> dict[str, str]:
     return {f"version of {package}": version for package, version in packages.items()}
 
 
-def episode_seed(suite: str, task_id: int, trial: int, seed: int) -> int:
-    """Independent of the checkpoint: two checkpoints meet the same scene and the same noise, and can be paired."""
-    return int.from_bytes(hashlib.sha256(f"{suite} {task_id} {trial} {seed}".encode()).digest()[:4], "big")
-
-
-def shard_of(episodes: Sequence[Episode], shard: str | None) -> Sequence[Episode]:
-    """The I-th of N parts, in one piece, so that a machine builds few tasks' environments."""
-    if shard is None:
-        return episodes
-    part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= len(episodes)):
-        raise BadInput(f"--shard {shard}: expected I/N such as 3/16, with 1 <= I <= N <= {len(episodes)} episodes")
-    first, last = ((int(part) + k) * len(episodes) // int(parts) for k in (-1, 0))
-    return episodes[first:last]
-
-
-def choose_output_dir(arguments: argparse.Namespace) -> Path:
+def choose_output_dir(evaluation: Evaluation) -> Path:
     """The folder that is asked for, or a new one that no evaluation started at the same time gets, too."""
-    if arguments.output_dir:
-        return Path(arguments.output_dir)
+    if evaluation.output_dir:
+        return evaluation.output_dir
     results = Path("results")
     try:
         results.mkdir(exist_ok=True)
         for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                (directory := results / f"{arguments.task_suite}_{number}").mkdir()
-                return directory
+            directory = results / f"{evaluation.task_suite}_{number}"
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                continue
+            break
     except OSError as problem:
         raise BadInput(f"{results}: not writable ({problem.strerror}); choose a folder with --output_dir") from None
-
-
-def describe(settings: dict, num_episodes: int) -> str:
-    """What this figure is a figure of; a subset or thinned meshes must not pass for the benchmark's own."""
-    tasks, trials = len(settings["instructions"]), settings["num_trials"]
-    who = {"replay": "one demonstration replayed blindly, ", "zero": "standing still, "}.get(settings["policy"], "")
-    which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
-    which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
-    title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states} init states"
-    if settings["shift_target"]:
-        title += f", target shifted by up to {1000 * settings['shift_target']:g} mm"
-    if settings["shard"]:
-        title += f", shard {settings['shard']}"
-    if num_episodes < tasks * trials:
-        title += f", only {num_episodes} of {tasks * trials} episodes"
-    if settings["visual_mesh_ratio"] < 1:
-        title += f", visual meshes thinned to {settings['visual_mesh_ratio']:g} (not LIBERO's own pictures)"
-    if settings.get("simulator"):
-        title += f", {settings['simulator']}"
-    if new := settings.get("new_instructions"):
-        title += f", instructions that the checkpoint was not trained on: {len(new)}"
-    return title + (f", flow started from {settings['flow_start']}" if "flow_start" in settings else "")
+    return directory
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ class StateVLATrainer(nn.Module):
             self.weights["foresight"] = recipe.foresight_weight
             self.foresight = Foresight(state_dim, model.config.robot_state_dim, hidden_dim)
             self.robot_normalizer = Normalizer(model.config.robot_state_dim)
-        trained = {
+        trained: dict[int, list[nn.Module | None]] = {
             1: [encoder.tokenizer, encoder.encoder, encoder.predictor, self.inverse_dynamics, self.foresight],
             2: [model.policy, model.gripper, *([] if self.freeze_encoder else [encoder.tokenizer, encoder.encoder])],
         }
@@ -212,10 +212,10 @@ class StateVLATrainer(nn.Module):
             rows = {name: rows_of_all_ranks(in_float32([part[name] for part in parts])) for name in parts[0]}
             z_t, z_next_pred, z_next_target = (rows[name] for name in ("z_t", "z_next_pred", "z_next_target"))
             regularised = [z_t, z_next_pred] if self.vicreg_on == "both" else [z_t]  # z_t is what phase 2 consumes
-            losses = {
+            losses: dict[str, Tensor] = {
                 "jepa_mse": F.mse_loss(z_next_pred, z_next_target),
-                "jepa_variance": sum(variance_loss(z) for z in regularised) / len(regularised),
-                "jepa_covariance": sum(covariance_loss(z) for z in regularised) / len(regularised),
+                "jepa_variance": torch.stack([variance_loss(z) for z in regularised]).mean(),
+                "jepa_covariance": torch.stack([covariance_loss(z) for z in regularised]).mean(),
             }
             if self.inverse_dynamics is not None:
                 told = self.inverse_dynamics(z_t, z_next_target)  # (B, K * 7)
@@ -223,7 +223,8 @@ class StateVLATrainer(nn.Module):
             if self.foresight is not None:
                 foreseen = self.foresight(z_t)  # (B, F, 9)
                 losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
-            losses["loss"] = sum(self.weights[name] * value for name, value in losses.items())
+            weighted = (self.weights[name] * value for name, value in losses.items())
+            losses["loss"] = sum(weighted, start=torch.zeros_like(losses["jepa_mse"]))
             if not self.training:
                 losses |= {"jepa_copy_mse": F.mse_loss(z_t, z_next_target), **representation_health(z_t)}
         return losses

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -60,7 +61,7 @@ def main() -> None:
     arguments = parse_arguments()
     config, phase = load_config(arguments.config, arguments.set), arguments.phase
     resumed_from, encoder_from = arguments.checkpoint, arguments.phase1_checkpoint
-    recipe = {1: config.training.phase1, 2: config.training.phase2}[phase]
+    recipe = config.training.phase1 if phase == 1 else config.training.phase2
     resumed = read_checkpoint(resumed_from, phase) if resumed_from else None
     if resumed and not resumed["optimizer_state_dict"]:
         raise BadInput(f"{resumed_from}: holds weights alone, training cannot be resumed from it")
@@ -115,7 +116,9 @@ def main() -> None:
             f"on {dist.get_world_size()} process(es)"
         )
 
-        ddp_trainer = trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
+        ddp_trainer: nn.Module = (
+            trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
+        )
         if device.type != "mps":
             ddp_trainer = DistributedDataParallel(
                 trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True

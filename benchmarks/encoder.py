@@ -2,12 +2,13 @@
 
     python benchmarks/encoder.py
 
-The encoder of conf/config.yaml (12 layers, D = 256, N = 16, L = 395, float32), forward and training step (forward and
-backward), and the policy's stack (3 layers, 12 tokens). Every side is our residual stack with the same parameters, only
-the mixer differs: ours with the C++ kernel or in plain PyTorch, mamba-ssm's module with its `selective_scan_ref`,
-transformers' MambaMixer, mambapy's block. Two more sides say where our own time goes: "no scan" has an elementwise
-product in the place of scan, softplus and gate, so it is what a free scan would leave; "at CLS" spares the last layer
-the outputs that nobody reads, as the model does. Before anything is timed, the outputs of all sides are compared.
+Forward and training step (forward and backward) are timed for the encoder of conf/config.yaml (12 layers, D = 256,
+N = 16, L = 395, float32) and for the policy's stack (3 layers, 12 tokens). Every side is our residual stack with the
+same parameters; only the mixer differs. It is ours with the C++ kernel or in plain PyTorch, mamba-ssm's module with
+its `selective_scan_ref`, transformers' MambaMixer, or mambapy's block. Two more sides say where our own time goes. "no
+scan" has an elementwise product in the place of scan, softplus and gate: it is what a scan that costs nothing would
+leave. "at CLS" spares the last layer the outputs that nobody reads, as the model does. Before anything is timed, the
+outputs of all sides are compared.
 
 A training step of mamba-ssm's reference or of transformers grows with the square of L (minutes for 12 layers), so where
 they take part every side runs ONE of the twelve equal layers; the row says so. Ratios are taken within a round.
@@ -134,7 +135,7 @@ def use_scan(side: str, baseline: str) -> None:
     mamba.gated_scan = elementwise if side == FREE else SCAN
 
 
-def elementwise(u, dt, dt_bias, A, B, C, D, gate):
+def elementwise(u, dt, dt_bias, A, B, C, D, gate):  # noqa: ARG001, it stands in for the scan
     """Reads what the scan reads and writes what it writes: the least that any scan could take."""
     return (u + (B + C).sum(-1, keepdim=True)) * (dt + dt_bias) * gate
 

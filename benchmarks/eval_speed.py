@@ -20,10 +20,9 @@ from config import load_config
 from jepa.mamba import choose_mamba_backend
 from machine import affordable_processes
 from observation import from_simulator
+from rollouts.episodes import STAND_STILL, STEP_LIMITS, WAIT_STEPS, Episode, Rollouts
 from rollouts.policies import CheckpointPolicy
 from rollouts.pool import GB_PER_ENVIRONMENT, play_all
-from rollouts.worker import STAND_STILL, WAIT_STEPS, Episode, Rollouts
-from run_libero_eval import STEP_LIMITS
 from simulator.libero import import_libero
 from simulator.suites import bddl_path, make_suite, task_init_states
 from statevla_model import StateVLA
@@ -33,9 +32,9 @@ STANDARD, OURS, THINNED = "standard loop", "run_libero_eval.py", "run_libero_eva
 
 
 def main() -> None:
-    settings = arguments(__doc__, num_workers={"type": int, "help": "(default: one a core)"})
-    num_workers = settings.num_workers or affordable_processes(GB_PER_ENVIRONMENT)
-    rounds, max_steps = (1, 20) if settings.quick else (3, STEP_LIMITS[SUITE])
+    flags = arguments(__doc__, num_workers={"type": int, "help": "(default: one a core)"})
+    num_workers = flags.num_workers or affordable_processes(GB_PER_ENVIRONMENT)
+    rounds, max_steps = (1, 20) if flags.quick else (3, STEP_LIMITS[SUITE])
     suite = make_suite(SUITE)
     init_states = task_init_states(suite, TASK)
     policy = untrained_policy()
@@ -85,7 +84,7 @@ def main() -> None:
         "one policy for all, an untrained model of the quick start's size: no episode succeeds, all are of one length",
         "each ratio is from one round, in which the sides take turns; start-up and construction are not in the seconds",
     ]
-    write_results("eval_speed", rows, notes, settings.quick)
+    write_results("eval_speed", rows, notes, flags.quick)
 
 
 def untrained_policy() -> CheckpointPolicy:

@@ -2,11 +2,11 @@
 
     python benchmarks/loader.py
 
-A sample is two cameras at t and t + K: four frames. Our `Batches` on converted frames (data.cache disk and ram) and on
-HDF5 as it is (none) against what is usually written: a torch Dataset that opens the HDF5 file and reads by index, in a
-DataLoader with 0 and 2 workers. Both read the same made-up demonstrations, at LIBERO's 128 pixels and at 224, stored
-with gzip or uncompressed, in random order, warm from the operating system's cache. Every side delivers batches for a
-while, in turn; the rate is from its first batch to its last.
+A sample is two cameras at t and t + K: four frames. Our loader reads converted frames (data.cache disk and ram) and
+HDF5 as it is (none). It is compared with what is usually written: a torch Dataset that opens the HDF5 file and reads by
+index, in a DataLoader with 0 and 2 workers. Both read the same made-up demonstrations, at LIBERO's 128 pixels and at
+224, stored with gzip or uncompressed. They read in random order, warm from the operating system's cache. Every side
+delivers batches for a while, in turn; the rate is from its first batch to its last.
 
 Then train.py itself runs the quick start's model on such demonstrations and logs what share of a step it waited.
 """

@@ -61,13 +61,14 @@ PEERS = {"mamba-ssm reference": mamba_ssm, "transformers": transformers, "mambap
 
 
 class TheirMixer(nn.Module):
-    """A peer's mixer in the place of ours. None of them can leave outputs out, so `last` has to be None."""
+    """A peer's mixer in the place of ours. None of them can leave outputs out, so `last` must be None."""
 
     def __init__(self, mixer: nn.Module):
         super().__init__()
         self.mixer = mixer
 
     def forward(self, tokens: Tensor, last: None = None) -> Tensor:
+        assert last is None
         return self.mixer(tokens)
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/phase2.py
 
-The encoder is frozen, so z_t of a frame never changes. Measured on a slice: a training step from stored states and the
-same step from pictures, in turn, with the same noise, whose losses have to agree; and the encoding of a frame. The cost
-of all epochs follows by counting: steps and encoder passes. Guide-size model, the demos made up.
+The encoder is frozen, so z_t of a frame never changes. Three things are measured on a slice: a training step from
+stored states, the same step from pictures, and the encoding of a frame. The two steps alternate with the same noise,
+and their losses have to agree. The cost of all epochs follows by counting steps and encoder passes. The model has the
+guide's size; the demos are made up.
 """
 
 import tempfile

@@ -2,12 +2,13 @@
 
     python benchmarks/processes.py
 
-The same training, phase 1 of the quick start's model on made-up demonstrations with one global batch, through train.py:
-once as one process, once as `torchrun` with two that take half of every batch each (gloo, with half the threads each).
-The runs alternate; speed is what train.py logs, and the weights of both runs are compared at the end. The two can only
-differ by the order of float32 sums.
+train.py runs the same training twice: phase 1 of the quick start's model on made-up demonstrations, with one global
+batch. One run is one process. The other is `torchrun` with two processes that take half of every batch each (gloo, with
+half the threads each). The runs alternate. Speed is what train.py logs, and the weights of both runs are compared at
+the end. They can only differ by the order of float32 sums.
 
-What the all-reduce of the gradients costs: a second pair of processes runs the same step with and without it, in turn.
+A second pair of processes tells what the all-reduce of the gradients costs: it runs the same step with and without it,
+in turn.
 """
 
 import json

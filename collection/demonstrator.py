@@ -164,13 +164,14 @@ class Demonstrator:
         cls, task_id: int, attempt: int, settings: DemoSettings, demo_file: Path, asked: ShuffledTask | None = None
     ) -> Outcome:
         """Plays one attempt and writes it to `demo_file` if it succeeds."""
-        if cls.task_id != task_id:
+        env = cls.env
+        if env is None or cls.task_id != task_id:
             cls.close()
-            cls.env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
-            cls.task_id = task_id
+            env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
+            cls.env, cls.task_id = env, task_id
         discarded: list[str] = []
         try:
-            demonstration = demonstrate(cls.env, task_id, attempt, settings, asked, discarded)
+            demonstration = demonstrate(env, task_id, attempt, settings, asked, discarded)
         except SimulatorError as problem:
             cls.close()  # not to be trusted any more
             if is_out_of_memory(problem):  # the machine's failure, not the attempt's
@@ -182,7 +183,7 @@ class Demonstrator:
         try:
             with written_hdf5(demo_file, demo_file.parent) as file:
                 demo = file.create_group("demo")
-                write_demo(demo, cls.env, demonstration, settings.obs_alignment)
+                write_demo(demo, env, demonstration, settings.obs_alignment)
                 demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
                 if asked is not None:
                     demo.attrs["layouts_discarded"] = len(discarded)

@@ -47,12 +47,13 @@ class HDF5Target(io.FileIO):
         return size
 
     def truncate(self, size: int | None = None) -> int:
+        end = self.tell() if size is None else size
         try:
             if self.problem is None:
-                super().truncate(size)
+                super().truncate(end)
         except OSError as problem:
             self.problem = problem
-        return size
+        return end
 
 
 @contextlib.contextmanager

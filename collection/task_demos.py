@@ -1,6 +1,5 @@
 """The demonstrations of one task: which are on disk, which attempt comes next, and the file that they end up in."""
 
-import itertools
 import json
 import operator
 import re
@@ -53,26 +52,28 @@ class TaskDemos:
 
         The demos are thus the first successes in the order of attempts, whoever works on them and how fast.
         """
-        promising = 0
-        for attempt in itertools.count():
-            if promising >= self.wanted:
-                return None
+        attempt = promising = 0
+        while promising < self.wanted:
             if attempt not in self.lengths:
                 return attempt
             promising += self.lengths[attempt] != 0
+            attempt += 1
+        return None
 
     def demo_file(self, attempt: int) -> Path:
         return self.unfinished / f"attempt_{attempt:05d}.hdf5"
 
-    def successes(self) -> list[int]:
-        return [attempt for attempt, length in sorted(self.lengths.items()) if length]
+    def successes(self) -> dict[int, int]:
+        """The lengths of the demos by attempt, in the order of attempts."""
+        return {attempt: length for attempt, length in sorted(self.lengths.items()) if length}
 
     def is_complete(self) -> bool:
         return self.next_attempt() is None and None not in self.lengths.values()
 
     def assemble(self, attributes: dict) -> None:
         """Puts the demos of the finished attempts into the task's file, after those that it has already."""
-        demos = self.successes()[: max(self.wanted, self.in_file)]
+        lengths = self.successes()
+        demos = list(lengths)[: max(self.wanted, self.in_file)]
         new = demos[self.in_file :]
         if new:
             self.unfinished.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ class TaskDemos:
                         finished.copy("demo", data, name=f"demo_{number}")
                 data.attrs.update(attributes)
                 data.attrs["num_demos"] = len(demos)
-                data.attrs["total"] = sum(self.lengths[attempt] for attempt in demos)
+                data.attrs["total"] = sum(lengths[attempt] for attempt in demos)
                 data.attrs["collector"] = settings_text(self.settings)
                 data.attrs["visual_mesh_ratio"] = self.settings.visual_mesh_ratio
                 data.attrs["attempts"] = json.dumps([*self.kept, *new])

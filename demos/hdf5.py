@@ -146,7 +146,9 @@ def split_demos(
 
     Raises BadInput for a file that would have none to train on or none to hold out.
     """
-    train, unseen, listed = [], [], set(held_out)
+    train: list[Demo] = []
+    unseen: list[Demo] = []
+    listed = set(held_out)
     for path in dict.fromkeys(demo.path for demo in demos):
         of_task = [demo for demo in demos if demo.path == path]
         if len(of_task) < 2:
@@ -177,9 +179,8 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
         for key, group in groups.items():
             with hdf5_problems_named(path, key):
                 check_demo(path, key, group, has_attributes, config.max_len_data, config.cache == "none")
-        alignment = config.obs_alignment
-        if alignment == "auto":
-            alignment = _detect_alignment(path, groups)
+        forced = config.obs_alignment
+        alignment = _detect_alignment(path, groups) if forced == "auto" else forced
         lag = {"before": 0, "after": 1}[alignment]
         demos = []
         for key, group in groups.items():
@@ -256,7 +257,7 @@ def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
         "before": float(np.abs(observed - simulated).mean()),
         "after": float(np.abs(observed[:-1] - simulated[1:]).mean()),
     }
-    best, other = sorted(gap, key=gap.get)
+    best, other = sorted(gap, key=lambda name: gap[name])
     if not gap[best] < 0.2 * gap[other]:
         raise BadInput(
             f"{path}: {key}: obs/joint_states fits states neither as recorded before (mean gap {gap['before']:.2g} "

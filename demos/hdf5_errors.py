@@ -175,7 +175,7 @@ def open_dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Data
     return dataset
 
 
-def text_attribute(attributes: h5py.AttributeManager, name: str, path: Path) -> str:
+def text_attribute(attributes: h5py.AttributeManager, name: str, path: str | Path) -> str:
     """An attribute as text, "" where it is missing; files of other programs have bytes."""
     if name not in attributes:
         return ""

@@ -207,3 +207,27 @@ def write_embeddings(target: Path, texts: list[str], encoder: str) -> None:
         with unwritable_named(target, advice), written_whole(target) as stream:
             np.savez(stream, texts=np.array(texts), embeddings=vectors, encoder=np.array(name))
     print(f"{target}: {len(texts)} instructions, {vectors.shape[1]}-D, by {name}")
+
+
+def with_embeddings_of(instructions: Sequence[str], language: LanguageTable) -> LanguageTable:
+    """The checkpoint's embeddings and, for instructions that it doesn't know, new ones from the same text encoder.
+
+    Raises BadInput where that encoder can't be had or gives the known instructions other vectors than it did then.
+    """
+    unknown = sorted({text for text in map(canonical_instruction, instructions) if text not in language.embeddings})
+    if not unknown:
+        return language
+    which = {OFFLINE: "offline", CLIP: "clip"}
+    encoder = next((name for package, name in which.items() if language.encoder.startswith(package)), None)
+    advice = f"no embedding of '{unknown[0]}' in the checkpoint, and its text encoder '{language.encoder}'"
+    if encoder is None:
+        raise BadInput(f"{advice} is none of embed_language.py's")
+    known = next(iter(language.embeddings))
+    try:
+        _, vectors = embed([known, *unknown], encoder)
+    except (BadInput, ImportError) as problem:
+        raise BadInput(f"{advice} cannot be used here: {problem}") from None
+    found = torch.from_numpy(vectors)
+    if not torch.allclose(found[0], language.embeddings[known], atol=1e-3):
+        raise BadInput(f"{advice} gives '{known}' another vector here than in training; install the same version")
+    return LanguageTable(language.encoder, language.embeddings | dict(zip(unknown, found[1:], strict=True)))

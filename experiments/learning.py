@@ -229,14 +229,14 @@ def roll_out(folder: Path, quick: bool, scene: str, *flags: object) -> None:
 
 def summary(name: str, directory: Path, quick: bool) -> dict:
     """The figures of a row with every seed that has been run, now or before."""
-    figures = {"description": ROWS[name].description, "claim": ROWS[name].claim, "seeds": {}}
+    seeds: dict[int, dict] = {}
     for seed in sorted(int(folder.name.rpartition("_seed")[2]) for folder in directory.glob(f"{name}_seed*")):
         run = Run(name, seed, directory, quick)
         reports = run.encoder.folder / "phase1.json", run.folder / "phase2.json", run.representation
         if not all(path.exists() for path in reports):
             continue
         phase1, actions, z = (json.loads(path.read_text()) for path in reports)
-        figures["seeds"][seed] = {
+        seeds[seed] = {
             "effective_rank": z["effective_rank"],
             "z_std": z["z_std"],
             "prediction": {} if run.trains_encoder else z["prediction"],  # the predictor has not followed
@@ -250,7 +250,7 @@ def summary(name: str, directory: Path, quick: bool) -> dict:
                 for scene in SCENES
             },
         }
-    return figures
+    return {"description": ROWS[name].description, "claim": ROWS[name].claim, "seeds": seeds}
 
 
 def rollouts(folder: Path) -> list[int] | None:

@@ -43,7 +43,8 @@ def main() -> None:
     claims = {name: row for name, row in results["rows"].items() if row["claim"] and row["seeds"]}
     ingredients = {name: row for name, row in results["rows"].items() if not row["claim"] and row["seeds"]}
     figure = plt.figure(figsize=(13, 3.9 + 0.27 * len(ingredients)), dpi=110, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.3 + 0.27 * len(ingredients)])
+    heights = [2.6, 1.3 + 0.27 * len(ingredients)]
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
     above.suptitle("where z comes from: episodes solved with shifted targets, %; dots are seeds", fontsize=11)
     below.suptitle("the recipe without shifted pictures, one thing changed; the shade spans its own seeds", fontsize=11)
     draw_successes(above.subplots(), claims, results["baselines"]["replay"]["shifted"])
@@ -81,7 +82,7 @@ def draw_successes(axes: plt.Axes, claims: dict, replay: list[int] | None) -> No
 
 def draw_figures(axes: plt.Axes, rows: dict, figure_of: Callable[[dict], float | None], title: str) -> None:
     """A figure of each row; the shade is the span of the best recipe's seeds."""
-    recipe = [figure_of(run) for run in rows["unshifted"]["seeds"].values()]
+    recipe = [figure for run in rows["unshifted"]["seeds"].values() if (figure := figure_of(run)) is not None]
     axes.axvspan(min(recipe), max(recipe), color=FROZEN, alpha=0.15, lw=0)
     for place, row in enumerate(reversed(rows.values())):
         figures = [figure for run in row["seeds"].values() if (figure := figure_of(run)) is not None]

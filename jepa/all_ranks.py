@@ -21,13 +21,13 @@ class GatherRanks(torch.autograd.Function):
     """(B, D) -> (ranks * B, D). The gradient of a rank's own rows is the sum of what the losses of all ranks say."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
+    def forward(_ctx, rows: Tensor) -> Tensor:
         shares = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(shares, rows.contiguous())
         return torch.cat(shares)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(_ctx, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -47,6 +47,6 @@ class TargetEncoder(nn.Module):
     @torch.no_grad()
     def update(self, tokenizer: nn.Module, encoder: nn.Module, momentum: float) -> None:
         """One EMA step. momentum 1 leaves the target as it is, 0 makes it the online encoder."""
-        targets = [*self.tokenizer.parameters(), *self.encoder.parameters()]
-        online = [*tokenizer.parameters(), *encoder.parameters()]
+        targets: list[Tensor] = [*self.tokenizer.parameters(), *self.encoder.parameters()]
+        online: list[Tensor] = [*tokenizer.parameters(), *encoder.parameters()]
         torch._foreach_lerp_(targets, online, 1 - momentum)

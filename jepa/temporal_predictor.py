@@ -29,8 +29,8 @@ class TemporalPredictor(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_dim, state_dim),
         )
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        for parameter in self.mlp[-1].parameters():  # at first the prediction is z_t itself
+            nn.init.zeros_(parameter)
 
     def forward(self, z_t: Tensor, actions: Tensor) -> Tensor:
         """z_t (B, D); actions (B, K, A) in robot units, those between t and t + K -> z'_{t+K} (B, D)."""

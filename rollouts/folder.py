@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import BadInput
-from files import Lock, written_whole
+from files import Lock, unwritable_named, written_whole
 
 PICTURES = "episodes"
+SIDE_BY_SIDE = "side_by_side.json"  # in the folder above those of --side_by_side
 EPISODE_KEYS = {"suite", "task_id", "trial", "seed", "crashed", "success", "steps", "decision_ms", "tries", "error"}
 SETTINGS_KEYS = {"policy", "task_suite", "instructions", "num_trials", "seed", "max_steps", "shard"}
 
@@ -33,6 +34,8 @@ class EvaluationFolder:
         try:
             if (directory / "results.json").exists() and not settings_file.exists():
                 raise BadInput(f"{where}: already holds another program's results.json; choose another")
+            if (directory / SIDE_BY_SIDE).exists():
+                raise BadInput(f"{where}: holds the table of --side_by_side; choose another")
             self.pictures.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(directory / ".lock", f"{where}: another evaluation is writing into this folder")
         except OSError as problem:
@@ -59,17 +62,12 @@ class EvaluationFolder:
 
     def append(self, episode: dict) -> None:
         """Returns when the episode is on the disk."""
-        try:
-            with self.episodes_file.open("a") as file:
-                file.write(json.dumps(episode) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as problem:
-            raise BadInput(
-                f"{self.episodes_file}: cannot be written ({problem.strerror});"
-                f" {len(self.episodes)} finished episodes are kept, and the same command with the same --output_dir"
-                " continues"
-            ) from None
+        kept = f"{len(self.episodes)} finished episodes are kept"
+        advice = f"; {kept}, and the same command with the same --output_dir continues"
+        with unwritable_named(self.episodes_file, advice), self.episodes_file.open("a") as file:
+            file.write(json.dumps(episode) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         key = episode["task_id"], episode["trial"]
         self.episodes = [one for one in self.episodes if (one["task_id"], one["trial"]) != key] + [episode]
 
@@ -77,10 +75,8 @@ class EvaluationFolder:
         if self.episodes_file.exists():
             whole, newline, torn = self.episodes_file.read_bytes().rpartition(b"\n")
             if torn:
-                try:
+                with unwritable_named(self.episodes_file):
                     os.truncate(self.episodes_file, len(whole + newline))
-                except OSError as problem:
-                    raise BadInput(f"{self.episodes_file}: cannot be written ({problem.strerror})") from None
 
 
 def read_settings(directory: Path) -> dict:
@@ -136,10 +132,11 @@ def merge(parts: Sequence[Path], directory: Path) -> EvaluationFolder:
 
     Raises BadInput for parts of different evaluations and for an episode that two of them have.
     """
-    merged_settings, where, episodes = None, {}, []
+    merged_settings = read_settings(parts[0]) | {"shard": None}
+    where: dict[tuple[int, int], Path] = {}
+    episodes = []
     for part in parts:
         settings = read_settings(part) | {"shard": None}
-        merged_settings = merged_settings or settings
         check_same(settings, merged_settings, f"{part} and {parts[0]} cannot be merged: {part}")
         for episode in read_episodes(part):
             key = episode["task_id"], episode["trial"]
@@ -172,8 +169,5 @@ def _read_bytes(path: Path) -> bytes:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """`written_whole`. Raises BadInput on a full disk."""
-    try:
-        with written_whole(path) as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-    except OSError as problem:
-        raise BadInput(f"{path}: cannot be written ({problem.strerror})") from None
+    with unwritable_named(path), written_whole(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)

@@ -7,37 +7,33 @@ what is asked for: in libero_90 twelve instructions stand for 28 tasks. Each bri
 environment is told depends on no other. `rows` is the size of a forward pass.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 
+from config import Config
 from dataloader import to_device
 from demos.hdf5 import demos_of, find_task_files
 from demos.hdf5_errors import open_dataset, open_hdf5
-from demos.instructions import canonical_instruction, task_instruction
-from demos.language import CLIP, OFFLINE, LanguageTable, embed
-from errors import BadInput
-from rollouts.worker import STAND_STILL, Episode
-from statevla_model import RecordedDecision, StateVLA
+from demos.instructions import task_instruction
+from demos.language import LanguageTable, with_embeddings_of
+from errors import BadInput, out_of_memory_named
+from jepa.mamba import choose_mamba_backend
+from observation import CAMERAS, STATE_WIDTHS
+from rollouts.episodes import STAND_STILL, Episode, Task
+from rollouts.evaluation import Evaluation, check_range
+from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
+from training.checkpoint import config_of
+from training.processes import choose_device
 
 ARM_JOINTS = slice(1, 8)  # of a flattened state, whose [0] is the time
 SAME_START = 0.2  # rad: a demo whose arm starts further from an episode's start begins in the middle of its task
 CUDA_BATCH = 16  # rows of every forward pass on a GPU, however many environments have asked
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A task of the suite."""
-
-    name: str  # LIBERO's, of its files: the scene's name where there are several, and the words
-    instruction: str  # what the robot is told, as `canonical_instruction` writes it
-    name_tells: bool  # whether the name says so, too: some suites of LIBERO-PRO keep the names of the one they vary
-    init_states: np.ndarray  # (n, S)
 
 
 class CheckpointPolicy:
@@ -124,6 +120,107 @@ class ZeroPolicy:
         return [self.chunk for _ in episodes]
 
 
+# --------------------------------------------------------------------------------------------------------- who acts
+
+
+def make_policy(
+    evaluation: Evaluation, checkpoint: dict | None, tasks: dict[int, Task]
+) -> tuple[CheckpointPolicy | ReplayPolicy | ZeroPolicy, dict]:
+    """Who acts in these tasks, and the part of settings.json that says so. checkpoint: the content of
+    evaluation.checkpoint.
+
+    Raises BadInput where the checkpoint is of other observations, or a demonstration or an embedding cannot be had.
+    """
+    settings = {"policy": evaluation.policy, "image_size": 128, "visual_mesh_ratio": 1.0}
+    source, config = evaluation.checkpoint or "", None
+    if checkpoint:
+        observation = checkpoint["observation"]
+        check_observation(observation, source)
+        settings |= {name: observation[name] for name in ("image_size", "visual_mesh_ratio")}
+        config = config_of(checkpoint, source, evaluation.overrides)
+    if evaluation.visual_mesh_ratio is not None:
+        settings["visual_mesh_ratio"] = evaluation.visual_mesh_ratio
+    if evaluation.policy == "zero":
+        return ZeroPolicy(evaluation.max_steps), settings
+    policy: ReplayPolicy | CheckpointPolicy
+    if evaluation.policy == "replay":
+        policy, of_policy = _replay_policy(evaluation, checkpoint, config, tasks)
+    else:
+        assert checkpoint is not None and config is not None, "an Evaluation of a checkpoint names one"
+        policy, of_policy = _checkpoint_policy(evaluation, checkpoint, config, tasks)
+    return policy, settings | of_policy
+
+
+def _replay_policy(
+    evaluation: Evaluation, checkpoint: dict | None, config: Config | None, tasks: dict[int, Task]
+) -> tuple[ReplayPolicy, dict]:
+    if evaluation.demo:
+        if len(tasks) > 1:
+            raise BadInput(f"--demo {evaluation.demo}: is of one task; choose that task with --tasks")
+        chosen = dict.fromkeys(tasks, demo_of(evaluation.demo))
+    else:
+        assert checkpoint is not None and config is not None, "a replay without --demo has a checkpoint"
+        data, held_out = config.data, checkpoint["held_out_demos"]
+        chosen = {
+            task_id: training_demo(task, data.data_directory, data.demos_per_task, held_out)
+            for task_id, task in tasks.items()
+        }
+    demos = {task_id: (path, *read_demo(path, key)) for task_id, (path, key) in chosen.items()}
+    actions = {task_id: actions for task_id, (*_, actions) in demos.items()}
+    return ReplayPolicy(actions, evaluation.max_steps), {
+        "demos": {str(task_id): f"{path.name}:{key}" for task_id, (path, key, _) in demos.items()},
+        "actions_sha256": {  # files of one name can hold other demonstrations
+            str(task_id): hashlib.sha256(one.tobytes()).hexdigest() for task_id, one in actions.items()
+        },
+    }
+
+
+def _checkpoint_policy(
+    evaluation: Evaluation, checkpoint: dict, config: Config, tasks: dict[int, Task]
+) -> tuple[CheckpointPolicy, dict]:
+    trained_language = LanguageTable(**checkpoint["language"])
+    instructions = [task.instruction for task in tasks.values()]
+    language = with_embeddings_of(instructions, trained_language)
+    chunk_length = config.model.action_seq_len
+    execute_steps = chunk_length if evaluation.execute_steps is None else evaluation.execute_steps
+    check_range("execute_steps", execute_steps, chunk_length)
+    flow_start = evaluation.flow_start or config.training.phase2.flow_start
+    device = choose_device(config.training.device)
+    of_policy = {
+        "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
+        "new_instructions": sorted(set(instructions) - trained_language.embeddings.keys()),
+        "execute_steps": execute_steps,
+        "sample_steps": evaluation.sample_steps,
+        "flow_start": flow_start,
+        "device": device.type,
+        "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
+    }
+    with out_of_memory_named(
+        f"{evaluation.checkpoint}: out of memory while loading it on {device.type}; other programs may hold it"
+        + (", and --set training.device=cpu needs none of the GPU's" if device.type != "cpu" else "")
+    ):
+        model = model_from_checkpoint(checkpoint, evaluation.checkpoint or "")
+        told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
+        policy = CheckpointPolicy(model, told, device, execute_steps, evaluation.sample_steps, flow_start)
+    return policy, of_policy
+
+
+def check_observation(observation: dict, source: str) -> None:
+    """The simulator here gives these cameras, this orientation, this state; a policy trained on others is refused."""
+    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_WIDTHS), "image_orientation": "opengl"}
+    for key, value in provided.items():
+        if observation.get(key) != value:
+            raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")
+
+
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------- demonstrations
 
 
@@ -167,7 +264,7 @@ def training_demo(
             if np.abs((start - usual)[ARM_JOINTS]).max() < SAME_START
         }
         if distance:
-            return path, min(distance, key=distance.get)
+            return path, min(distance, key=lambda key: distance[key])
     raise BadInput(f"{data_directory}: has no training demo of '{task.instruction}' to replay; name one with --demo")
 
 
@@ -206,30 +303,3 @@ def _first_state(path: Path, key: str, data: h5py.Group) -> np.ndarray:
     if states.ndim != 2 or not len(states):
         raise BadInput(f"{path}: {key}: key states is {states.shape}, expected (T, S)")
     return states[0].astype(np.float64)
-
-
-# ------------------------------------------------------------------------------------------------------- language
-
-
-def with_embeddings_of(instructions: Sequence[str], language: LanguageTable) -> LanguageTable:
-    """The checkpoint's embeddings and, for instructions that it doesn't know, new ones from the same text encoder.
-
-    Raises BadInput where that encoder can't be had or gives the known instructions other vectors than it did then.
-    """
-    unknown = sorted({text for text in map(canonical_instruction, instructions) if text not in language.embeddings})
-    if not unknown:
-        return language
-    which = {OFFLINE: "offline", CLIP: "clip"}
-    encoder = next((name for package, name in which.items() if language.encoder.startswith(package)), None)
-    advice = f"no embedding of '{unknown[0]}' in the checkpoint, and its text encoder '{language.encoder}'"
-    if encoder is None:
-        raise BadInput(f"{advice} is none of embed_language.py's")
-    known = next(iter(language.embeddings))
-    try:
-        _, vectors = embed([known, *unknown], encoder)
-    except (BadInput, ImportError) as problem:
-        raise BadInput(f"{advice} cannot be used here: {problem}") from None
-    vectors = torch.from_numpy(vectors)
-    if not torch.allclose(vectors[0], language.embeddings[known], atol=1e-3):
-        raise BadInput(f"{advice} gives '{known}' another vector here than in training; install the same version")
-    return LanguageTable(language.encoder, language.embeddings | dict(zip(unknown, vectors[1:], strict=True)))

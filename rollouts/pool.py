@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -25,12 +25,12 @@ import torch
 
 from errors import BadInput, out_of_memory_named
 from rollouts.crashes import exception_line, place_of_hang
-from rollouts.worker import Episode, Rollouts
+from rollouts.episodes import Episode, Rollouts
 
 GB_PER_ENVIRONMENT = 1.6  # measured: 1.3 to 1.55
 TOO_MANY = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}  # no memory, no more processes or files for a user
 TRIES = 2
-LAST_WORDS = 4000  # characters of a dead worker's output that are kept
+KEPT_OUTPUT = 4000  # characters of a dead worker's output that are kept
 # The working directory stays the main process's: PYTHONPATH, which may bring another simulator, can be relative to it.
 START_WORKER = f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}; import rollouts.worker as w; w.main()"
 LONGEST_WAIT = 3600.0  # seconds; the system's call takes no endless ones
@@ -45,20 +45,20 @@ class Attempt:
     earlier_crash: str | None = None
 
 
-class Worker:
+class SimulatorProcess:
     """A worker process as the main process sees it. Raises BadInput where none can be started."""
 
     def __init__(self, rollouts: Rollouts):
         # One thread each: there is a process for every core already. LP is Mesa's software renderer, 0: no helpers.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
         try:
-            self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
+            self.output_file = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
             self.pipe, theirs = Pipe()
             self.process = subprocess.Popen(
                 [sys.executable, "-c", START_WORKER, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=self.said,
-                stderr=self.said,
+                stdout=self.output_file,
+                stderr=self.output_file,
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the main process alone
@@ -69,25 +69,26 @@ class Worker:
         theirs.close()
         self.send(rollouts)
         self.task_id: int | None = None
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt  # from begin() on
 
     def begin(self, attempt: Attempt, init_state: np.ndarray, timeout: float) -> None:
         self.attempt, self.task_id = attempt, attempt.episode.task_id
         self.generator = torch.Generator().manual_seed(attempt.episode.seed)
         self.decision_ms: list[float] = []
         self.seconds_left = timeout
-        self.set_to_work((attempt.episode, init_state))
+        self.resume((attempt.episode, init_state))
 
-    def set_to_work(self, message) -> None:
+    def resume(self, message) -> None:
+        """Sends what the worker goes on with, and lets its clock run."""
         self.send(message)
         self.deadline = time.monotonic() + self.seconds_left
 
     def stop_clock(self, seconds_worked: float) -> None:
-        """It waits for an answer. By its own account: how long its message lay here is not its fault."""
+        """It waits for actions. The worker measures its time itself: how long its message lay here does not count."""
         self.seconds_left -= seconds_worked
 
     def is_late(self) -> bool:
-        """Not while a message of its lies here unread."""
+        """A worker whose message lies here unread is not late."""
         return self.deadline < time.monotonic() and not self.pipe.poll()
 
     def send(self, message) -> None:
@@ -105,14 +106,14 @@ class Worker:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def output(self) -> str:
-        self.said.seek(0)
-        return self.said.read().decode(errors="replace").strip()
+        self.output_file.seek(0)
+        return self.output_file.read().decode(errors="replace").strip()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self.pipe.close()
-        self.said.close()
+        self.output_file.close()
 
 
 def play_all(
@@ -122,37 +123,37 @@ def play_all(
     rollouts: Rollouts,
     num_workers: int,
     episode_timeout: float,
-) -> Iterator[dict]:
+) -> Generator[dict]:
     """Yields the record of each episode when it is over, in the order in which they end.
 
     Raises BadInput where no environment can be built at all, or where a worker cannot write its pictures.
     """
-    staff = Staff(episodes, init_state_of, rollouts, episode_timeout)
+    pool = Pool(episodes, init_state_of, rollouts, episode_timeout)
     try:
         for _ in range(min(num_workers, len(episodes))):
-            staff.employ()
-        while staff.workers:
-            asking: list[tuple[Worker, dict]] = []
-            for worker in staff.ready():
+            pool.assign()
+        while pool.workers:
+            asking: list[tuple[SimulatorProcess, dict]] = []
+            for worker in pool.ready():
                 kind, content = _receive(worker.pipe)
                 if kind == "observation":
                     obs, seconds_worked = content
                     worker.stop_clock(seconds_worked)
-                    staff.environment_worked = True
+                    pool.environment_worked = True
                     asking.append((worker, obs))
-                elif (over := staff.hear(worker, kind, content)) is not None:
+                elif (over := pool.handle(worker, kind, content)) is not None:
                     yield over
             if asking:
-                answer(asking, policy)
-            for worker in staff.late():
-                if (over := staff.stop(worker)) is not None:
+                decide(asking, policy)
+            for worker in pool.late():
+                if (over := pool.stop(worker)) is not None:
                     yield over
     finally:
-        for worker in staff.workers:
+        for worker in pool.workers:
             worker.kill()
 
 
-def answer(asking: list[tuple[Worker, dict]], policy) -> None:
+def decide(asking: list[tuple[SimulatorProcess, dict]], policy) -> None:
     """One decision of the policy for all workers that wait for one."""
     start = time.perf_counter()
     with out_of_memory_named(
@@ -169,10 +170,10 @@ def answer(asking: list[tuple[Worker, dict]], policy) -> None:
     for (worker, _), chunk in zip(asking, chunks, strict=True):
         if policy.looks:  # a baseline decides nothing
             worker.decision_ms.append(round(ms, 3))
-        worker.set_to_work(chunk)
+        worker.resume(chunk)
 
 
-class Staff:
+class Pool:
     """The workers, and the episodes that they have yet to play."""
 
     def __init__(
@@ -182,70 +183,71 @@ class Staff:
         rollouts: Rollouts,
         episode_timeout: float,
     ):
-        self.waiting, self.workers = Waiting(episodes), []
+        self.queue = EpisodeQueue(episodes)
+        self.workers: list[SimulatorProcess] = []
         self.init_state_of, self.rollouts, self.episode_timeout = init_state_of, rollouts, episode_timeout
         self.environment_worked = False  # since one could be built, a later failure is that worker's alone
 
-    def employ(self, worker: Worker | None = None) -> None:
-        """Gives the worker, or a new one, its next episode; without one it goes."""
-        attempt = self.waiting.next_for(worker.task_id if worker else None, [other.task_id for other in self.workers])
+    def assign(self, worker: SimulatorProcess | None = None) -> None:
+        """Gives the worker, or a new one, its next episode. A worker for which there is none is removed."""
+        attempt = self.queue.next_for(worker.task_id if worker else None, [other.task_id for other in self.workers])
         if attempt is not None:
             if worker is None:
-                worker = Worker(self.rollouts)
+                worker = SimulatorProcess(self.rollouts)
                 self.workers.append(worker)
             worker.begin(attempt, self.init_state_of(attempt.episode), self.episode_timeout)
         elif worker is not None:
-            self.dismiss(worker)
+            self.remove(worker)
 
-    def dismiss(self, worker: Worker) -> None:
+    def remove(self, worker: SimulatorProcess) -> None:
         self.workers.remove(worker)
         worker.kill()
 
-    def ready(self) -> list[Worker]:
-        """Those that have sent something, waited for until the first is late."""
+    def ready(self) -> list[SimulatorProcess]:
+        """The workers that have sent something. Waits for one until the first is late."""
         seconds = min(worker.deadline for worker in self.workers) - time.monotonic()
         ready = wait([worker.pipe for worker in self.workers], timeout=min(max(seconds, 0), LONGEST_WAIT))
         return [worker for worker in self.workers if worker.pipe in ready]
 
-    def late(self) -> list[Worker]:
+    def late(self) -> list[SimulatorProcess]:
         return [worker for worker in self.workers if worker.is_late()]
 
-    def hear(self, worker: Worker, kind: str, content) -> dict | None:
-        """What a worker says that asks for no action. Returns the record of an episode that is over."""
+    def handle(self, worker: SimulatorProcess, kind: str, content) -> dict | None:
+        """Any message but an observation. Returns the record of an episode that is over."""
         if kind == "finished":
             finished = record(worker.attempt, content, worker.decision_ms, None)
-            self.employ(worker)
+            self.assign(worker)
             return finished
         if kind == "bad input" or (kind == "no environment" and not self.environment_worked):
             raise BadInput(content)
         if kind == "no environment":
             return self.crashed(worker, content)
-        how, said = worker.how_it_ended(), worker.output()
-        exception = exception_line(said)
-        return self.crashed(worker, f"{how}: {exception}" if exception else how, said)
+        how, output = worker.how_it_ended(), worker.output()
+        exception = exception_line(output)
+        return self.crashed(worker, f"{how}: {exception}" if exception else how, output)
 
-    def stop(self, worker: Worker) -> dict | None:
-        """Ends a worker that hangs. Returns the record of its episode if that has been tried often enough."""
+    def stop(self, worker: SimulatorProcess) -> dict | None:
+        """Ends a worker that hangs. Returns the record of its episode where that is not tried again."""
         worker.process.send_signal(signal.SIGUSR1)  # faulthandler prints where it hangs
         time.sleep(0.2)
         worker.process.kill()
         worker.process.wait()
-        said = worker.output()
+        output = worker.output()
         how = f"not finished within --episode_timeout {self.episode_timeout:g} seconds of its own work"
-        place = place_of_hang(said)
-        return self.crashed(worker, f"{how}, {place}" if place else how, said)
+        place = place_of_hang(output)
+        return self.crashed(worker, f"{how}, {place}" if place else how, output)
 
-    def crashed(self, worker: Worker, why: str, said: str = "") -> dict | None:
-        """The record of an episode that has crashed for the last time; before that it is tried again. `why` is the
-        first line of what is kept."""
-        how = f"{why}\n{said[-LAST_WORDS:]}".strip()
+    def crashed(self, worker: SimulatorProcess, why: str, output: str = "") -> dict | None:
+        """Tries the worker's episode once more, or returns its record where that was the last try. `why` is the first
+        line of what is kept."""
+        how = f"{why}\n{output[-KEPT_OUTPUT:]}".strip()
         attempt = worker.attempt
-        self.dismiss(worker)
+        self.remove(worker)
         if attempt.number < TRIES:
-            self.waiting.again(Attempt(attempt.episode, attempt.number + 1, how))
-            self.employ()
+            self.queue.again(Attempt(attempt.episode, attempt.number + 1, how))
+            self.assign()
             return None
-        self.employ()
+        self.assign()
         return record(attempt, {"success": False, "steps": None, "broken_by_policy": None}, [], how)
 
 
@@ -268,15 +270,15 @@ def record(attempt: Attempt, outcome: dict, decision_ms: list[float], error: str
     }
 
 
-class Waiting:
-    """The episodes that nobody plays yet, by task."""
+class EpisodeQueue:
+    """The episodes that no worker plays yet, by task."""
 
     def __init__(self, episodes: Sequence[Episode]):
         self.by_task: dict[int, deque[Attempt]] = {}
         for episode in episodes:
             self.by_task.setdefault(episode.task_id, deque()).append(Attempt(episode))
 
-    def next_for(self, task_id: int | None, tasks_of_workers: list[int]) -> Attempt | None:
+    def next_for(self, task_id: int | None, tasks_of_workers: Sequence[int | None]) -> Attempt | None:
         """One of the worker's own task, else of the task with the fewest workers, and of these the largest."""
         if not self.by_task:
             return None

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from errors import BadInput
-from files import replaced_whole
+from files import replaced_whole, unwritable_named
 from rollouts.folder import PICTURES, write_whole
-from rollouts.side_by_side import table_text
+from rollouts.side_by_side import ROWS, Table, cell_text, columns_of, num_cells, table_text
 from rollouts.statistics import ORIGINS, troubles
 from rollouts.video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
 
@@ -28,12 +28,9 @@ GREEN, RED = (f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (SUCCESS, FAILURE))
 def write_report(directory: Path, results: dict) -> Path:
     """results as run_libero_eval.py writes them -> the path of report.html."""
     tasks, episodes = results["tasks"], results["episodes"]
-    try:
-        draw_success_bars(tasks, results["overall"], directory / "success_rates.png")
-        failed = [episode for episode in episodes if not episode["success"] and not episode["crashed"]]
-        draw_failure_sheet(directory, failed)
-    except OSError as problem:
-        raise BadInput(f"{directory}: the report's pictures cannot be written ({problem.strerror})") from None
+    draw_success_bars(tasks, results["overall"], directory / "success_rates.png")
+    failed = [episode for episode in episodes if not episode["success"] and not episode["crashed"]]
+    draw_failure_sheet(directory, failed)
     for task in tasks:
         write_grid(directory, [episode for episode in episodes if episode["task_id"] == task["task_id"]])
     write_whole(directory / "report.html", page(directory, results))
@@ -61,7 +58,7 @@ def draw_success_bars(tasks: Sequence[dict], overall: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlim=(0, 116), xlabel="success rate in %, line: 95% Wilson interval", xticks=range(0, 101, 20))
     axes.spines[["top", "right"]].set_visible(False)
-    with replaced_whole(path) as part:
+    with unwritable_named(path), replaced_whole(path) as part:
         figure.savefig(part, format="png", dpi=130)
     plt.close(figure)
 
@@ -71,7 +68,8 @@ def draw_failure_sheet(directory: Path, failed: Sequence[dict]) -> None:
     path = directory / "failures.png"
     pictures = [(episode, picture) for episode in failed if (picture := _last_frame(directory, episode))]
     if not pictures:
-        path.unlink(missing_ok=True)
+        with unwritable_named(path):
+            path.unlink(missing_ok=True)
         return
     columns = min(SHEET_COLUMNS, len(pictures))
     tile, label = VIDEO_SIZE // 2, 16  # pixels
@@ -85,7 +83,7 @@ def draw_failure_sheet(directory: Path, failed: Sequence[dict]) -> None:
         axes.text(x + 3, y + label / 2, f"task {episode['task_id']}, init {episode['trial']}", va="center", fontsize=7)
     axes.imshow(sheet, interpolation="nearest")
     axes.axis("off")
-    with replaced_whole(path) as part:
+    with unwritable_named(path), replaced_whole(path) as part:
         figure.savefig(part, format="png")
     plt.close(figure)
 
@@ -136,7 +134,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { fo
 .soft { color: var(--soft); } .figure { font-size: 2.2rem; font-weight: 650; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:nth-child(2), td:nth-child(2), .settings td { text-align: left; white-space: normal; min-width: 14rem; }
+th:nth-child(2), td:nth-child(2), .words td, .words th { text-align: left; white-space: normal; min-width: 14rem; }
 tr.overall td { font-weight: 650; }
 img, video { max-width: 100%; border-radius: 6px; border: 1px solid var(--line); background: #fff; }
 .chips { display: flex; flex-wrap: wrap; gap: .3rem; }
@@ -155,9 +153,7 @@ def page(directory: Path, results: dict) -> str:
         f"<h1>{title}</h1>",
         f'<p class="figure">{overall["successes"]}/{overall["trials"]} successes{_percent(overall)}</p>',
         f'<p class="soft">{_details(overall)}</p>',
-        "<h2>Side by side</h2>",
-        '<p class="soft">The same scenes, as far as they have been played when this page was made.</p>',
-        f"<pre>{html.escape(table_text(results['side_by_side']))}</pre>",
+        *beside_section(results["side_by_side"]),
         "<h2>Tasks</h2>",
         figures_table(results["tasks"], overall),
         '<p><img src="success_rates.png" alt="Success rate of each task with its 95% interval"></p>',
@@ -176,7 +172,28 @@ def page(directory: Path, results: dict) -> str:
         ]
     sections += broken_section(results["episodes"])
     sections += crash_section(results["episodes"])
-    sections += ["<h2>Settings</h2>", settings_table(results)]
+    of_checkpoint = {"checkpoint": results["checkpoint"], "epoch": results["checkpoint_epoch"]}
+    origins = {name: ", ".join(results[name]) for name in ORIGINS}
+    sections += ["<h2>Settings</h2>", settings_table(of_checkpoint | results["settings"] | origins)]
+    return document(title, sections)
+
+
+def write_side_by_side_report(directory: Path, results: dict) -> Path:
+    """results as side_by_side.json has them -> the path of report.html, which leads to each evaluation's own."""
+    title = html.escape(results["title"])
+    sections = [
+        f"<h1>{title}</h1>",
+        '<p class="soft">Successes with their 95% interval (Wilson). A cell opens the report of its episodes.</p>',
+        linked_table(results["side_by_side"], results["folders"]),
+        "<h2>Settings</h2>",
+        settings_table({"checkpoint": results["checkpoint"]} | results["settings"]),
+    ]
+    write_whole(directory / "report.html", document(title, sections))
+    return directory / "report.html"
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """title and sections are HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -184,6 +201,30 @@ def page(directory: Path, results: dict) -> str:
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
+
+
+def beside_section(table: Table) -> list[str]:
+    """The evaluations that this one was told to stand beside; without any there is nothing to compare."""
+    if num_cells(table) < 2:
+        return []
+    return ["<h2>Side by side</h2>", f"<pre>{html.escape(table_text(table))}</pre>"]
+
+
+def linked_table(table: Table, folders: dict[str, dict[str, str]]) -> str:
+    """folders: row -> column -> the evaluation's folder, relative to the page; its report explains a dash, too."""
+    columns = columns_of(table)
+    body = []
+    for row in ROWS.values():
+        cells = [f"<td>{html.escape(row)}</td>"]
+        for column in columns:
+            text = html.escape(cell_text(table.get(row, {}).get(column)))
+            folder = folders.get(row, {}).get(column)
+            link = f'<a href="{html.escape(folder)}/report.html">{text}</a>' if folder else text
+            cells.append(f"<td>{link}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    headings = "".join(f"<th>{html.escape(column)}</th>" for column in ["", *columns])
+    head = f"<thead><tr>{headings}</tr></thead>"
+    return f'<div class="scroll"><table class="words">{head}<tbody>{"".join(body)}</tbody></table></div>'
 
 
 def figures_table(tasks: Sequence[dict], overall: dict) -> str:
@@ -244,24 +285,23 @@ def crash_section(episodes: Sequence[dict]) -> list[str]:
     for episode in episodes:
         where = f"task {episode['task_id']}, init state {episode['trial']}"
         if episode["crashed"]:
-            what, said = f"crashed {episode['tries']} times", html.escape(episode["error"])
+            what, error = f"crashed {episode['tries']} times", html.escape(episode["error"])
         elif episode.get("earlier_crash"):
-            what, said = "finished at the second try", html.escape(episode["earlier_crash"])
+            what, error = "finished at the second try", html.escape(episode["earlier_crash"])
         else:
             continue
-        why = said.partition("\n")[0]
-        section.append(f"<details><summary>{where}: {what}; {why}</summary><pre>{said}</pre></details>")
+        why = error.partition("\n")[0]
+        section.append(f"<details><summary>{where}: {what}; {why}</summary><pre>{error}</pre></details>")
     return ["<h2>Crashes</h2>", *section] if section else []
 
 
-def settings_table(results: dict) -> str:
-    origins = {name: ", ".join(results[name]) for name in ORIGINS}
-    rows = {"checkpoint": results["checkpoint"], "epoch": results["checkpoint_epoch"], **results["settings"], **origins}
-    rows = {name: value for name, value in rows.items() if value not in (None, [])}
+def settings_table(rows: dict) -> str:
     cells = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+        if value not in (None, [])
     )
-    return f'<div class="scroll"><table class="settings"><tbody>{cells}</tbody></table></div>'
+    return f'<div class="scroll"><table class="words"><tbody>{cells}</tbody></table></div>'
 
 
 def _percent(row: dict) -> str:

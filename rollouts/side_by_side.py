@@ -1,12 +1,17 @@
-"""A success rate says little alone: this puts it beside what blind policies get, and beside a scene that has changed.
+"""A success rate says little alone. A table puts it beside what blind policies get, and beside changed scenes.
 
 Rows: the policy with its flow started from noise and from zero, a demonstration replayed blindly, standing still.
-Columns: the suite's init states, and the target shifted. An evaluation's neighbours are the folders beside its own.
+Columns: the suite's init states, and the target shifted. The table holds the evaluations that it is told, no other.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from errors import BadInput
+from rollouts.evaluation import LARGEST_SHIFT, Evaluation
+from rollouts.folder import check_same
+from rollouts.statistics import describe, read_results
 
 ROWS = {
     ("checkpoint", "noise"): "policy, flow from noise",
@@ -14,68 +19,106 @@ ROWS = {
     ("replay", None): "one demo, replayed blindly",
     ("zero", None): "standing still",
 }
-SCENE = (
-    "task_suite",
-    "instructions",
-    "num_trials",
-    "max_steps",
-    "seed",
-    "shard",
-)  # what two of them must have in common
-POLICY = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")  # and two of a policy
-FIGURES = {"successes", "trials", "crashed", "interval"}
+# All evaluations of a table agree in these settings, and in those of `world`.
+SCENES = ("task_suite", "instructions", "num_trials", "max_steps", "seed", "shard")
+# Those of a checkpoint, rather than of a blind policy, agree in these as well.
+POLICY = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")
+OF_A_CELL = ("policy", "flow_start", "shift_target")
+FIGURES = ("successes", "trials", "crashed", "interval")
+OWN = "this evaluation"
+
+Table = dict[str, dict[str, dict]]  # row -> column -> FIGURES
 
 
-def conditions(shift: float) -> Iterator[tuple[str, dict]]:
-    """Name and flags of every cell of the table."""
+def conditions(evaluation: Evaluation, shift: float) -> dict[str, Evaluation]:
+    """One evaluation for each cell of the table, by a name for its folder. shift in metres.
+
+    Raises BadInput where the evaluation has already chosen what differs between the cells.
+    """
+    if not 0 < shift <= LARGEST_SHIFT:
+        raise BadInput(f"--side_by_side {shift:g}: expected 0 to {LARGEST_SHIFT} metres, not 0")
+    chosen = evaluation.policy != "checkpoint" or evaluation.shift_target or evaluation.flow_start or evaluation.demo
+    if not evaluation.checkpoint or chosen:
+        raise BadInput("--side_by_side needs --checkpoint, and chooses policy, flow start and shift itself")
+    if evaluation.beside:
+        raise BadInput("--side_by_side makes the table of its own eight evaluations; --beside belongs to a single one")
+    cells = {}
     for policy, flow_start in ROWS:
         for scene, shift_target in (("init_states", 0.0), ("shifted", shift)):
-            name = {"noise": "policy_from_noise", "zero": "policy_from_zero", None: policy}[flow_start]
-            flags = {"policy": policy, "shift_target": shift_target}
-            yield f"{name}_{scene}", flags | ({"flow_start": flow_start} if flow_start else {})
+            name = f"policy_from_{flow_start}" if flow_start else policy
+            cells[f"{name}_{scene}"] = replace(
+                evaluation, policy=policy, flow_start=flow_start, shift_target=shift_target
+            )
+    return cells
 
 
-def side_by_side(directory: Path, own: dict) -> dict[str, dict[str, dict]]:
-    """row -> column -> figures (successes, trials, crashed, interval) of the evaluation in `directory`, whose results
-    are `own`, and of those beside it that met the same scenes in the same simulator with the same weights. Results that
-    can't be read are left out."""
-    weights = own["settings"] if own["settings"]["policy"] == "checkpoint" else None
-    table: dict[str, dict[str, dict]] = {}
-    for results in [own, *map(_results, _neighbours(directory.absolute()))]:
-        settings = results and results["settings"]
-        if not settings or any(settings.get(key) != own["settings"].get(key) for key in SCENE):
-            continue
-        if world(settings) != world(own["settings"]):
-            continue
-        if settings["policy"] == "checkpoint":
-            weights = weights or settings
-            if any(settings.get(key) != weights.get(key) for key in POLICY):
-                continue
-        row = ROWS.get((settings["policy"], settings.get("flow_start")))
-        shift = 1000 * settings["shift_target"]
-        column = f"target shifted by up to {shift:g} mm" if shift else "init states"
-        if row and results["overall"]["trials"]:
-            figures = {name: results["overall"][name] for name in FIGURES}
-            table.setdefault(row, {}).setdefault(column, figures)
+def side_by_side(evaluations: Mapping[str, dict]) -> Table:
+    """The table of these evaluations, name -> results. One without a finished episode has no figures and no cell.
+
+    Raises BadInput where two of them do not belong into one table.
+    """
+    check_comparable({name: results["settings"] for name, results in evaluations.items()})
+    table: Table = {}
+    for name, results in evaluations.items():
+        row, column = cell_of(results["settings"], name)
+        if results["overall"]["trials"]:
+            table.setdefault(row, {})[column] = {key: results["overall"][key] for key in FIGURES}
     return table
 
 
-def _neighbours(directory: Path) -> list[Path]:
-    try:
-        return sorted(path for path in directory.parent.iterdir() if path != directory)
-    except OSError:  # one may write into a folder without a right to list the one above
-        return []
+def results_of_all(evaluations: Mapping[str, dict]) -> dict:
+    """What --side_by_side writes of its evaluations, folder -> results: title, table, and the settings of them all.
+
+    folders has row -> column -> folder, for cells without a figure as well.
+    """
+    folders: dict[str, dict[str, str]] = {}
+    for name, results in evaluations.items():
+        row, column = cell_of(results["settings"], name)
+        folders.setdefault(row, {})[column] = name
+    policy = next(results for results in evaluations.values() if results["settings"]["policy"] == "checkpoint")
+    settings = {name: value for name, value in policy["settings"].items() if name not in OF_A_CELL}
+    return {
+        "title": f"{describe(settings, len(policy['episodes']))}, beside blind policies and shifted targets",
+        "checkpoint": policy["checkpoint"],
+        "settings": settings,
+        "side_by_side": side_by_side(evaluations),
+        "folders": folders,
+    }
 
 
-def _results(directory: Path) -> dict | None:
-    """results.json of an evaluation, None where there is none or another program's."""
-    try:
-        results = json.loads((directory / "results.json").read_text())
-        settings, overall = results["settings"], results["overall"]
-        whole = {"policy", "shift_target", *SCENE} <= settings.keys() and overall.keys() >= FIGURES
-        return results if whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+def check_comparable(evaluations: Mapping[str, dict]) -> None:
+    """evaluations: name -> settings. Raises BadInput that names the first setting in which one has other scenes,
+    another simulator or another checkpoint than those before it, or the two that are of the same cell."""
+    of_checkpoint = [name for name, settings in evaluations.items() if settings["policy"] == "checkpoint"]
+    for which, names in ((_scenes_and_world, list(evaluations)), (_weights, of_checkpoint)):
+        for name in names[1:]:
+            reference = names[0]
+            where = f"{name} and {reference} cannot stand side by side: {name}"
+            check_same(which(evaluations[name]), which(evaluations[reference]), where)
+    cells: dict[tuple[str, str], str] = {}
+    for name, settings in evaluations.items():
+        row, column = cell = cell_of(settings, name)
+        if cell in cells:
+            raise BadInput(f"{name} and {cells[cell]} cannot stand side by side: both are '{row}', {column}")
+        cells[cell] = name
+
+
+def cell_of(settings: dict, name: str) -> tuple[str, str]:
+    """Row and column of an evaluation with these settings. Raises BadInput where the table has no such row."""
+    policy = settings["policy"]
+    flow_start = settings.get("flow_start", "noise") if policy == "checkpoint" else None  # the first versions had noise
+    if (policy, flow_start) not in ROWS:
+        raise BadInput(f"{name}: key policy is {policy}, flow_start {flow_start}; the table has no such row")
+    shift = 1000 * settings["shift_target"]
+    return ROWS[policy, flow_start], f"target shifted by up to {shift:g} mm" if shift else "init states"
+
+
+def _scenes_and_world(settings: dict) -> dict:
+    return {key: settings.get(key) for key in SCENES} | world(settings)
+
+
+def _weights(settings: dict) -> dict:
+    return {key: settings.get(key) for key in POLICY}
 
 
 def world(settings: dict) -> dict:
@@ -84,21 +127,53 @@ def world(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if value and (is_of_simulator[name] or name == "simulator")}
 
 
-def table_text(table: dict[str, dict[str, dict]]) -> str:
-    """The table for the terminal; what nobody has played yet is a dash."""
-    columns = sorted(
-        {column for row in table.values() for column in row} | {"init states"}, key=lambda column: (len(column), column)
-    )
-    if len(columns) == 1:
-        columns.append("target shifted")
+def read_beside(directories: Sequence[Path], own_settings: dict) -> dict[str, dict]:
+    """Folder -> results of the finished evaluations that --beside names, checked against this one's settings.
+
+    Raises BadInput for a folder that holds none, or one that cannot stand beside this evaluation.
+    """
+    found = {str(directory): _finished(directory) for directory in directories}
+    check_comparable({OWN: own_settings} | {name: results["settings"] for name, results in found.items()})
+    return found
+
+
+def _finished(directory: Path) -> dict:
+    path = directory / "results.json"
+    results = read_results(path)
+    try:
+        is_whole = {"policy", "shift_target", *SCENES} <= results["settings"].keys()
+        is_whole = is_whole and {*FIGURES} <= results["overall"].keys()
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise BadInput(f"{path}: not a results.json of run_libero_eval.py")
+    if not results["overall"]["trials"]:
+        raise BadInput(f"{path}: has no finished episode to stand beside another evaluation's")
+    return results
+
+
+def num_cells(table: Table) -> int:
+    return sum(len(columns) for columns in table.values())
+
+
+def columns_of(table: Table) -> list[str]:
+    """Init states first, then shifts by size; at least two, the second of which nobody may have played."""
+    found = {column for row in table.values() for column in row} | {"init states"}
+    columns = sorted(found, key=lambda column: (len(column), column))
+    return columns if len(columns) > 1 else [*columns, "target shifted"]
+
+
+def table_text(table: Table) -> str:
+    """The table for the terminal; what nobody has played is a dash."""
+    columns = columns_of(table)
     lines = [f"{'successes (95% interval)':<30}" + "".join(f"{column:>36}" for column in columns)]
     for row in ROWS.values():
-        cells = [_cell(table.get(row, {}).get(column)) for column in columns]
+        cells = [cell_text(table.get(row, {}).get(column)) for column in columns]
         lines.append(f"{row:<30}" + "".join(f"{cell:>36}" for cell in cells))
     return "\n".join(lines)
 
 
-def _cell(figures: dict | None) -> str:
+def cell_text(figures: dict | None) -> str:
     if figures is None:
         return "-"
     low, high = figures["interval"]

@@ -91,6 +91,30 @@ def distinct(episodes: Sequence[dict], key: str) -> list[str]:
     return sorted({str(episode.get(key) or NOT_RECORDED) for episode in episodes})
 
 
+def describe(settings: dict, num_episodes: int) -> str:
+    """What this figure is a figure of; a subset or thinned meshes must not pass for the benchmark's own."""
+    tasks, trials = len(settings["instructions"]), settings["num_trials"]
+    who = {"replay": "one demonstration replayed blindly, ", "zero": "standing still, "}.get(
+        settings.get("policy", ""), ""
+    )
+    which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
+    which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
+    title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states} init states"
+    if settings.get("shift_target"):
+        title += f", target shifted by up to {1000 * settings['shift_target']:g} mm"
+    if settings["shard"]:
+        title += f", shard {settings['shard']}"
+    if num_episodes < tasks * trials:
+        title += f", only {num_episodes} of {tasks * trials} episodes"
+    if settings["visual_mesh_ratio"] < 1:
+        title += f", visual meshes thinned to {settings['visual_mesh_ratio']:g} (not LIBERO's own pictures)"
+    if settings.get("simulator"):
+        title += f", {settings['simulator']}"
+    if new := settings.get("new_instructions"):
+        title += f", instructions that the checkpoint was not trained on: {len(new)}"
+    return title + (f", flow started from {settings['flow_start']}" if "flow_start" in settings else "")
+
+
 # ----------------------------------------------------------------------------------------------------- comparison
 
 

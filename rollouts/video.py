@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from errors import BadInput
-from files import replaced_whole
+from files import replaced_whole, unwritable_named
 
 VIDEO_SIZE, VIDEO_EVERY, CONTROL_HZ = 256, 2, 20  # pixels; environment steps between video frames; steps a second
 HELD_FRAMES = 10  # a grid's last frame stays for a second, so that the outcomes can be read
@@ -84,8 +84,8 @@ def write_png(frame: np.ndarray, path: Path) -> None:
 @contextlib.contextmanager
 def _written_whole(path: Path) -> Iterator[Path]:
     """`replaced_whole`. Raises BadInput on a full disk."""
-    try:
-        with replaced_whole(path) as part:
+    with unwritable_named(path), replaced_whole(path) as part:
+        try:
             yield part
-    except (OSError, av.FFmpegError) as problem:
-        raise BadInput(f"{path}: cannot be written ({problem.strerror})") from None
+        except av.FFmpegError as problem:  # not every one of the system's refusals is an OSError here
+            raise OSError(problem.errno, problem.strerror) from None

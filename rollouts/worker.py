@@ -18,48 +18,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 
 from errors import BadInput, is_out_of_memory
 from observation import from_simulator
+from rollouts.episodes import STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 from simulator.env import LiberoEnv, SimulatorError, make_env
 from simulator.suites import make_suite
-
-WAIT_STEPS = 10  # the objects fall into place before the policy starts
-STAND_STILL = np.array([0.0, 0, 0, 0, 0, 0, -1])  # no motion, gripper open
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What all episodes of an evaluation have in common."""
-
-    task_suite: str
-    image_size: int
-    visual_mesh_ratio: float
-    max_steps: int
-    shift_target: float  # metres by which the target object is moved at most, 0 leaves it where the init state has it
-    policy_looks: bool  # without, no observation is drawn
-    save_video: str  # all, failures or none
-    pictures: Path  # folder of videos and last frames
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One rollout. With the checkpoint and the settings it decides everything that happens."""
-
-    suite: str
-    task_id: int
-    trial: int  # which of the task's init states
-    seed: int  # of the policy's noise and of what an init state leaves open, such as where fixtures stand
-
-    @property
-    def name(self) -> str:
-        return f"task{self.task_id}_trial{self.trial}"
 
 
 def play_episode(
@@ -118,7 +86,9 @@ def draw_for_people(env: LiberoEnv, poses: dict) -> np.ndarray:
 def serve(pipe: Connection) -> None:
     """Plays what the pipe brings until it closes; the environment of the last task is kept for the next episode."""
     rollouts = pipe.recv()
-    env, task_of_env = None, None
+    env: LiberoEnv | None = None
+    task_of_env: int | None = None
+    working_since = 0.0
 
     def ask(obs: dict | None) -> np.ndarray:
         nonlocal working_since
@@ -130,7 +100,7 @@ def serve(pipe: Connection) -> None:
     while True:
         episode, init_state = pipe.recv()
         start = working_since = time.perf_counter()
-        if task_of_env != episode.task_id:
+        if env is None or task_of_env != episode.task_id:
             if env is not None:
                 env.close()
             try:

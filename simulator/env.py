@@ -237,7 +237,7 @@ class LiberoEnv:
 
     def _add_pose_sensor(self, libero) -> None:
         @libero.sensor(modality="poses")
-        def copy_poses(obs_cache):
+        def copy_poses(_obs_cache):
             self._poses = {name: getattr(self.sim.data, name).copy() for name in POSE_ARRAYS}
             self._poses["site_rgba"] = self._model.site_rgba.copy()  # a stove that is on shows its flame this way
             return 0.0  # robosuite wants a number from every sensor

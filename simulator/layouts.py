@@ -29,6 +29,7 @@ from simulator.env import LiberoEnv, SimulatorError
 from simulator.scripted_expert import REACH
 from simulator.suites import bddl_path
 
+Pair = tuple[str, str]
 Place = tuple[float, float]  # x, y
 Layout = dict[str, np.ndarray]  # object or basket -> x and y (2,)
 
@@ -39,7 +40,7 @@ TRIES = 2000  # layouts and moves drawn before a scene counts as one that has no
 
 # Scene (the object that LIBERO itself asks for in it) -> three pairs. The first is LIBERO-PRO's. Of the three ways to
 # pair the other four, the one whose text has the smallest SHA-256 is taken (`paired_by_rule`).
-WITHHELD_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+WITHHELD_PAIRS: dict[str, tuple[Pair, ...]] = {
     "alphabet_soup": (("alphabet_soup", "butter"), ("cream_cheese", "salad_dressing"), ("milk", "tomato_sauce")),
     "cream_cheese": (("alphabet_soup", "cream_cheese"), ("butter", "tomato_sauce"), ("milk", "orange_juice")),
     "salad_dressing": (("salad_dressing", "tomato_sauce"), ("alphabet_soup", "ketchup"), ("cream_cheese", "milk")),
@@ -67,11 +68,15 @@ WITHHELD_CELLS: dict[Place, tuple[int, int]] = {
 }
 
 
-def paired_by_rule(scene: str, objects: Iterable[str], first: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+def paired_by_rule(scene: str, objects: Iterable[str], first: Pair) -> tuple[Pair, ...]:
     """The withheld pairs of a scene of six objects, of which `first` is one. Names are without their numbers."""
     a, *others = sorted(set(objects) - set(first))
-    ways = [tuple(sorted([(a, b), tuple(sorted(set(others) - {b}))])) for b in others]
-    return tuple(sorted(first)), *min(ways, key=lambda way: _digest(f"{scene}: {way}"))
+    ways = [((a, partner), _in_order(*(set(others) - {partner}))) for partner in others]
+    return _in_order(*first), *min(ways, key=lambda way: _digest(f"{scene}: {tuple(sorted(way))}"))
+
+
+def _in_order(one: str, other: str) -> Pair:
+    return min(one, other), max(one, other)
 
 
 def cell_by_rule(place: Place) -> tuple[int, int]:
@@ -187,7 +192,7 @@ def _footprint(env: LiberoEnv, name: str) -> Footprint:
 def _are_clear(first: Footprint, at: np.ndarray, second: Footprint, second_at: np.ndarray) -> bool:
     """LIBERO's radii are smaller than the objects (the basket's is a third of it), so the geometry counts, too."""
     gap = np.maximum(at + first.low - second_at - second.high, second_at + second.low - at - first.high)  # (2,)
-    return gap.max() > CLEARANCE and np.linalg.norm(at - second_at) > first.radius + second.radius
+    return bool(gap.max() > CLEARANCE and np.linalg.norm(at - second_at) > first.radius + second.radius)
 
 
 # ----------------------------------------------------------------------------------------------- scenes and their files
@@ -265,10 +270,11 @@ def problem_text(text: str, target: str) -> str:
 
     def changed(section: re.Match) -> str:
         names = re.sub(rf"\b{own}\b", target, section.group())
-        return names.replace(*(without_number(name).replace("_", " ") for name in (own, target)))
+        return names.replace(without_number(own).replace("_", " "), without_number(target).replace("_", " "))
 
     return re.sub(r"\(:(language|obj_of_interest|goal)\b[^:]*", changed, text)
 
 
 def _objects_of_interest(text: str) -> list[str]:
-    return re.search(r"\(:obj_of_interest\s([^)]*)\)", text).group(1).split()
+    (section,) = re.findall(r"\(:obj_of_interest\s([^)]*)\)", text)
+    return section.split()

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import yaml
 
@@ -56,7 +57,8 @@ def import_libero() -> SimpleNamespace:
             from robosuite.utils.errors import RandomizationError, SimulationError
             from robosuite.utils.observables import Observable, sensor
 
-            sys.modules["robosuite"].macros = sys.modules["robosuite.macros"]  # the import system's part, see below
+            robosuite: Any = sys.modules["robosuite"]
+            robosuite.macros = sys.modules["robosuite.macros"]  # the import system's part, see below
     except _import_problems() as problem:
         raise _import_problem(problem) from None
     finally:
@@ -72,7 +74,7 @@ def import_libero() -> SimpleNamespace:
 @contextlib.contextmanager
 def _environment_for_the_import() -> Iterator[None]:
     """Hides two settings that stop LIBERO's import for no reason, and brings them back afterwards."""
-    changes = {}
+    changes: dict[str, str | None] = {}
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # robosuite asserts that MUJOCO_EGL_DEVICE_ID, which is EGL's, is in it
         changes["CUDA_VISIBLE_DEVICES"] = None
     if os.environ.get("MUJOCO_EGL_DEVICE_ID") == "":
@@ -108,7 +110,8 @@ def _set_robosuites_macros() -> None:
         return
     folder = Path(package.submodule_search_locations[0])
     spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
-    macros = importlib.util.module_from_spec(spec)
+    assert spec is not None and spec.loader is not None  # every file named *.py has both
+    macros: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL = None
     if "NUMBA_CACHE_DIR" not in os.environ:
@@ -256,7 +259,8 @@ def _import_problem(problem: BaseException) -> BadInput:
 
 def _check_renderer_library() -> None:
     """Without its library robosuite's import of the renderer fails with an AttributeError that explains nothing."""
-    library = {"egl": ("EGL", "libEGL.so.1"), "osmesa": ("OSMesa", "libOSMesa.so.8")}.get(os.environ.get("MUJOCO_GL"))
+    libraries = {"egl": ("EGL", "libEGL.so.1"), "osmesa": ("OSMesa", "libOSMesa.so.8")}
+    library = libraries.get(os.environ.get("MUJOCO_GL", ""))
     if library is None or ctypes.util.find_library(library[0]):
         return
     try:

@@ -91,7 +91,7 @@ class ScriptedExpert:
                 break
             distance += 0.01  # a large object, caught all the same
         unnoticed = itertools.chain(self._lift(), self._let_go_over_basket())
-        yield from itertools.islice(unnoticed, self.rng.integers(UNNOTICED_STEPS + 1))
+        yield from itertools.islice(unnoticed, int(self.rng.integers(UNNOTICED_STEPS + 1)))
 
     def actions(self) -> Iterator[np.ndarray]:
         """Yields actions (7,) without end; whoever steps decides when the episode is over."""

@@ -38,10 +38,10 @@ def parse_task_ids(text: str, suite, suite_name: str) -> list[int]:
     """Turns "0,3,5-7" into task ids of the suite, sorted. Raises BadInput for anything else."""
     task_ids = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        first, _, end = part.strip().partition("-")
+        if not (first.isdecimal() and (end or first).isdecimal()):
             raise BadInput(f"--tasks {text}: expected task ids such as 0,3 or 2-5")
-        last = int(last or first)
+        last = int(end or first)
         if last >= suite.n_tasks:
             raise BadInput(
                 f"--tasks {text}: {suite_name} has the tasks 0 to {suite.n_tasks - 1}, there is no task {last}"
@@ -60,12 +60,17 @@ def instruction_of(suite, suite_name: str, task_id: int) -> str:
     """
     if not suite_name.lower().endswith(("_lan", "_task")):
         return suite.get_task(task_id).language
-    return instruction_in(bddl_path(suite, task_id).read_text())
+    path = bddl_path(suite, task_id)
+    language = instruction_in(path.read_text())
+    if not language:
+        raise BadInput(f"{path}: has no (:language ...), expected the instruction of task {task_id} in it")
+    return language
 
 
 def instruction_in(bddl_text: str) -> str:
-    """What the robot is told, as a BDDL file has it."""
-    return re.search(r"\(:language\s+([^)]*)\)", bddl_text).group(1)
+    """What the robot is told, as a BDDL file has it; "" where it has nothing."""
+    language = re.search(r"\(:language\s+([^)]*)\)", bddl_text)
+    return language[1] if language else ""
 
 
 def bddl_path(suite, task_id: int) -> Path:
@@ -96,7 +101,7 @@ def task_init_states(suite, task_id: int) -> np.ndarray:
         with _arrays_stored_by_torch_are_trusted():
             init_states = np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
     except FileNotFoundError:
-        init_states = ()
+        init_states = np.empty((0, 0))
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as problem:
         task = suite.get_task(task_id)
         raise BadInput(
@@ -115,7 +120,7 @@ def _arrays_stored_by_torch_are_trusted() -> contextlib.AbstractContextManager:
     torch = sys.modules.get("torch")
     if torch is None:
         return contextlib.nullcontext()
-    reconstruct, *_ = np.empty(0).__reduce__()
+    reconstruct = np.empty(0).__reduce__()[0]
     # a file names the module of the numpy that wrote it: numpy 1 (upstream's own files) and numpy 2 have different ones
     names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     return torch.serialization.safe_globals([*names, np.ndarray, np.dtype, np.dtypes.Float64DType])

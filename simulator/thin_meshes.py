@@ -51,7 +51,8 @@ def thin_visual_meshes(model, ratio: float) -> None:
 def _visual_only_meshes(model) -> list[int]:
     import mujoco
 
-    visual, solid = set(), set()
+    visual: set[int] = set()
+    solid: set[int] = set()
     for geom in range(model.ngeom):
         if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH and model.geom_dataid[geom] >= 0:
             touches = model.geom_contype[geom] or model.geom_conaffinity[geom]

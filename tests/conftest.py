@@ -9,8 +9,28 @@ import pytest
 import torch
 from filelock import FileLock
 
-REPO = Path(__file__).parent.parent
+pytest.register_assert_rewrite("helpers")  # before its first import: a failed assert there shows its values
+from helpers import ROOT  # noqa: E402
+
+SIMULATOR_FILES = {
+    "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_shuffled_layouts.py",
+    "test_simulator.py", "test_simulator_check.py",
+}  # fmt: skip
+SLOW_FILES = {"test_benchmarks.py", "test_supported_pythons.py"}
+SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone"}
+
 torch.set_num_threads(1)  # models this small are faster so, and the tests run in two processes
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks which tests -m leaves out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks whole files and the users of a fixture; single tests say `@pytest.mark.simulator` or `slow` themselves."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if item.path.name in SIMULATOR_FILES or "collected_demos" in fixtures:
+            item.add_marker("simulator")
+        if item.path.name in SLOW_FILES or fixtures & SLOW_FIXTURES:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +39,10 @@ def collected_demos(tmp_path_factory) -> Path:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "collected_demos"  # shared by processes
     command = [
-        sys.executable, REPO / "collect_demos.py", "--config", REPO / "conf/config.yaml", "--data_directory", folder,
+        sys.executable, ROOT / "collect_demos.py", "--config", ROOT / "conf/config.yaml", "--data_directory", folder,
         "--tasks", "6", "--demos_per_task", "2", "--num_workers", "2", "--image_size", "64",
         "--visual_mesh_ratio", "0.2",
     ]  # fmt: skip
     with FileLock(f"{folder}.lock"):
-        subprocess.run(command, check=True, cwd=REPO)  # the second time there is nothing left to collect
+        subprocess.run(command, check=True, cwd=ROOT)  # the second time there is nothing left to collect
     return folder

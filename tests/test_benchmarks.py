@@ -7,7 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REPO = Path(__file__).parent.parent
+from helpers import ROOT
+
 RESULTS = {
     "encoder.py": "encoder",
     "loader.py": "loader",
@@ -21,8 +22,8 @@ RESULTS = {
 def run(command: str, output: Path) -> subprocess.CompletedProcess:
     script, *rest = command.split()
     return subprocess.run(
-        [sys.executable, REPO / "benchmarks" / script, *rest, "--quick"],
-        cwd=REPO, env=os.environ | {"OUT": str(output), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [sys.executable, ROOT / "benchmarks" / script, *rest, "--quick"],
+        cwd=ROOT, env=os.environ | {"OUT": str(output), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from failing_worker import SEEDS, FailingWorker
-from test_dataloader import batches_of, load, samples_of
+from helpers import ROOT, batches_of, load, samples_of
 
 import collect_demos
 from collect_demos import check_expert, collect, how_it_ended, report
@@ -39,7 +39,6 @@ from simulator.scripted_expert import SETTLE_STEPS
 from simulator.suites import make_suite
 from simulator.thin_meshes import _thinned_corners
 
-REPO = Path(__file__).parent.parent
 TASK = 6
 NAME = "pick_up_the_butter_and_place_it_in_the_basket"
 # Those of the fixture collected_demos.
@@ -48,12 +47,12 @@ SAME_SETTINGS = ("--tasks", "6", "--image_size", "64", "--visual_mesh_ratio", "0
 
 
 def command(*arguments) -> list:
-    return [sys.executable, REPO / "collect_demos.py", "--config", REPO / "conf/config.yaml", *map(str, arguments)]
+    return [sys.executable, ROOT / "collect_demos.py", "--config", ROOT / "conf/config.yaml", *map(str, arguments)]
 
 
 def run(*arguments, **environment) -> subprocess.CompletedProcess:
     environment = os.environ | {name: str(value) for name, value in environment.items()}
-    return subprocess.run(command(*arguments), cwd=REPO, capture_output=True, text=True, env=environment)
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 def demo_file(folder: Path) -> Path:
@@ -194,7 +193,7 @@ def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(col
     """Undisturbed, of two workers: the fixture. Here one worker, killed after its first demo and started again."""
     arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
     first_demo = tmp_path / UNFINISHED / NAME / "attempt_00000.hdf5"
-    killed = subprocess.Popen(command(*arguments), cwd=REPO, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not first_demo.exists():
         assert killed.poll() is None, "the run ended before it wrote a demo"
         time.sleep(0.05)
@@ -601,7 +600,7 @@ def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
         "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     }  # fmt: skip
-    with subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, **options) as stopped:
+    with subprocess.Popen(command(*arguments), cwd=ROOT, start_new_session=True, **options) as stopped:
         said = b""
         while b"collecting" not in said:
             said += (character := stopped.stderr.read(1))
@@ -736,7 +735,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch, said_by):
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--num_workers", "0"], "--num_workers 0: expected at least 1"),
         (["--data_directory", "/tmp/" + 300 * "x"], "File name too long"),
-        (["--data_directory", REPO / "collect_demos.py"], "collect_demos.py: the data directory is a file"),
+        (["--data_directory", ROOT / "collect_demos.py"], "collect_demos.py: the data directory is a file"),
         (["--data_directory", "/proc/demos"], "/proc/demos: the data directory cannot be made"),
         (["--set", "data.demos_per_tusk=3"], "--set data.demos_per_tusk=3: no such key; did you mean"),
     ],

@@ -12,31 +12,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, INSTRUCTION, LANGUAGE, batches_of, data_config, load, samples_of
 from libero_files import TASK, write_task_file
 
-from config import load_config
 from dataloader import Batches, LowDimensional, chunk_rows, frame_rows, shift_pictures, transition_rows
-from demos.frames import DeviceFrames, HDF5Frames, open_frames
-from demos.hdf5 import find_task_files, load_demos, numbered_alone, split_demos
+from demos.frames import DeviceFrames, open_frames
+from demos.hdf5 import find_task_files, numbered_alone, split_demos
 from demos.instructions import canonical_instruction, same_task, task_instruction
 from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_file, load_language
 from errors import BadInput
 from simulator.suites import bddl_path, make_suite
 
 BUTTER = "pick_up_the_butter_and_place_it_in_the_basket"
-INSTRUCTION = "pick up the milk and place it in the basket"
-LANGUAGE = LanguageTable("test encoder", {INSTRUCTION: torch.nn.functional.normalize(torch.ones(512), dim=0)})
-
-
-CPU = torch.device("cpu")
-
-
-def data_config(directory, *overrides):
-    return load_config("conf/config.yaml", [f"data.data_directory={directory}", *overrides]).data
-
-
-def load(directory, *overrides, min_actions=10):
-    return load_demos(data_config(directory, *overrides), min_actions)
 
 
 # ------------------------------------------------------------------------------------------------------- alignment
@@ -88,21 +75,6 @@ def test_undecidable_alignment_asks_for_the_setting(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- samples
-
-
-def batches_of(demos, rows, num_actions, batch_size=16, language=LANGUAGE, **options) -> Batches:
-    if "states" not in options:
-        options.setdefault("frames", HDF5Frames(demos))
-    return Batches(rows, LowDimensional(demos, language, CPU), num_actions, batch_size, **options)
-
-
-def samples_of(batches: Batches) -> list[dict]:
-    """The batches' rows one by one, copied: a batch's pictures live in a buffer that is filled again."""
-
-    def row(batch, i):
-        return {key: row(value, i) if isinstance(value, dict) else value[i].clone() for key, value in batch.items()}
-
-    return [row(batch, i) for batch in batches for i in range(len(batch["actions"]))]
 
 
 @pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
@@ -434,6 +406,7 @@ def write_attributes(path, bddl_file_name: str, bddl: str, info: str | None = No
 
 
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"])
+@pytest.mark.simulator
 def test_no_task_of_liberos_own_contradicts_itself(tmp_path, suite):
     path = write_task_file(tmp_path, demos=1, steps=2, image_size=2)
     with h5py.File(path, "a") as file:
@@ -447,6 +420,7 @@ def test_no_task_of_liberos_own_contradicts_itself(tmp_path, suite):
             assert task_instruction(tmp_path / f"{name}_demo.hdf5", file["data"]) == expected
 
 
+@pytest.mark.simulator
 def test_liberos_instructions_are_told_apart():
     """Also where the same words stand in another order, or on and in make the difference."""
     told = set()
@@ -460,6 +434,7 @@ def test_liberos_instructions_are_told_apart():
     assert not same_task("turn on the stove", "turn on the stove and put the frying pan on it")
 
 
+@pytest.mark.simulator
 def test_a_name_and_an_attribute_that_disagree_are_both_named(tmp_path):
     path = write_task_file(tmp_path)
     path = path.rename(tmp_path / f"{BUTTER}_demo.hdf5")
@@ -476,6 +451,7 @@ def test_a_name_and_an_attribute_that_disagree_are_both_named(tmp_path):
     assert load(tmp_path)[0][0].task == BUTTER.replace("_", " ")
 
 
+@pytest.mark.simulator
 def test_a_name_of_another_scene_than_the_bddl_files_is_refused(tmp_path):
     words = "turn_on_the_stove"
     path = write_task_file(tmp_path, task=f"KITCHEN_SCENE3_{words}")
@@ -501,6 +477,7 @@ def test_a_name_with_its_scene_outweighs_problem_info_alone_and_both_are_named(t
 
 
 @pytest.mark.parametrize("suite", ["libero_object_task", "libero_object_lan"])
+@pytest.mark.simulator
 def test_where_libero_pro_varies_the_task_its_bddl_file_speaks(tmp_path, suite):
     name, bddl = next(libero_tasks(suite))
     path = write_task_file(tmp_path, task=name)

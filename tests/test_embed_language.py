@@ -8,9 +8,8 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import REPO
+from helpers import INSTRUCTION, ROOT
 from libero_files import write_task_file
-from test_dataloader import INSTRUCTION
 
 import embed_language
 from demos import language
@@ -29,7 +28,7 @@ def test_embeddings_go_beside_the_demos_to_the_configs_file_or_to_output(tmp_pat
     here = ("--data_directory", tmp_path, "--encoder", "offline")
     main(monkeypatch, *here)
     own = ("--set", f"data.language_embeddings={tmp_path / 'own.npz'}")
-    main(monkeypatch, *here, "--config", REPO / "conf/config.yaml", *own)
+    main(monkeypatch, *here, "--config", ROOT / "conf/config.yaml", *own)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     main(monkeypatch, *here, "--output", "~/mine/texts.npz")
     for path in (EMBEDDINGS_FILE, "own.npz", "home/mine/texts.npz"):
@@ -68,6 +67,7 @@ def test_an_encoder_that_cannot_be_imported_says_why(monkeypatch):
         offline_embeddings([INSTRUCTION])
 
 
+@pytest.mark.slow
 def test_without_clips_weights_the_mirror_is_asked_and_auto_takes_the_offline_encoder(tmp_path):
     asked = []
 
@@ -96,7 +96,7 @@ def test_without_clips_weights_the_mirror_is_asked_and_auto_takes_the_offline_en
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hub"), "no_proxy": "127.0.0.1",
     }  # fmt: skip
-    command = [sys.executable, REPO / "embed_language.py", "--data_directory", tmp_path]
+    command = [sys.executable, ROOT / "embed_language.py", "--data_directory", tmp_path]
     said = subprocess.run(command, env=environment, capture_output=True, text=True)
     hub.shutdown()
     hub.server_close()

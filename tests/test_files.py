@@ -15,18 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from errors import BadInput, exits_on_bad_input, is_out_of_memory, out_of_memory_named
 from files import Lock, expanded, private_temporary_folder, replaced_whole, written_whole
-
-REPO = Path(__file__).parent.parent
 
 
 def start(script: str, *arguments) -> subprocess.Popen:
     """A Python process with this repo's modules, whose input and output are pipes of text."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=REPO, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
@@ -85,6 +84,7 @@ def test_two_writers_at_once_do_not_mix(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_killed_writers_part_is_in_no_ones_way(tmp_path):
     writer = start(
         "import sys, files, pathlib\n"
@@ -132,6 +132,7 @@ HOLDER = (
 )
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
     holder = start(HOLDER, tmp_path / "lock")
     assert holder.stdout.readline() == "held\n"
@@ -143,6 +144,7 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_holder_holds_nothing(tmp_path):
     holder = start(HOLDER, tmp_path / "lock")
     assert holder.stdout.readline() == "held\n"
@@ -154,6 +156,7 @@ def test_a_killed_holder_holds_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_may_wait_for_the_lock(tmp_path):
     waiting = (
         "import sys, files, pathlib\nwith files.Lock(pathlib.Path(sys.argv[1]), 'busy', wait=True):\n    print('got')"
@@ -166,6 +169,7 @@ def test_a_process_may_wait_for_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_released_while_others_ask_for_it_is_never_held_twice(tmp_path):
     """Its file is deleted at every release: whoever opened it just before must not take that one for the lock."""
     asking = (

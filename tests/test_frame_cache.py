@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import CPU, LANGUAGE, batches_of, data_config, fitted, load, samples_of, small_config
 from libero_files import write_task_file
-from test_dataloader import CPU, LANGUAGE, batches_of, data_config, load, samples_of
-from test_model import fitted, small_config
 
 from dataloader import LowDimensional, every_frame, frame_rows, transition_rows
 from demos.frames import DeviceFrames, FlatFrames, HDF5Frames, open_frames
@@ -237,6 +236,7 @@ def convert_and_report(directory, start, results):
     results.put(int(all_frames(demos, frames).sum(dtype=np.int64)))
 
 
+@pytest.mark.slow
 def test_processes_that_convert_at_once_agree_and_write_one_file(tmp_path):
     write_task_file(tmp_path, demos=6)
     context = multiprocessing.get_context("spawn")

@@ -36,6 +36,7 @@ def _sentence(path: Path, read=lambda file: file["x"][()]) -> str:
     return sentence.removeprefix(f"{path}: ")
 
 
+@pytest.mark.slow
 def test_a_file_that_another_process_writes_is_named_and_so_is_the_mark_of_one_that_died(tmp_path):
     path = tmp_path / "a.hdf5"
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)

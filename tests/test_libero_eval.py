@@ -15,26 +15,27 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, SMALL, Page, one_sentence, run
 from libero_files import write_task_file
-from test_rollouts_folder import Page
-from test_training import ROOT, SMALL, one_sentence, run
 
 import eval as offline_evaluation
 from demos.language import LanguageTable
 from errors import BadInput
+from rollouts.episodes import Episode, Task
 from rollouts.folder import read_episodes
 from rollouts.policies import (
     CheckpointPolicy,
     ReplayPolicy,
-    Task,
     demo_of,
+    make_policy,
     read_demo,
     training_demo,
     with_embeddings_of,
 )
+from rollouts.pool import Attempt, record
+from rollouts.side_by_side import table_text
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
-from rollouts.worker import Episode
-from run_libero_eval import choose_output_dir, main, make_policy, parse_arguments
+from run_libero_eval import choose_output_dir, evaluation_of, main, parse_arguments
 from simulator.env import make_env
 from simulator.suites import make_suite, task_init_states
 from statevla_model import load_checkpoint
@@ -165,6 +166,34 @@ def test_a_shifted_target_is_another_episode_and_the_title_says_so(checkpoint, t
     assert fingerprints[0] != fingerprints[0.05]
 
 
+def test_pictures_are_thinned_as_the_flag_says_and_else_as_the_demonstrations_were(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    asked_of_workers = []
+
+    def played_at_once(episodes, init_state_of, policy, rollouts, *_):
+        asked_of_workers.append(rollouts.visual_mesh_ratio)
+        yield from ()
+
+    monkeypatch.setattr("run_libero_eval.play_all", played_at_once)
+    for policy in ("checkpoint", "zero"):
+        for flag, ratio in ((None, 0.2), (1, 1.0), (0.5, 0.5)):  # the demonstrations were drawn with 0.2
+            folder = tmp_path / f"{policy}_{flag}"
+            command = ["--checkpoint", checkpoint, "--policy", policy, "--tasks", 6, "--output_dir", folder]
+            command += [] if flag is None else ["--visual_mesh_ratio", flag]
+            monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", *map(str, command)])
+            with pytest.raises(SystemExit, match="50 of 50 episodes are in no figure"):
+                main()
+            assert asked_of_workers.pop() == ratio
+            assert json.loads((folder / "settings.json").read_text())["visual_mesh_ratio"] == ratio
+            title = json.loads((folder / "results.json").read_text())["title"]
+            assert (f"visual meshes thinned to {ratio:g} (not LIBERO's own pictures)" in title) == (ratio < 1)
+            capsys.readouterr()
+    flags = ("--policy", "zero", "--tasks", 6, "--visual_mesh_ratio", 0.3, "--output_dir", tmp_path / "zero_1")
+    said = refused(checkpoint, *flags, at=(monkeypatch, capsys))
+    assert "was evaluated with visual_mesh_ratio 1.0, not 0.3" in said
+
+
 def test_an_evaluation_that_could_not_play_everything_prints_its_figures_and_ends_with_code_1(
     tmp_path, monkeypatch, capsys
 ):
@@ -205,15 +234,64 @@ def test_ctrl_c_names_the_output_dir_of_the_command_and_not_of_a_part_of_it(
     assert (tmp_path / part / "settings.json").exists()
 
 
+def test_side_by_side_makes_its_table_of_its_own_eight_folders_alone(checkpoint, tmp_path, monkeypatch, capsys):
+    def played_at_once(episodes, init_state_of, policy, *_):
+        for one in episodes:
+            outcome = {"success": policy.looks, "steps": 2, "fingerprint": "0", "broken_by_policy": None}
+            yield record(Attempt(one), outcome, [1.0] if policy.looks else [], None)
+
+    def evaluated(*flags: object) -> str:
+        command = ["--checkpoint", checkpoint, "--tasks", 6, "--num_trials", 3, "--max_steps", 2, *flags]
+        monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", *map(str, command)])
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr("run_libero_eval.play_all", played_at_once)
+    out = tmp_path / "out"
+    alone = evaluated("--output_dir", out / "neighbour", "--shift_target", 0.01)
+    assert "overall: 3/3 successes" in alone and "policy, flow from noise" not in alone
+    printed = evaluated("--output_dir", out, "--side_by_side", 0.05)
+    results = json.loads((out / "side_by_side.json").read_text())
+    assert results["title"].startswith("libero_object, 1 of 10 tasks x 3 of 50 init states")
+    counted = {row: [cell["successes"] for cell in cells.values()] for row, cells in results["side_by_side"].items()}
+    assert counted == {
+        "policy, flow from noise": [3, 3],
+        "policy, flow from zero": [3, 3],
+        "one demo, replayed blindly": [0, 0],
+        "standing still": [0, 0],
+    }
+    assert {tuple(cells) for cells in results["side_by_side"].values()} == {
+        ("init states", "target shifted by up to 50 mm")
+    }
+    assert table_text(results["side_by_side"]) in printed
+    links = Page((out / "report.html").read_text()).links
+    assert len(links) == 8 and all((out / link).is_file() for link in links) and "neighbour" not in str(links)
+    for link in links:
+        assert "Side by side" not in (out / link).read_text()
+    assert evaluated("--output_dir", out, "--side_by_side", 0.05).endswith(printed[-200:])  # complete: read again
+
+    beside = [out / name for name in ("zero_init_states", "replay_init_states")]
+    printed = evaluated("--output_dir", tmp_path / "again", "--beside", *beside)
+    assert re.search(r"^standing still +0 of 3 \(0 to 56%\) +-$", printed, re.MULTILINE)
+    at = monkeypatch, capsys
+    for flags, sentence in (
+        (("--output_dir", out), "holds the table of --side_by_side; choose another"),
+        (("--output_dir", out / "neighbour", "--side_by_side", 0.05), "already holds the settings.json of something"),
+        (("--output_dir", tmp_path / "other", "--seed", 1, "--beside", *beside), "was evaluated with seed 0, not 1"),
+    ):
+        assert sentence in refused(checkpoint, "--tasks", 6, "--num_trials", 3, "--max_steps", 2, *flags, at=at)
+    assert not (tmp_path / "other").exists()
+
+
 def test_evaluations_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--policy", "zero"])
-    chosen = [choose_output_dir(parse_arguments()) for _ in range(2)]
+    chosen = [choose_output_dir(evaluation_of(parse_arguments())) for _ in range(2)]
     assert chosen == [Path("results/libero_object_1"), Path("results/libero_object_2")]
     shutil.rmtree("results")
     Path("results").symlink_to("nowhere")
     with pytest.raises(BadInput, match=r"results: not writable \(File exists\); choose a folder with --output_dir"):
-        choose_output_dir(parse_arguments())
+        choose_output_dir(evaluation_of(parse_arguments()))
 
 
 def wait_until(condition, seconds: float = 120) -> None:
@@ -397,6 +475,10 @@ def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(check
         (("--tasks", "6", "--num_trials", "51"), "--num_trials 51: expected between 1 and 50"),
         (("--tasks", "6", "--max_steps", "1000000000000"), "--max_steps 1000000000000: expected between 1 and 100000"),
         (("--tasks", "6", "--shard", "3/2"), "--shard 3/2: expected I/N such as 3/16"),
+        (("--visual_mesh_ratio", "0"), "--visual_mesh_ratio 0: expected more than 0 and at most 1"),
+        (("--visual_mesh_ratio", "1.5"), "--visual_mesh_ratio 1.5: expected more than 0 and at most 1"),
+        (("--side_by_side", "0.05", "--beside", "x"), "--beside belongs to a single one"),
+        (("--tasks", "6", "--beside", "x"), "x/results.json: cannot be read (No such file or directory)"),
         (("--tasks", "6", "--execute_steps", "11"), "--execute_steps 11: expected between 1 and 10"),
         (("--policy", "replay", "--demo", "no.hdf5"), "--demo no.hdf5: is of one task; choose that task with --tasks"),
         (("--side_by_side", "0"), "--side_by_side 0: expected 0 to 0.2 metres, not 0"),
@@ -423,7 +505,7 @@ def test_the_flow_starts_where_the_checkpoint_says_unless_a_flag_says_otherwise(
     def answers(path, *flags):
         monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--checkpoint", str(path), *flags])
         tasks = {6: Task("", task, True, np.zeros((1, 20)))}
-        policy, settings = make_policy(parse_arguments(), read_checkpoint(path), tasks)
+        policy, settings = make_policy(evaluation_of(parse_arguments()), read_checkpoint(path), tasks)
         rollouts = [policy.act([observation], [EPISODE], [torch.Generator().manual_seed(seed)])[0] for seed in (0, 1)]
         offline = []
         for seed in ("0", "1"):

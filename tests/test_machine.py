@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 import machine
 import provenance
 from seeds import mixed_seed
 
-REPO = Path(__file__).parent.parent
 GB = 10**9
 
 
@@ -42,10 +42,11 @@ def groups(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="Linux's taskset is not installed")
+@pytest.mark.slow
 def test_a_process_that_may_use_one_core_counts_one():
     allowed = str(min(os.sched_getaffinity(0)))
     command = ["taskset", "-c", allowed, sys.executable, "-c", "import machine; print(machine.available_cores())"]
-    assert subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout == "1\n"
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 def test_this_machine_has_cores_and_memory():

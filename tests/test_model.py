@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import fitted, phase1_batch, random_observation, small_config
 from torch import nn
 
 from action_policy import Normalizer, StateScaling
@@ -16,33 +17,6 @@ from jepa.temporal_predictor import (
 )
 from jepa.tokenizer import resize_images
 from statevla_model import StateVLA, StateVLATrainer, build_trainer, count_parameters
-
-SMALL = [
-    "model.image_size=32", "model.embed_dim=32", "model.state_dim=32", "model.encoder_depth=2",
-    "model.policy_embed_dim=32", "training.phase1.temporal_predictor_hidden_dim=48",
-    "training.phase1.inverse_dynamics_weight=1.0", "training.phase1.foresight_weight=0.0",
-    "training.phase1.proprioception_masking=0.0", "model.prediction_gap=2",
-]  # fmt: skip
-
-
-def small_config(*overrides):
-    return load_config("conf/config.yaml", [*SMALL, *overrides])
-
-
-def random_observation(batch: int, image_size: int = 32) -> dict:
-    return {
-        "agentview_rgb": torch.randint(0, 256, (batch, image_size, image_size, 3), dtype=torch.uint8),
-        "eye_in_hand_rgb": torch.randint(0, 256, (batch, image_size, image_size, 3), dtype=torch.uint8),
-        "joint_states": torch.randn(batch, 7),
-        "gripper_states": torch.rand(batch, 2) * 0.04,
-        "language": nn.functional.normalize(torch.randn(batch, 512), dim=-1),
-    }
-
-
-def fitted(model: StateVLA) -> StateVLA:
-    model.state_scaling.fit(torch.randn(100, model.config.state_dim))
-    model.policy.normalizer.fit(torch.rand(100, 6) - 0.5)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +132,6 @@ def test_target_is_an_exact_ema_of_tokenizer_and_encoder():
     trainer.update_target(0.0)
     obs = random_observation(2)
     torch.testing.assert_close(encoder.target(obs), encoder(obs))
-
-
-def phase1_batch(batch: int = 4) -> dict:
-    return {
-        "obs": random_observation(batch),
-        "next_obs": random_observation(batch),
-        "actions": torch.randn(batch, 2, 7),
-    }
 
 
 def test_phase1_trains_the_encoder_and_never_the_target_or_the_policy():

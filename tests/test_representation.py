@@ -6,10 +6,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import load, one_sentence, run, settings, small_config
 from libero_files import write_task_file
-from test_dataloader import load
-from test_model import small_config
-from test_training import one_sentence, run, settings
 
 from errors import BadInput
 from representation import prediction_errors, probe, simulator_truth, spread_within

@@ -4,21 +4,22 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import ROOT, run
+from helpers import ROOT, Page, run
 
 from errors import BadInput
+from rollouts.episodes import Episode, episode_seed, shard_of
+from rollouts.evaluation import Evaluation
 from rollouts.folder import EvaluationFolder, merge, read_episodes
-from rollouts.report import write_report
-from rollouts.side_by_side import conditions, side_by_side, table_text
-from rollouts.statistics import comparison_text, exact_mcnemar, figures_text, summarise, wilson_interval
+from rollouts.report import write_report, write_side_by_side_report
+from rollouts.side_by_side import OWN, conditions, read_beside, results_of_all, side_by_side, table_text
+from rollouts.statistics import comparison_text, describe, exact_mcnemar, figures_text, summarise, wilson_interval
 from rollouts.video import write_mp4, write_png
-from rollouts.worker import Episode
-from run_libero_eval import describe, episode_seed, main, shard_of
+from run_libero_eval import main
 
 SETTINGS = {
     "policy": "checkpoint", "image_size": 64, "visual_mesh_ratio": 1.0, "weights_sha256": "abc", "flow_start": "noise",
@@ -90,6 +91,7 @@ def test_two_evaluations_never_write_into_one_folder(tmp_path):
     EvaluationFolder(tmp_path, SETTINGS).close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
     code = f"""
 import resource
@@ -146,6 +148,7 @@ def test_shards_are_a_partition_in_one_piece_each():
             shard_of(episodes, wrong)
 
 
+@pytest.mark.slow
 def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     whole = [episode(task, trial, success=trial != 1) for task in (3, 6) for trial in range(3)]
     for number, share in ((2, whole[3:]), (1, whole[:3])):
@@ -158,9 +161,29 @@ def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     assert results["overall"] == json.loads(json.dumps(summarise(whole)))
     assert results["title"] == "libero_object, all 2 tasks x all 3 init states, flow started from noise"
     assert "overall: 4/6 successes = 66.7%, 95% interval 30.0 to 90.3%" in said
-    assert re.search(r"^policy, flow from noise +4 of 6 \(30 to 90%\) +-$", said, re.MULTILINE)
+    assert "policy, flow from noise" not in said  # one cell is no table
     assert results["side_by_side"]["policy, flow from noise"]["init states"]["trials"] == 6
     assert (tmp_path / "all/failures.png").exists()
+
+
+def test_merged_shards_stand_beside_what_the_command_names(tmp_path):
+    for number in (1, 2):
+        folder_with(tmp_path / str(number), episode(3 * number, 0), num_trials=1, shard=f"{number}/2").close()
+    results_in(tmp_path / "replay", 1, policy="replay", num_trials=1, **BLIND)
+    results_in(tmp_path / "other", 1, policy="replay", num_trials=2, **BLIND)
+    parts = ("--merge", tmp_path / "1", tmp_path / "2", "--output_dir", tmp_path / "all", "--beside")
+    said = run("run_libero_eval.py", *parts, tmp_path / "other", expect=2).stderr
+    assert said == (
+        f"error: {tmp_path / 'other'} and this evaluation cannot stand side by side: {tmp_path / 'other'}:"
+        " was evaluated with num_trials 2, not 1\n"
+    )
+    assert not (tmp_path / "all").exists()
+    said = run("run_libero_eval.py", *parts, tmp_path / "replay").stdout
+    assert re.search(r"^policy, flow from noise +2 of 2 \(34 to 100%\) +-$", said, re.MULTILINE)
+    assert re.search(r"^one demo, replayed blindly +1 of 4 \(5 to 70%\) +-$", said, re.MULTILINE)
+    table = json.loads((tmp_path / "all/results.json").read_text())["side_by_side"]
+    assert table["one demo, replayed blindly"]["init states"]["trials"] == 4
+    assert "one demo, replayed blindly" in Page((tmp_path / "all/report.html").read_text()).text
 
 
 def test_a_figure_that_lacks_episodes_ends_with_code_1_and_says_why_they_crashed(tmp_path, monkeypatch, capsys):
@@ -185,7 +208,6 @@ def test_a_figure_that_lacks_episodes_ends_with_code_1_and_says_why_they_crashed
     assert "1 of the failures broken off by the policy's own actions, 1 crashed" in printed
     assert "1 x crashed: ended with exit code 1: MemoryError: 3 GiB\n" in printed
     assert "1 x broken off by the policy's own actions after 3 steps: the action [nan] is <wrong>\n" in printed
-    assert re.search(r"^policy, flow from noise +4 of 5 \(38 to 96%\), 1 crashed", printed, re.MULTILINE)
     assert "half: 3 of 6 episodes are in no figure, 0 of them crashed" in ends_with("a", "half")
 
 
@@ -257,6 +279,7 @@ def write_results(path: Path, episodes: list[dict], **changes) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
     paths = []
     for name, solved in {"a": "110111", "b": "100001"}.items():
@@ -329,13 +352,17 @@ INIT, SHIFTED = "init states", "target shifted by up to 50 mm"
 
 
 def results_in(directory: Path, successes: int, trials: int = 4, **changes) -> dict:
-    """A finished evaluation as its neighbours find it. `flow_start=None` and such: the setting is not there."""
+    """A finished evaluation as --beside finds it. `flow_start=None` and such: the setting is not there."""
     settings = {
         name: value for name, value in (SETTINGS | POLICY | changes).items() if value is not None or name == "shard"
     }
+    episodes = [episode(6, trial, success=trial < successes) for trial in range(trials)]
     results = {
+        "title": describe(settings, trials),
+        "checkpoint": "best.pt",
         "settings": settings,
-        "overall": summarise([episode(6, trial, success=trial < successes) for trial in range(trials)]),
+        "overall": summarise(episodes),
+        "episodes": episodes,
     }
     directory.mkdir(parents=True)
     (directory / "results.json").write_text(json.dumps(results))
@@ -345,6 +372,11 @@ def results_in(directory: Path, successes: int, trials: int = 4, **changes) -> d
 BLIND = {"flow_start": None, "weights_sha256": None, "execute_steps": None, "sample_steps": None}
 
 
+def table_beside(own: dict, *directories: Path) -> dict:
+    """What run_libero_eval.py does with --beside."""
+    return side_by_side({OWN: own} | read_beside(directories, own["settings"]))
+
+
 def played(table: dict) -> dict[str, dict[str, tuple[int, int]]]:
     return {
         row: {column: (cell["successes"], cell["trials"]) for column, cell in cells.items()}
@@ -352,7 +384,7 @@ def played(table: dict) -> dict[str, dict[str, tuple[int, int]]]:
     }
 
 
-def test_neighbouring_evaluations_of_the_same_scenes_stand_side_by_side(tmp_path):
+def test_the_evaluations_that_were_told_stand_side_by_side_and_no_neighbour(tmp_path):
     own = results_in(tmp_path / "own", 3)
     results_in(tmp_path / "own_shifted", 2, shift_target=0.05)
     results_in(tmp_path / "from_zero", 4, flow_start="zero")
@@ -364,38 +396,56 @@ def test_neighbouring_evaluations_of_the_same_scenes_stand_side_by_side(tmp_path
         "one demo, replayed blindly": {SHIFTED: (1, 4)},
         "standing still": {INIT: (0, 4)},
     }
-    table = side_by_side(tmp_path / "own", own)
+    others = [tmp_path / name for name in ("own_shifted", "from_zero", "replay_shifted")]
+    table = table_beside(own, *others, tmp_path / "standing")
     assert played(table) == expected
     assert table["policy, flow from noise"][SHIFTED]["interval"] == pytest.approx(wilson_interval(2, 4))
-    assert played(side_by_side(tmp_path / "standing", standing)) == expected  # whoever looks
+    assert played(table_beside(standing, *others, tmp_path / "own")) == expected  # whoever looks
+    assert played(table_beside(own)) == {"policy, flow from noise": {INIT: (3, 4)}}
+    assert played(table_beside(own, tmp_path / "standing")) == {
+        "policy, flow from noise": {INIT: (3, 4)},
+        "standing still": {INIT: (0, 4)},
+    }
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, difference",
     [
-        {"task_suite": "libero_goal"}, {"instructions": {"6": "pick up the butter"}}, {"num_trials": 2},
-        {"max_steps": 100}, {"seed": 1}, {"version of mujoco": "3.17.0"}, {"simulator": "not LIBERO's"},
+        ({"task_suite": "libero_goal"}, "task_suite libero_goal, not libero_object"),
+        ({"instructions": {"6": "pick up the butter"}}, 'instructions {"6": "pick up the butter"}, not {"3": '),
+        ({"num_trials": 2}, "num_trials 2, not 3"), ({"max_steps": 100}, "max_steps 100, not 280"),
+        ({"seed": 1}, "seed 1, not 0"), ({"shard": "1/2"}, "shard 1/2, not null"),
+        ({"version of mujoco": "3.17.0"}, "version of mujoco 3.17.0, not null"),
+        ({"simulator": "not LIBERO's"}, "simulator not LIBERO's, not null"),
     ],
-    ids=lambda change: next(iter(change)),
 )  # fmt: skip
 @pytest.mark.parametrize("policy", ["checkpoint", "replay"])
-def test_evaluations_of_other_scenes_are_no_neighbours(tmp_path, change, policy):
+def test_an_evaluation_of_other_scenes_is_refused_by_the_name_of_the_setting(tmp_path, change, difference, policy):
     own = results_in(tmp_path / "own", 3)
     what = {"flow_start": "zero"} if policy == "checkpoint" else BLIND
     results_in(tmp_path / "other", 1, policy=policy, **what, **change)
-    assert played(side_by_side(tmp_path / "own", own)) == {"policy, flow from noise": {INIT: (3, 4)}}
+    with pytest.raises(BadInput) as refused:
+        table_beside(own, tmp_path / "other")
+    other = tmp_path / "other"
+    said = f"{other} and this evaluation cannot stand side by side: {other}: was evaluated with {difference}"
+    assert str(refused.value).startswith(said)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"weights_sha256": "def"}, {"execute_steps": 5}, {"sample_steps": 8}, {"image_size": 128}],
-    ids=lambda change: next(iter(change)),
-)
-def test_evaluations_of_other_policies_are_no_neighbours(tmp_path, change):
+    "change, difference",
+    [
+        ({"weights_sha256": "def"}, "weights_sha256 def, not abc"), ({"execute_steps": 5}, "execute_steps 5, not 10"),
+        ({"sample_steps": 8}, "sample_steps 8, not 4"), ({"image_size": 128}, "image_size 128, not 64"),
+        ({"visual_mesh_ratio": 0.2}, "visual_mesh_ratio 0.2, not 1.0"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_of_another_policy_is_refused_and_a_blind_one_is_not(tmp_path, change, difference):
     own = results_in(tmp_path / "own", 3)
     results_in(tmp_path / "other", 1, flow_start="zero", **change)
-    results_in(tmp_path / "replay", 2, policy="replay", **BLIND)
-    assert played(side_by_side(tmp_path / "own", own)) == {
+    results_in(tmp_path / "replay", 2, policy="replay", **(BLIND | change))
+    with pytest.raises(BadInput, match=f"other: was evaluated with {difference}$"):
+        table_beside(own, tmp_path / "replay", tmp_path / "other")
+    assert played(table_beside(own, tmp_path / "replay")) == {
         "policy, flow from noise": {INIT: (3, 4)},
         "one demo, replayed blindly": {INIT: (2, 4)},
     }
@@ -403,21 +453,32 @@ def test_evaluations_of_other_policies_are_no_neighbours(tmp_path, change):
 
 def test_beside_a_baseline_stand_the_evaluations_of_one_policy(tmp_path):
     own = results_in(tmp_path / "own", 0, policy="zero", **BLIND)
-    results_in(tmp_path / "a", 1, flow_start="zero")
-    results_in(tmp_path / "b", 2, weights_sha256="def")
-    results_in(tmp_path / "c", 3, shift_target=0.05)
-    assert played(side_by_side(tmp_path / "own", own)) == {
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    results_in(a, 1, flow_start="zero")
+    results_in(b, 2, weights_sha256="def")
+    results_in(c, 3, shift_target=0.05)
+    assert played(table_beside(own, a, c)) == {
         "policy, flow from zero": {INIT: (1, 4)},
         "policy, flow from noise": {SHIFTED: (3, 4)},
         "standing still": {INIT: (0, 4)},
     }
+    with pytest.raises(BadInput, match=rf"{b} and {a} cannot stand side by side: .*weights_sha256 def, not abc"):
+        table_beside(own, a, b, c)
 
 
-def test_an_evaluation_counts_before_an_equal_one_beside_it_and_not_at_all_without_a_trial(tmp_path):
-    results_in(tmp_path / "a", 4)
-    results_in(tmp_path / "b", 0, trials=0, flow_start="zero")
+def test_two_evaluations_of_one_cell_are_refused(tmp_path):
     own = results_in(tmp_path / "own", 1)
-    assert played(side_by_side(tmp_path / "own", own)) == {"policy, flow from noise": {INIT: (1, 4)}}
+    results_in(tmp_path / "a", 4)
+    with pytest.raises(BadInput, match=f"this evaluation cannot stand.*: both are 'policy, flow from noise', {INIT}$"):
+        table_beside(own, tmp_path / "a")
+
+
+def test_an_evaluation_without_a_trial_has_no_figures_to_stand_beside_others(tmp_path):
+    own = results_in(tmp_path / "own", 1)
+    none = results_in(tmp_path / "none", 0, trials=0, flow_start="zero")
+    with pytest.raises(BadInput, match=r"none/results.json: has no finished episode"):
+        table_beside(own, tmp_path / "none")
+    assert played(side_by_side({"own": own, "none": none})) == {"policy, flow from noise": {INIT: (1, 4)}}
 
 
 @pytest.mark.parametrize(
@@ -433,23 +494,25 @@ def test_an_evaluation_counts_before_an_equal_one_beside_it_and_not_at_all_witho
         '{"settings": null, "overall": {}}',
         json.dumps({"settings": {key: SETTINGS[key] for key in SETTINGS if key != "policy"}, "overall": {}}),
         json.dumps({"settings": SETTINGS | BLIND | {"policy": "zero"}, "overall": {}}),
+        json.dumps({"title": "", "settings": SETTINGS | {"policy": "zero"}, "episodes": [], "overall": []}),
+        json.dumps({"title": "", "settings": {"policy": "zero"}, "episodes": [], "overall": summarise([])}),
         b"\xff",
     ],
 )
-def test_neighbours_that_cannot_be_read_are_left_out(tmp_path, content):
+def test_a_folder_beside_that_holds_no_finished_evaluation_is_one_sentence(tmp_path, content):
     own = results_in(tmp_path / "own", 3)
-    results_in(tmp_path / "z", 1, flow_start="zero")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/results.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("a file, no folder")
-    (tmp_path / "b/results.json").mkdir(parents=True)
-    assert side_by_side(tmp_path / "own", own).keys() == {"policy, flow from noise", "policy, flow from zero"}
+    path = tmp_path / "a/results.json"
+    path.parent.mkdir()
+    with pytest.raises(BadInput, match=rf"{path}: cannot be read \(No such file or directory\)"):
+        table_beside(own, tmp_path / "a")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=f"{path}: not a results.json of run_libero_eval.py"):
+        table_beside(own, tmp_path / "a")
 
 
 def test_what_nobody_has_played_is_a_dash(tmp_path):
     own = results_in(tmp_path / "own", 3)
-    head, *rows = table_text(side_by_side(tmp_path / "own", own)).splitlines()
+    head, *rows = table_text(table_beside(own)).splitlines()
     assert re.split("  +", head) == ["successes (95% interval)", "init states", "target shifted"]
     assert [re.split("  +", row) for row in rows] == [
         ["policy, flow from noise", "3 of 4 (30 to 95%)", "-"],
@@ -458,44 +521,69 @@ def test_what_nobody_has_played_is_a_dash(tmp_path):
         ["standing still", "-", "-"],
     ]
     results_in(tmp_path / "shifted", 0, shift_target=0.05, policy="zero", **BLIND)
-    head, *rows = table_text(side_by_side(tmp_path / "own", own)).splitlines()
+    head, *rows = table_text(table_beside(own, tmp_path / "shifted")).splitlines()
     assert re.split("  +", head) == ["successes (95% interval)", INIT, SHIFTED]
     assert re.split("  +", rows[-1]) == ["standing still", "-", "0 of 4 (0 to 49%)"]
     assert len({len(line) for line in (head, *rows)}) == 1  # columns are aligned
 
 
+def test_crashes_stand_in_the_cell(tmp_path):
+    own = results_in(tmp_path / "own", 3)
+    own["overall"] = summarise([episode(6, 0), episode(6, 1, error="died")])
+    assert re.search(r"^policy, flow from noise +1 of 1 \(21 to 100%\), 1 crashed", table_text(table_beside(own)), re.M)
+
+
+ASKED = Evaluation(
+    policy="checkpoint", checkpoint="best.pt", overrides=(), task_suite="libero_object", tasks=None, num_trials=None,
+    max_steps=280, demo=None, execute_steps=None, sample_steps=4, flow_start=None, shift_target=0.0,
+    visual_mesh_ratio=None, seed=0, shard=None, output_dir=None, beside=(), save_video="none", num_workers=None,
+    episode_timeout=900.0,
+)  # fmt: skip
+
+
+def eight(directory: Path) -> dict[str, dict]:
+    """Folder -> results of the eight evaluations of --side_by_side, the k-th of which solves k of 8."""
+    cells = {}
+    for k, (name, asked) in enumerate(conditions(ASKED, 0.05).items()):
+        own = {"flow_start": asked.flow_start} if asked.policy == "checkpoint" else BLIND
+        settings = {"policy": asked.policy, "shift_target": asked.shift_target} | own
+        cells[name] = results_in(directory / name, k, trials=8, **settings)
+    return cells
+
+
 def test_the_conditions_side_by_side_are_the_cells_of_the_table(tmp_path):
-    asked = dict(conditions(0.05))
-    assert len(asked) == 8
-    for name, flags in asked.items():
-        settings = {} if flags["policy"] == "checkpoint" else BLIND
-        own = results_in(tmp_path / name, 1, **(settings | flags))
-    table = side_by_side(tmp_path / name, own)
-    assert len(table) == 4 and all(row.keys() == {INIT, SHIFTED} for row in table.values())
+    cells = eight(tmp_path)
+    table = side_by_side(cells)
+    assert len(cells) == 8 and len(table) == 4 and all(row.keys() == {INIT, SHIFTED} for row in table.values())
+    assert played(table)["policy, flow from noise"] == {INIT: (0, 8), SHIFTED: (1, 8)}
+    assert played(table)["standing still"] == {INIT: (6, 8), SHIFTED: (7, 8)}
+
+
+def test_conditions_differ_in_who_acts_the_flows_start_and_the_shift_alone():
+    changed = {"policy", "flow_start", "shift_target"}
+    cells = [asdict(cell) for cell in conditions(replace(ASKED, seed=3, num_workers=2), 0.05).values()]
+    assert all(cell.keys() - changed == {key for key in cell if cell[key] == cells[0][key]} - changed for cell in cells)
+    assert len({tuple(cell[key] for key in sorted(changed)) for cell in cells}) == 8
+    assert {cell["seed"] for cell in cells} == {3}
+    with pytest.raises(BadInput, match="--beside belongs to a single one"):
+        conditions(replace(ASKED, beside=(Path("x"),)), 0.05)
+
+
+def test_the_report_of_all_eight_has_their_figures_and_leads_to_each_ones_own(tmp_path):
+    cells = eight(tmp_path)
+    crashed = cells["zero_shifted"]
+    crashed["overall"] = summarise([episode(6, 0, error="died")])
+    page = Page(write_side_by_side_report(tmp_path, results_of_all(cells)).read_text())
+    assert page.links == [f"{name}/report.html" for name in cells]  # the crashed one's, too: it says why
+    for k in range(7):
+        assert f"{k} of 8 (" in page.text
+    assert "7 of 8" not in page.text
+    title = results_of_all(cells)["title"]
+    assert title == "libero_object, all 2 tasks x all 3 init states, beside blind policies and shifted targets"
+    assert title in page.text and "weights_sha256" in page.text and INIT in page.text and SHIFTED in page.text
 
 
 # ---------------------------------------------------------------------------------------------------------- report
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed in order, and collects what a page refers to."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.links, self.text = [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name in ("href", "src")]
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
@@ -516,7 +604,8 @@ def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
         "title": describe(SETTINGS, 4), "overall": summarise(episodes), "tasks": tasks, "episodes": episodes,
         "settings": SETTINGS, "checkpoint": "<best>.pt", "checkpoint_epoch": 3, "code": ["c0ffee"], "renderer": ["egl"],
     }  # fmt: skip
-    results["side_by_side"] = side_by_side(tmp_path, results)
+    elsewhere = {"settings": SETTINGS | {"shift_target": 0.05}, "overall": summarise([episode(3, 0)])}
+    results["side_by_side"] = side_by_side({OWN: results, "elsewhere": elsewhere})
     page = Page(write_report(tmp_path, results).read_text())
     assert set(page.links) == {
         "success_rates.png", "task3.mp4", "failures.png", "episodes/task3_trial0_success.mp4",
@@ -534,3 +623,16 @@ def test_the_report_opens_from_disk_with_all_its_pictures(tmp_path):
     with pytest.raises(BadInput, match=r"task3_trial1_last.png: not readable as a picture"):
         write_report(tmp_path, results)
     assert table_text(results["side_by_side"]) in page.text and "2 of 3 (21 to 94%)" in page.text
+    assert "Side by side" in page.text and "1 of 1 (21 to 100%)" in page.text
+
+
+def test_a_report_without_an_evaluation_beside_it_has_no_table(tmp_path):
+    folder = folder_with(tmp_path, episode(3, 0))
+    tasks = [{"task_id": 3, "task": "x"} | summarise(folder.episodes)]
+    results = {
+        "title": "", "overall": summarise(folder.episodes), "tasks": tasks, "episodes": folder.episodes,
+        "settings": SETTINGS, "checkpoint": None, "checkpoint_epoch": None, "code": [], "renderer": [],
+    }  # fmt: skip
+    results["side_by_side"] = side_by_side({OWN: results})
+    page = Page(write_report(tmp_path, results).read_text())
+    assert "1/1 successes" in page.text and "Side by side" not in page.text

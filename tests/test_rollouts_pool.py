@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from multiprocessing import Pipe
@@ -14,9 +16,10 @@ import pytest
 import rollouts.pool
 from errors import BadInput
 from rollouts.crashes import exception_line
+from rollouts.episodes import STAND_STILL, Episode, Rollouts
 from rollouts.policies import ZeroPolicy
-from rollouts.pool import Attempt, Waiting, Worker, _receive, answer, play_all
-from rollouts.worker import STAND_STILL, Episode, Rollouts, play_episode
+from rollouts.pool import Attempt, EpisodeQueue, SimulatorProcess, _receive, decide, play_all
+from rollouts.worker import play_episode
 from simulator.env import SimulatorError, make_env
 from simulator.suites import make_suite, task_init_states
 
@@ -131,7 +134,7 @@ def test_the_clock_of_a_worker_stands_still_while_the_policy_decides(tmp_path, m
 
 def test_a_worker_whose_message_lies_unread_is_not_late():
     ours, theirs = Pipe()
-    worker = Worker.__new__(Worker)
+    worker = SimulatorProcess.__new__(SimulatorProcess)
     worker.pipe, worker.deadline = ours, time.monotonic() - 1
     assert worker.is_late()
     theirs.send(("observation", None))
@@ -139,7 +142,7 @@ def test_a_worker_whose_message_lies_unread_is_not_late():
 
 
 def test_the_exception_that_ended_a_worker_is_found_in_what_it_printed():
-    said = """loading
+    output = """loading
 Traceback (most recent call last):
   File "a.py", line 1, in f
 ValueError: the first
@@ -156,7 +159,7 @@ Traceback (most recent call last):
   File "c.py", line 3, in __del__
 OpenGL.raw.EGL._errors.EGLError: EGL_NOT_INITIALIZED
 the end"""
-    assert exception_line(said) == "MemoryError: Unable to allocate 3 GiB"
+    assert exception_line(output) == "MemoryError: Unable to allocate 3 GiB"
     assert exception_line("Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call first):") == (
         "Fatal Python error: Segmentation fault"
     )
@@ -189,10 +192,10 @@ def test_running_out_of_memory_while_deciding_is_one_sentence():
         def act(self, observations, episodes, generators):
             raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
 
-    worker = Worker.__new__(Worker)
+    worker = SimulatorProcess.__new__(SimulatorProcess)
     worker.attempt, worker.generator = Attempt(episodes(0)[0]), None
     with pytest.raises(BadInput, match=r"out of memory while deciding for 1 simulators; try fewer --num_workers"):
-        answer([(worker, None)], LargePolicy(MAX_STEPS))
+        decide([(worker, None)], LargePolicy(MAX_STEPS))
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message_has_died():
@@ -239,11 +242,21 @@ def test_a_picture_that_cannot_be_written_stops_the_evaluation(tmp_path):
         play(tmp_path / "missing", ZeroPolicy(MAX_STEPS), 0)
 
 
+def test_a_worker_never_imports_torch():
+    """It would take a second and 0.2 GB in each of them; they hand numpy arrays over."""
+    code = (
+        "import sys, rollouts.worker\n"
+        "rollouts.worker.make_suite('libero_object')\n"  # LIBERO and robosuite are imported by now
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
 def test_workers_share_out_tasks_and_keep_to_their_own():
-    waiting = Waiting([Episode("suite", task, trial, 0) for task in (0, 1) for trial in range(2)])
-    first = waiting.next_for(None, []).episode
-    second = waiting.next_for(None, [first.task_id]).episode
+    queue = EpisodeQueue([Episode("suite", task, trial, 0) for task in (0, 1) for trial in range(2)])
+    first = queue.next_for(None, []).episode
+    second = queue.next_for(None, [first.task_id]).episode
     assert {first.task_id, second.task_id} == {0, 1}
-    assert waiting.next_for(second.task_id, [0, 1]).episode.task_id == second.task_id
-    assert waiting.next_for(second.task_id, [0, 1]).episode.task_id == first.task_id  # helps with what is left
-    assert waiting.next_for(0, [0, 1]) is None
+    assert queue.next_for(second.task_id, [0, 1]).episode.task_id == second.task_id
+    assert queue.next_for(second.task_id, [0, 1]).episode.task_id == first.task_id  # helps with what is left
+    assert queue.next_for(0, [0, 1]) is None

@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from test_collect_demos import run
+from helpers import ROOT, run
 
 from collection import demonstrator
 from collection.demonstrator import Demonstrator, Outcome, begins_after_a_miss, demonstrate, expert_at_start
@@ -339,12 +341,12 @@ def test_files_of_liberos_layouts_are_what_they_were_and_are_not_mixed_with_shuf
 def collected(tmp_path_factory):
     """A folder with two files, of two scenes and one instruction, and what the command said."""
     folder = tmp_path_factory.mktemp("shuffled")
-    done = run(
-        "--data_directory", folder, "--layouts", "shuffled", "--tasks", 6, "--demos_per_task", 4, "--num_workers", 1,
-        "--image_size", 64, "--visual_mesh_ratio", 0.2,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    command = [
+        sys.executable, ROOT / "collect_demos.py", "--config", ROOT / "conf/config.yaml", "--data_directory", folder,
+        "--layouts", "shuffled", "--tasks", "6", "--demos_per_task", "4", "--num_workers", "2", "--image_size", "64",
+        "--visual_mesh_ratio", "0.2",
+    ]  # fmt: skip
+    return folder, subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_the_loader_takes_the_files_of_several_scenes_as_one_instruction(collected):
@@ -390,8 +392,10 @@ def test_a_demo_of_a_file_is_solved_by_its_own_actions(collected, suite, tasks):
 
 
 def test_shifting_the_target_of_a_shuffled_layout_is_refused(tmp_path):
-    refused = run("--data_directory", tmp_path, "--layouts", "shuffled", "--shift_target", 0.05)
-    assert refused.returncode == 2
+    refused = run(
+        "collect_demos.py", "--config", "conf/config.yaml", "--data_directory", tmp_path, "--layouts", "shuffled",
+        "--shift_target", 0.05, expect=2,
+    )  # fmt: skip
     assert re.fullmatch(
         r"error: --shift_target 0\.05: expected 0, shuffled layouts move every object already\n", refused.stderr
     )

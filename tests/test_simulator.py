@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from errors import BadInput
 from files import keeps_files, private_temporary_folder
@@ -18,7 +19,6 @@ from simulator.env import SimulatorError, make_env
 from simulator.libero import import_libero
 from simulator.suites import make_suite, task_init_states
 
-ROOT = Path(__file__).parent.parent
 TASK = 6
 SIZE = 64
 

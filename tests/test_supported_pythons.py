@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-SYSTEM_PACKAGES = Path(__file__).parent.parent / ".ci/system-packages"
+SYSTEM_PACKAGES = ROOT / ".ci/system-packages"
 
 
 def stand_in(path: Path, version: str) -> Path:

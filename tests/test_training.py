@@ -1,7 +1,5 @@
 """train.py and eval.py as processes: checkpoints, resume, two processes with gloo, and bad input."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -17,13 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from helpers import ROOT, fitted, one_sentence, phase1_batch, run, settings, small_config
 from libero_files import write_task_file
-from test_model import fitted, phase1_batch, small_config
 from torch.nn.parallel import DistributedDataParallel
 
-import embed_language
-import eval as offline_evaluation
-import jepa.mamba
 import train
 from config import parse_config
 from errors import BadInput
@@ -34,68 +29,6 @@ from statevla_model import StateVLATrainer, build_trainer, load_checkpoint
 from training.checkpoint import SCHEMA, read_checkpoint, save_checkpoint
 from training.processes import seed_noise
 from training.run_log import PHASE_DIRECTORIES, check_finite, is_collapsing
-
-ROOT = Path(__file__).parent.parent
-SMALL = {
-    "model.image_size": 32,
-    "model.embed_dim": 32,
-    "model.state_dim": 32,
-    "model.encoder_depth": 2,
-    "model.policy_layers": 1,
-    "model.policy_embed_dim": 32,
-    "training.phase1.temporal_predictor_hidden_dim": 32,
-    "training.phase1.num_epochs": 3,
-    "training.phase2.num_epochs": 3,
-    "training.batch_size": 16,
-    "training.log_interval": 1,
-    "training.save_interval": 1,
-    "training.learning_rate": 1e-3,
-    "training.phase1.proprioception_masking": 0,  # who is masked is drawn by each rank for itself,
-    "training.phase1.image_shift": 0,  # and how far pictures are shifted
-    "training.phase1.learning_rate": "null",
-    "training.phase2.learning_rate": "null",
-    "training.device": "cpu",
-}
-
-
-HERE = {"train.py": train.main, "eval.py": offline_evaluation.main, "embed_language.py": embed_language.main}
-
-
-def run(*command: object, expect: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Runs a script of the repo: in this process, where there is no start to wait for, or, with variables of its own
-    and for what stands not in HERE, as a process of one thread (two would only wait on models this small)."""
-    command = [str(word) for word in command]
-    if command[0] in HERE and not variables:
-        done = run_here(command)
-        assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def run_here(command: list[str]) -> subprocess.CompletedProcess:
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(stdout),
-        contextlib.redirect_stderr(stderr),
-    ):
-        patch.setattr(sys, "argv", command)
-        patch.setattr(jepa.mamba.backend, "name", "torch")  # as in a fresh process, and so again afterwards
-        try:
-            HERE[command[0]]()
-        except SystemExit as end:
-            code = end.code
-    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
-
-
-def settings(**changes: object) -> list[str]:
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return [word for key, value in (SMALL | changes).items() for word in ("--set", f"{key}={value}")]
 
 
 @pytest.fixture(scope="module")
@@ -500,6 +433,7 @@ def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
     assert earlier.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
     changes = {"wandb__mode": "offline", "training__phase1__num_epochs": 1}
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes)
@@ -507,6 +441,7 @@ def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
     assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_wandb_online_without_an_account_is_one_sentence(data, tmp_path):
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, wandb__mode="online")
     nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
@@ -539,6 +474,7 @@ def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> No
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
     for ranks in (1, 2):
         arguments = (ranks, tmp_path / f"store{ranks}", tmp_path / "rank")
@@ -614,14 +550,6 @@ def test_learning_curves_are_drawn(runs):
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
-
-
-def one_sentence(done: subprocess.CompletedProcess) -> str:
-    """The last line of stderr; there must be no traceback and one error."""
-    assert "Traceback" not in done.stderr, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    return errors[0]
 
 
 def test_phase2_refuses_to_start_without_an_encoder():

@@ -1,0 +1,82 @@
+"""What run_libero_eval.py is asked to evaluate: its flags as one value, from which others are made with `replace`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from errors import BadInput
+from rollouts.episodes import Episode, episode_seed
+
+LARGEST_SHIFT = 0.2  # metres
+LONGEST_EPISODE = 100_000  # steps, more than an hour
+MOST_TRIALS = 50  # episodes a task without --num_trials
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy in one suite. Raises BadInput for flags that contradict each other and for numbers out of range."""
+
+    policy: str  # who acts: checkpoint, replay (of a demonstration) or zero (stands still)
+    checkpoint: str | None  # file of phase 2; a baseline takes its picture settings and training demos from it
+    overrides: tuple[str, ...]  # KEY=VALUE of --set, for the checkpoint's config
+    task_suite: str  # in lower case
+    tasks: str | None  # ids such as "0,3" or "2-5"; None: all of the suite
+    num_trials: int | None  # episodes a task, each from its own init state; None until `with_num_trials`
+    max_steps: int  # step limit of an episode
+    demo: str | None  # FILE or FILE:demo_<number> that a replay plays; None: a training demo of each task
+    execute_steps: int | None  # actions executed of each chunk; None: the whole chunk
+    sample_steps: int  # Euler steps of the flow
+    flow_start: str | None  # noise or zero; None: the checkpoint's phase2.flow_start
+    shift_target: float  # metres by which the target object is moved at most in x and y
+    visual_mesh_ratio: float | None  # share of the visual meshes' triangles drawn; None: as the demos were drawn
+    seed: int  # of the flow's noise and of the scene
+    shard: str | None  # I/N, the part of the episodes that is played; None: all
+    output_dir: Path | None  # None: a new results/<suite>_<number>
+    beside: tuple[Path, ...]  # folders of finished evaluations that stand in this one's table
+    save_video: str  # all, failures or none
+    num_workers: int | None  # simulators side by side; None: one a core, as memory allows
+    episode_timeout: float  # seconds of a worker's own work, after which its episode counts as hung
+
+    def __post_init__(self) -> None:
+        if self.policy == "checkpoint" and not self.checkpoint:
+            raise BadInput("--checkpoint is missing; `python train.py --phase 2` writes checkpoint_best.pt")
+        if self.policy == "replay" and not (self.checkpoint or self.demo):
+            raise BadInput("--policy replay needs --demo FILE, or --checkpoint, whose training demos it then replays")
+        if self.demo and self.policy != "replay":
+            raise BadInput("--demo belongs to --policy replay")
+        if self.seed < 0:
+            raise BadInput(f"--seed {self.seed}: expected 0 or more")
+        if not 0 <= self.shift_target <= LARGEST_SHIFT:
+            raise BadInput(f"--shift_target {self.shift_target:g}: expected 0 to {LARGEST_SHIFT} metres")
+        if self.visual_mesh_ratio is not None and not 0 < self.visual_mesh_ratio <= 1:
+            raise BadInput(f"--visual_mesh_ratio {self.visual_mesh_ratio:g}: expected more than 0 and at most 1")
+        if not self.episode_timeout > 0:
+            raise BadInput(f"--episode_timeout {self.episode_timeout:g}: expected more than 0 seconds")
+        check_range("max_steps", self.max_steps, LONGEST_EPISODE)
+        check_range("sample_steps", self.sample_steps)
+        if self.num_workers is not None:
+            check_range("num_workers", self.num_workers)
+
+    def with_num_trials(self, num_init_states: int) -> "Evaluation":
+        """The same with as many trials as its tasks have init states, unless it says how many."""
+        if self.num_trials is None:
+            return replace(self, num_trials=min(num_init_states, MOST_TRIALS))
+        check_range("num_trials", self.num_trials, num_init_states)
+        return self
+
+    def episodes(self, task_ids: Sequence[int]) -> list[Episode]:
+        """Every trial of every task, in the order of the tasks, without regard to the shard."""
+        assert self.num_trials is not None, "with_num_trials comes first"
+        return [
+            Episode(self.task_suite, task_id, trial, episode_seed(self.task_suite, task_id, trial, self.seed))
+            for task_id in task_ids
+            for trial in range(self.num_trials)
+        ]
+
+
+def check_range(name: str, value: int, limit: float = math.inf) -> None:
+    """Raises BadInput unless 1 <= value <= limit; name is the flag's."""
+    if not 1 <= value <= limit:
+        bounds = f"between 1 and {limit}" if limit < math.inf else "at least 1"
+        raise BadInput(f"--{name} {value}: expected {bounds}")
