@@ -6,6 +6,10 @@ Objects are placed at random, never as in the suite's fixed init states: those a
 end in success are kept. A run that was stopped, however hard, continues where it was: each demo lies on disk as soon as
 it is finished. Demo i of a task depends on --seed and the settings alone, not on --num_workers or on interruptions.
 
+With --layouts shuffled the objects of a scene exchange their places, each is moved a little, and any of them can be
+asked for. --tasks then names what is asked for, --demos_per_task counts over all scenes that hold it, and each scene
+and object have a file of their own. simulator/layouts.py has the rules, and what is kept for evaluation.
+
 A file that has fewer than --demos_per_task demos gets more, with the numbers that follow its highest. A demo that was
 deleted from it on purpose does not come back, and its number is not given again.
 """
@@ -16,6 +20,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +36,7 @@ from config import add_config_flags, load_config
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from machine import affordable_processes
+from simulator.layouts import MOVED_BY, ShuffledTask, shuffled_tasks
 from simulator.self_check import simulator_difference
 from simulator.suites import make_suite, parse_task_ids
 
@@ -76,18 +82,19 @@ def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
                 while len(running) < num_workers and (attempt := task.next_attempt()) is not None:
                     check_expert(task)
                     task.lengths[attempt] = None
-                    order = task.task_id, attempt, task.settings, task.demo_file(attempt)
+                    order = task.task_id, attempt, task.settings, task.demo_file(attempt), task.asked
                     with ctrl_c_waits():
                         running[pool.submit(Demonstrator.attempt, *order)] = task, attempt, time.monotonic()
                         processes.update(multiprocessing.active_children())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, attempt, begun = running.pop(future)
-                length, why_broken = future.result()
-                task.lengths[attempt] = length
-                if why_broken:
-                    task.broken.append(why_broken)
+                outcome = future.result()
+                task.lengths[attempt] = outcome.length
+                if outcome.why_broken:
+                    task.broken.append(outcome.why_broken)
+                task.discarded += outcome.discarded
                 task.seconds += time.monotonic() - begun
-                progress.update(length > 0)
+                progress.update(outcome.length > 0)
     except BrokenProcessPool:
         pool.shutdown()  # waits for the other workers, which it ends with SIGTERM
         raise BadInput(f"{how_it_ended([process.exitcode for process in processes])}; {CONTINUES}") from None
@@ -149,8 +156,15 @@ def report(tasks: list[TaskDemos]) -> None:
         print(f"{task.task_id:4}  {rate:>18}  {percent:6.1f}%  {mean:11.0f}  {task.seconds:14.0f}  {task.name}")
         successes, attempts = successes + solved, attempts + tried
     print(f"expert success over all tasks: {successes}/{attempts} = {100 * successes / attempts:.1f}%")
-    for sentence in broken_attempts(tasks):
+    for sentence in [*broken_attempts(tasks), *discarded_layouts(tasks)]:
         print(sentence)
+
+
+def discarded_layouts(tasks: list[TaskDemos]) -> list[str]:
+    """One sentence about layouts that were no attempt of the expert, if there were any in this run."""
+    why = Counter(why for task in tasks for why in task.discarded)
+    told = ", ".join(f"{count} because {reason}" for reason, count in sorted(why.items()))
+    return [f"no attempts, drawn anew before the expert began: {why.total()} layouts, {told}"] if why else []
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -180,6 +194,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--missed_grasps", type=float, default=0.0, metavar="SHARE",
         help="share of the demos that begin after a grasp that missed, where the expert notices and tries again; the "
         "miss itself is not recorded (default: %(default)s)")
+    add("--layouts", choices=("libero", "shuffled"), default="libero",
+        help="libero: every object at its own place; shuffled: objects exchange their places, are moved by up to "
+        f"{MOVED_BY:g} m, and any of them is asked for (default: %(default)s)")
     # fmt: on
     return parser.parse_args(arguments)
 
@@ -197,6 +214,8 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"--start_noise {args.start_noise}: expected 0 to 1 rad")
     if not 0 <= args.shift_target <= 0.2:
         raise BadInput(f"--shift_target {args.shift_target}: expected 0 to 0.2 metres")
+    if args.shift_target and args.layouts == "shuffled":
+        raise BadInput(f"--shift_target {args.shift_target}: expected 0, shuffled layouts move every object already")
     if not 0 <= args.missed_grasps <= 1:
         raise BadInput(f"--missed_grasps {args.missed_grasps}: expected a share of the demos, 0 to 1")
     if args.seed < 0:
@@ -222,20 +241,24 @@ def main() -> None:
     check_arguments(args, folder, wanted)
     settings = DemoSettings(
         args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
-        args.missed_grasps,
+        args.missed_grasps, args.layouts,
     )  # fmt: skip
 
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)
-    with claimed([suite.get_task(task_id).name for task_id in task_ids], folder):
-        tasks = [TaskDemos(suite, task_id, folder, wanted, settings) for task_id in task_ids]
+    orders: list[tuple[int, int, ShuffledTask | None]] = [(task_id, wanted, None) for task_id in task_ids]
+    if args.layouts == "shuffled":
+        shuffled = [(task, task.share_of(wanted)) for task in shuffled_tasks(suite, task_ids)]
+        orders = [(task.scene, share, task) for task, share in shuffled if share]
+    with claimed([asked.name if asked else suite.get_task(task_id).name for task_id, _, asked in orders], folder):
+        tasks = [TaskDemos(suite, task_id, folder, share, settings, asked) for task_id, share, asked in orders]
         if args.visual_mesh_ratio < 1:
             print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
         if simulator := simulator_difference():
             print(f"warning: {simulator}")
 
         def finish(task: TaskDemos) -> None:
-            attributes = libero_attributes(suite, task.task_id, settings.image_size)
+            attributes = libero_attributes(suite, task.task_id, settings.image_size, task.asked)
             task.assemble(attributes | {"simulator": simulator or "as LIBERO's own"})
 
         no_memory = (

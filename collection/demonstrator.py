@@ -1,6 +1,7 @@
 """One attempt of the scripted expert, in a worker process: played without drawing, drawn and written if it succeeds.
 
-A demonstration depends on its task, the number of its attempt and the settings alone.
+A demonstration depends on its task, the number of its attempt and the settings alone. With shuffled layouts a task is a
+scene and the object that is asked for in it.
 """
 
 import itertools
@@ -8,8 +9,10 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -19,11 +22,13 @@ from errors import BadInput, is_out_of_memory
 from observation import CAMERAS, SIMULATOR_KEYS
 from provenance import code_version
 from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.layouts import ShuffledTask, graspable, training_layout
 from simulator.scripted_expert import ScriptedExpert
 from simulator.suites import make_suite
 
 TASK_SUITE = "libero_object"
 LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
+LAYOUTS_DRAWN = 20  # at most, until one is found whose target can be taken
 SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
 
 
@@ -38,17 +43,35 @@ class Demonstration:
     poses: list  # T + 1 arguments for LiberoEnv.draw
 
 
-def demonstrate(env: LiberoEnv, task_id: int, attempt: int, settings: DemoSettings) -> Demonstration | None:
-    """Lets the expert try once, without drawing. None when it failed."""
-    rng = np.random.default_rng([settings.seed, task_id, attempt])
-    env.reset(seed=int(rng.integers(2**31)))
-    env.add_start_noise(rng, settings.start_noise)
-    if settings.shift_target:
-        env.shift_target(rng, settings.shift_target)
-    expert = ScriptedExpert(env, rng)
-    for action in expert.settle():
-        env.step(action)
-    if begins_after_a_miss(attempt, settings.missed_grasps):
+def demonstrate(
+    env: LiberoEnv,
+    task_id: int,
+    attempt: int,
+    settings: DemoSettings,
+    asked: ShuffledTask | None = None,
+    discarded: list[str] | None = None,
+) -> Demonstration | None:
+    """Lets the expert try once, without drawing. None when it failed.
+
+    With `asked` the layout is shuffled. One whose target has fallen over or lies out of reach before the expert begins
+    is drawn anew, and `discarded` gets the reason.
+    """
+    if asked is None:
+        rng = np.random.default_rng([settings.seed, task_id, attempt])
+        expert = expert_at_start(env, rng, settings)
+    else:
+        env.ask_for(asked.target)
+        rng = np.random.default_rng([settings.seed, task_id, attempt, 1 + graspable(env).index(asked.target)])
+        for _ in range(LAYOUTS_DRAWN):
+            expert = expert_at_start(env, rng, settings, shuffled=True)
+            why_not = expert.why_target_cannot_be_taken()
+            if not why_not:
+                break
+            if discarded is not None:
+                discarded.append(why_not)
+        else:
+            raise SimulatorError(f"in none of {LAYOUTS_DRAWN} layouts {asked.target} could be taken: {why_not}")
+    if begins_after_a_miss(asked.count(attempt) if asked else attempt, settings.missed_grasps):
         for action in expert.missed_grasp():
             env.step(action)
     actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
@@ -63,6 +86,22 @@ def demonstrate(env: LiberoEnv, task_id: int, attempt: int, settings: DemoSettin
         if solved_steps == SUCCESS_STEPS:
             return Demonstration(np.array(actions), np.array(states), proprioception, poses)
     return None
+
+
+def expert_at_start(
+    env: LiberoEnv, rng: np.random.Generator, settings: DemoSettings, shuffled: bool = False
+) -> ScriptedExpert:
+    """Draws a scene and lets its objects settle. -> the expert that is to act in it."""
+    env.reset(seed=int(rng.integers(2**31)))
+    if shuffled:
+        env.place_objects(training_layout(env, rng))
+    env.add_start_noise(rng, settings.start_noise)
+    if settings.shift_target:
+        env.shift_target(rng, settings.shift_target)
+    expert = ScriptedExpert(env, rng, spares_tops=shuffled)
+    for action in expert.settle():
+        env.step(action)
+    return expert
 
 
 def begins_after_a_miss(attempt: int, share: float) -> bool:
@@ -106,6 +145,14 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, o
     demo.attrs["init_state"] = demonstration.states[0]
 
 
+class Outcome(NamedTuple):
+    """Of one attempt."""
+
+    length: int  # of the demo, 0 for a failure
+    why_broken: str = ""  # where the simulation broke down: that is a failure, too, and the next time again
+    discarded: Sequence[str] = ()  # why each layout was that was drawn anew before the expert began
+
+
 class Demonstrator:
     """What a worker process keeps between attempts: the environment of the task that it worked on last."""
 
@@ -113,33 +160,37 @@ class Demonstrator:
     env: LiberoEnv | None = None
 
     @classmethod
-    def attempt(cls, task_id: int, attempt: int, settings: DemoSettings, demo_file: Path) -> tuple[int, str]:
-        """Plays one attempt and writes it to `demo_file` if it succeeds. Returns the demo's length, 0 for a failure,
-        and why the simulation broke down where it did: that is a failure, too, and the next time again."""
+    def attempt(
+        cls, task_id: int, attempt: int, settings: DemoSettings, demo_file: Path, asked: ShuffledTask | None = None
+    ) -> Outcome:
+        """Plays one attempt and writes it to `demo_file` if it succeeds."""
         env = cls.env
         if env is None or cls.task_id != task_id:
             cls.close()
             env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
             cls.env, cls.task_id = env, task_id
+        discarded: list[str] = []
         try:
-            demonstration = demonstrate(env, task_id, attempt, settings)
+            demonstration = demonstrate(env, task_id, attempt, settings, asked, discarded)
         except SimulatorError as problem:
             cls.close()  # not to be trusted any more
             if is_out_of_memory(problem):  # the machine's failure, not the attempt's
                 raise MemoryError(str(problem)) from None
-            return 0, str(problem)
+            return Outcome(0, str(problem), discarded)
         if demonstration is None:
-            return 0, ""
+            return Outcome(0, "", discarded)
         demo_file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with written_hdf5(demo_file, demo_file.parent) as file:
                 demo = file.create_group("demo")
                 write_demo(demo, env, demonstration, settings.obs_alignment)
                 demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
+                if asked is not None:
+                    demo.attrs["layouts_discarded"] = len(discarded)
                 file.attrs["collector"] = settings_text(settings)
         except SimulatorError as problem:  # only the renderer works here
             raise BadInput(f"task {task_id}: drawing a demo failed ({problem}); {CONTINUES}") from None
-        return len(demonstration.actions), ""
+        return Outcome(len(demonstration.actions), "", discarded)
 
     @classmethod
     def close(cls) -> None:

@@ -27,6 +27,7 @@ class DemoSettings:
     seed: int
     shift_target: float = 0.0
     missed_grasps: float = 0.0
+    layouts: str = "libero"  # written only where it is another, so that files of LIBERO's layouts are what they were
 
 
 class HDF5Target(io.FileIO):
@@ -98,7 +99,8 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def settings_text(settings: DemoSettings) -> str:
-    return json.dumps({"program": "collect_demos.py", **asdict(settings)})
+    told = {name: value for name, value in asdict(settings).items() if (name, value) != ("layouts", "libero")}
+    return json.dumps({"program": "collect_demos.py", **told})
 
 
 def check_settings(path: Path, group, settings: DemoSettings) -> None:

@@ -11,19 +11,31 @@ import h5py
 from collection.files import UNFINISHED, DemoSettings, check_settings, settings_text, written_hdf5
 from demos.hdf5_errors import open_hdf5
 from errors import BadInput
+from simulator.layouts import ShuffledTask, problem_text
 from simulator.libero import import_libero
+from simulator.suites import instruction_in
 
 
 class TaskDemos:
-    """The demos of one task on disk, and which attempt comes next."""
+    """The demos of one task on disk, and which attempt comes next. With `asked` the task is a scene, that of `task_id`,
+    in shuffled layouts, and an object that is asked for in it."""
 
-    def __init__(self, suite, task_id: int, folder: Path, wanted: int, settings: DemoSettings):
-        self.task_id, self.wanted, self.settings = task_id, wanted, settings
-        self.name = suite.get_task(task_id).name
+    def __init__(
+        self,
+        suite,
+        task_id: int,
+        folder: Path,
+        wanted: int,
+        settings: DemoSettings,
+        asked: ShuffledTask | None = None,
+    ):
+        self.task_id, self.wanted, self.settings, self.asked = task_id, wanted, settings, asked
+        self.name = asked.name if asked else suite.get_task(task_id).name
         self.path = folder / f"{self.name}_demo.hdf5"
         self.unfinished = folder / UNFINISHED / self.name
         self.lengths: dict[int, int | None] = {}  # by attempt; 0 for a failure, None while it is going on
         self.broken: list[str] = []  # why the simulation broke down in attempts of this run
+        self.discarded: list[str] = []  # why layouts were drawn anew in attempts of this run
         self.seconds = 0.0
         self.kept: list[int] = []  # attempts whose demos the file has or had before somebody deleted them
         self.in_file = 0
@@ -138,10 +150,11 @@ def demo_names(data: h5py.Group) -> list[str]:
     return sorted(filter(re.compile(r"demo_\d+").fullmatch, data), key=lambda name: int(name.removeprefix("demo_")))
 
 
-def libero_attributes(suite, task_id: int, image_size: int) -> dict:
+def libero_attributes(suite, task_id: int, image_size: int, asked: ShuffledTask | None = None) -> dict:
     """The attributes of `data` in LIBERO's own files, as its create_dataset.py writes them.
 
-    Paths are those inside the LIBERO repository, whatever the place where LIBERO is installed here.
+    Paths are those inside the LIBERO repository, whatever the place where LIBERO is installed here. It has no file of a
+    shuffled task. Such a file is named as if there were a suite of them, so that the name is not that of another task.
     """
     import robosuite
     from libero.libero.envs import TASK_MAPPING
@@ -149,8 +162,12 @@ def libero_attributes(suite, task_id: int, image_size: int) -> dict:
 
     task = suite.get_task(task_id)
     bddl_file = Path(import_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    bddl_name = f"libero/libero/bddl_files/{task.problem_folder}/{task.bddl_file}"
+    bddl_name, text = f"{task.problem_folder}/{task.bddl_file}", bddl_file.read_text()
     problem_info = get_problem_info(str(bddl_file))
+    if asked is not None:
+        bddl_name, text = f"{task.problem_folder}_shuffled/{asked.name}.bddl", problem_text(text, asked.target)
+        problem_info["language_instruction"] = instruction_in(text).lower()
+    bddl_name = f"libero/libero/bddl_files/{bddl_name}"
     env_name = TASK_MAPPING[problem_info["problem_name"]].__name__
     env_kwargs = {
         "robots": ["Panda"],
@@ -181,6 +198,6 @@ def libero_attributes(suite, task_id: int, image_size: int) -> dict:
         "problem_info": json.dumps(problem_info),
         "macros_image_convention": "opengl",
         "bddl_file_name": bddl_name,
-        "bddl_file_content": bddl_file.read_text(),
+        "bddl_file_content": text,
         "env_args": json.dumps(env_args),
     }

@@ -2,7 +2,7 @@
 
 import atexit
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ POSE_ARRAYS = (
     "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
     "xpos", "xquat", "xmat", "xipos", "ximat",
 )  # fmt: skip
+BOX_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 
 
 class SimulatorError(Exception):
@@ -138,6 +139,36 @@ class LiberoEnv:
         data.set_joint_qpos(joint, np.append(xy, pose[2:]))
         self.sim.forward()
         self._read_sensors_anew()
+
+    @_breakdowns_named()
+    def place_objects(self, layout: Mapping[str, np.ndarray]) -> None:
+        """Puts each named object at its x and y (2,) in metres; height and rotation stay. Call it after `reset()`."""
+        data = self.sim.data
+        for name, xy in layout.items():
+            joint = self.domain.objects_dict[name].joints[-1]
+            data.set_joint_qpos(joint, np.append(xy, data.get_joint_qpos(joint)[2:]))
+        self.sim.forward()
+        self._read_sensors_anew()
+
+    def ask_for(self, target: str) -> None:
+        """Changes the object that a "pick up the X and place it in the Y" is about: what `obj_of_interest` names and
+        `check_success` looks at. It stays so until the next call."""
+        (predicate, _, place), *others = self.domain.parsed_problem["goal_state"]
+        if target not in self.domain.objects_dict or others:
+            raise BadInput(f"{target} cannot be asked for in the scene of {self.bddl_file.stem}")
+        self.domain.parsed_problem["goal_state"] = [[predicate, target, place]]
+        self.domain.obj_of_interest = [target, *self.domain.obj_of_interest[1:]]
+
+    def collision_boxes(self, name: str) -> np.ndarray:
+        """(n, 8, 3) world corners of an object's collision boxes; other shapes count as a cube inside their sphere."""
+        model, data = self.sim.model, self.sim.data
+        belongs = model.body_rootid[model.geom_bodyid] == self.domain.obj_body_id[name]
+        boxes = []
+        for geom in np.flatnonzero(belongs & (model.geom_contype != 0)):
+            is_box = model.geom_type[geom] == import_libero().mujoco.mjtGeom.mjGEOM_BOX
+            half_size = model.geom_size[geom] if is_box else np.full(3, 0.6 * model.geom_rbound[geom])
+            boxes.append(data.geom_xpos[geom] + (BOX_CORNERS * half_size) @ data.geom_xmat[geom].reshape(3, 3).T)
+        return np.array(boxes)
 
     def _read_sensors_anew(self) -> None:
         for observable in self.domain._observables.values():  # their clocks as after reset()

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.env import LiberoEnv
-from simulator.libero import import_libero
 
 OPEN, CLOSED = -1.0, 1.0
 SETTLE_STEPS = 5  # the objects drop onto the floor; LIBERO's files leave these steps out
 CLOSING_STEPS, OPENING_STEPS = 12, 8
 RETREAT_STEPS = 40  # from letting go until the expert gives up waiting for success and tries again
 WIDEST_GRASP = 0.074  # the fingers open to 0.08
+PALM_HEIGHT = 0.031  # over the point between the fingertips
 TRAVEL_HEIGHT = 0.16  # of the hand on its way over the other objects
 CLEAR_OF_RIM = 0.165  # lowest height of the carried object's bottom on its way to the basket
 MISSED_BY = 0.02, 0.05  # from the middle of the grasp that was missed on purpose
 UNNOTICED_STEPS = 70  # after it, at most: long enough to be over the basket with nothing in the hand
 ACTION_NOISE = 0.05
-BOX_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
+FALLEN = 0.35  # rad by which what was upright leans; a standing object settles within 0.02
+REACH = 0.77  # from the base. Beyond, the elbow stretches to its limit, from where the hand does not come back.
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ class ScriptedExpert:
 
     Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
     `env.step`.
+
+    With `spares_tops` tall objects are taken near their top. Without, the hand comes down on cartons and bottles until
+    the palm touches them, and a carton may stay on a finger that opens. Demos of LIBERO's own layouts are made without,
+    so that they stay what they were.
     """
 
-    def __init__(self, env: LiberoEnv, rng: np.random.Generator):
-        self.env, self.rng = env, rng
+    def __init__(self, env: LiberoEnv, rng: np.random.Generator, spares_tops: bool = False):
+        self.env, self.rng, self.spares_tops = env, rng, spares_tops
         self.target, self.basket = env.domain.obj_of_interest[:2]
         self.hand_site = env.sim.model.site_name2id("gripper0_grip_site")
         self.pads = [env.sim.model.geom_name2id(f"gripper0_finger{i}_pad_collision") for i in (1, 2)]
@@ -60,10 +65,21 @@ class ScriptedExpert:
 
     def settle(self) -> Iterator[np.ndarray]:
         """The hand waits until the objects have dropped onto the floor."""
+        self.placed = self._object_rotation(self.target)
         for _ in range(SETTLE_STEPS):
             yield np.array([0, 0, 0, 0, 0, 0, OPEN])
         _, rotation = self._hand()
         self.upright, self.upright_yaw = _pointing_down(rotation), self._closing_yaw()
+
+    def why_target_cannot_be_taken(self) -> str:
+        """After `settle()`: why this is no scene to show a grasp in, or "" if it is one."""
+        turned = self._object_rotation(self.target) @ self.placed.T
+        if turned[2, 2] < np.cos(FALLEN):
+            return "the target fell over"
+        base = self.env.domain.robots[0].base_pos
+        if np.linalg.norm((self._object_position(self.target) - base)[:2]) > REACH:
+            return "the target is out of reach"
+        return ""
 
     def missed_grasp(self) -> Iterator[np.ndarray]:
         """A grasp beside the target, which it may push over, and what one does who has not noticed: lift, go to the
@@ -177,16 +193,18 @@ class ScriptedExpert:
 
     def _plan_grasp(self) -> Grasp:
         """The narrowest grasp from above whose fingers and palm miss the neighbours, at any yaw."""
-        boxes = self._collision_boxes(self.target)  # (n, 8, 3)
+        boxes = self.env.collision_boxes(self.target)  # (n, 8, 3)
         top, bottom = boxes[..., 2].max(), boxes[..., 2].min()
         height = max(bottom + 0.010, min(top - 0.028, 0.5 * (top + bottom) + 0.015))
+        if self.spares_tops and top - height > PALM_HEIGHT:
+            height = top - 0.018  # on a carton's gable, above the ledge under which an open finger can catch
         between_fingers = (boxes[..., 2].min(axis=1) <= height + 0.008) & (boxes[..., 2].max(axis=1) >= height - 0.008)
         outline = boxes[between_fingers].reshape(-1, 3)[:, :2]
         neighbours = [
             (box[:, :2], box[:, 2].max())
             for name in self.env.domain.obj_body_id
             if name != self.target
-            for box in self._collision_boxes(name)
+            for box in self.env.collision_boxes(name)
             if box[:, 2].max() > height - 0.01
         ]
         yaw_now = self._closing_yaw()
@@ -228,6 +246,9 @@ class ScriptedExpert:
     def _object_position(self, name: str) -> np.ndarray:
         return self.env.sim.data.body_xpos[self.env.domain.obj_body_id[name]].copy()
 
+    def _object_rotation(self, name: str) -> np.ndarray:
+        return self.env.sim.data.body_xmat[self.env.domain.obj_body_id[name]].reshape(3, 3).copy()
+
     def _over_basket(self, bottom_height: float) -> np.ndarray:
         """Where the hand (3,) must be for the object in it to hang over the basket, its bottom at `bottom_height`."""
         hand_from_object = self._hand()[0][:2] - self._object_position(self.target)[:2]
@@ -244,17 +265,6 @@ class ScriptedExpert:
         domain = self.env.domain
         return bool(domain._check_grasp(domain.robots[0].gripper, domain.objects_dict[self.target]))
 
-    def _collision_boxes(self, name: str) -> np.ndarray:
-        """(n, 8, 3) world corners of an object's collision boxes; other shapes count as a cube inside their sphere."""
-        model, data = self.env.sim.model, self.env.sim.data
-        belongs = model.body_rootid[model.geom_bodyid] == self.env.domain.obj_body_id[name]
-        boxes = []
-        for geom in np.flatnonzero(belongs & (model.geom_contype != 0)):
-            is_box = model.geom_type[geom] == import_libero().mujoco.mjtGeom.mjGEOM_BOX
-            half_size = model.geom_size[geom] if is_box else np.full(3, 0.6 * model.geom_rbound[geom])
-            boxes.append(data.geom_xpos[geom] + (BOX_CORNERS * half_size) @ data.geom_xmat[geom].reshape(3, 3).T)
-        return np.array(boxes)
-
 
 def _collision_cost(corners: np.ndarray, top: float) -> float:
     """Cost of a neighbour's box: its corners (8, 2) along and across the closing axis, its top above the fingertips."""
@@ -265,7 +275,7 @@ def _collision_cost(corners: np.ndarray, top: float) -> float:
 
     if reaches(0.066, 0.014):  # the open fingers
         return 0.2
-    if top > 0.035 and reaches(0.11, 0.036):  # the palm hangs 4.5 cm above the fingertips
+    if top > 0.035 and reaches(0.11, 0.036):  # the palm
         return 0.1
     return 0.0
 

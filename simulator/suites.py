@@ -64,10 +64,16 @@ def instruction_of(suite, suite_name: str, task_id: int) -> str:
     if not suite_name.lower().endswith(("_lan", "_task")):
         return suite.get_task(task_id).language
     path = bddl_path(suite, task_id)
-    language = re.search(r"\(:language\s+([^)]*)\)", path.read_text())
-    if language is None:
+    language = instruction_in(path.read_text())
+    if not language:
         raise BadInput(f"{path}: has no (:language ...), expected the instruction of task {task_id} in it")
-    return language[1]
+    return language
+
+
+def instruction_in(bddl_text: str) -> str:
+    """What the robot is told, as a BDDL file has it; "" where it has nothing."""
+    language = re.search(r"\(:language\s+([^)]*)\)", bddl_text)
+    return language[1] if language else ""
 
 
 def bddl_path(suite, task_id: int) -> Path:

@@ -13,8 +13,8 @@ pytest.register_assert_rewrite("helpers")  # before its first import: a failed a
 from helpers import ROOT  # noqa: E402
 
 SIMULATOR_FILES = {
-    "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_simulator.py",
-    "test_simulator_check.py",
+    "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_shuffled_layouts.py",
+    "test_simulator.py", "test_simulator_check.py",
 }  # fmt: skip
 SLOW_FILES = {"test_benchmarks.py", "test_supported_pythons.py"}
 SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone"}

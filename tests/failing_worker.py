@@ -11,7 +11,7 @@ SEEDS = {"killed": 0, "ended": 1, "bad input": 2}
 
 class FailingWorker:
     @staticmethod
-    def attempt(task_id: int, attempt: int, settings, demo_file: Path) -> tuple[int, str]:
+    def attempt(task_id: int, attempt: int, settings, demo_file: Path, asked=None):
         if settings.seed == SEEDS["killed"]:
             os.kill(os.getpid(), signal.SIGKILL)
         if settings.seed == SEEDS["ended"]:

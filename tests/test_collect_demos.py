@@ -24,7 +24,7 @@ from helpers import ROOT, batches_of, load, samples_of
 import collect_demos
 from collect_demos import check_expert, collect, how_it_ended, report
 from collection import demonstrator
-from collection.demonstrator import Demonstration, Demonstrator, begins_after_a_miss, demonstrate, write_demo
+from collection.demonstrator import Demonstration, Demonstrator, Outcome, begins_after_a_miss, demonstrate, write_demo
 from collection.files import UNFINISHED, DemoSettings, claimed, settings_text, written_hdf5
 from collection.task_demos import TaskDemos
 from config import load_config
@@ -241,7 +241,7 @@ def use_expert(monkeypatch, action: list[float]) -> None:
     """Makes the expert do the same all the time, for 20 steps."""
 
     class OtherExpert:
-        def __init__(self, env, rng):
+        def __init__(self, env, rng, spares_tops):
             pass
 
         def settle(self):
@@ -261,14 +261,14 @@ def standing_still(env) -> Demonstration:
 
 def test_failed_attempts_are_never_written(worker, tmp_path, monkeypatch):
     use_expert(monkeypatch, [0, 0, 0, 0, 0, 0, -1.0])
-    assert worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5") == (0, "")
+    assert worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5") == Outcome(0, "", [])
     assert list(tmp_path.iterdir()) == []
     assert not worker.closed
 
 
 def test_an_attempt_that_breaks_the_simulation_is_a_failure_with_its_reason(worker, tmp_path, monkeypatch):
     use_expert(monkeypatch, [np.nan] * 7)
-    length, why = worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5")
+    length, why, _ = worker.attempt(TASK, 0, SETTINGS, tmp_path / "demos" / "attempt_00000.hdf5")
     assert length == 0 and "is not finite" in why
     assert list(tmp_path.iterdir()) == []
     assert worker.closed and worker.env is None  # the next attempt builds a new one
@@ -298,7 +298,7 @@ def test_a_renderer_that_breaks_down_is_no_failed_attempt(worker, tmp_path, monk
 
 def test_a_demo_names_the_code_that_made_it(worker, tmp_path, monkeypatch):
     monkeypatch.setattr(demonstrator, "demonstrate", lambda env, *arguments: standing_still(env))
-    assert worker.attempt(TASK, 3, SETTINGS, tmp_path / "attempt_00003.hdf5") == (2, "")
+    assert worker.attempt(TASK, 3, SETTINGS, tmp_path / "attempt_00003.hdf5") == Outcome(2, "", [])
     with h5py.File(tmp_path / "attempt_00003.hdf5") as file:
         assert file["demo"].attrs["code"] == code_version()
         assert file["demo"].attrs["attempt"] == 3
