@@ -2,15 +2,17 @@
 
     python eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt
     python eval.py --checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt
+    python eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt --turning
 
 Phase 2: how far are the predicted actions from the demonstrated ones? Prints the mean squared error per dimension (x,
 y, z, rx, ry, rz, gripper) in robot units, with the error of always predicting the mean training action beside it, and
-the gripper's accuracy. Phase 1: what does z know? Prints the report of representation.py and draws it beside the
-checkpoint. The checkpoint alone says which demos were held out, how observations are aligned and which language
-embeddings it knows.
+the gripper's accuracy. With --turning: does a policy look (rollouts/turning.py)? Phase 1: what does z know? Prints the
+report of representation.py and draws it beside the checkpoint. The checkpoint alone says which demos were held out, how
+observations are aligned and which language embeddings it knows.
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -29,10 +31,12 @@ from files import expanded, unwritable_named, written_whole
 from jepa.mamba import choose_mamba_backend
 from provenance import code_version
 from representation import draw_report, print_report, representation_report
+from rollouts.turning import CHANGES, turning
 from statevla_model import StateVLA, model_from_checkpoint
 from training.checkpoint import config_of, read_checkpoint
 from training.processes import choose_device
 
+SCENES_TO_TURN_IN = 2  # random resets of each task, for --turning
 DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 
 
@@ -57,6 +61,9 @@ def main() -> None:
     choose_mamba_backend(config.training.mamba_backend, device)
     model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
 
+    if arguments.turning:
+        write_result(evaluate_turning(model, checkpoint, arguments), checkpoint, arguments.output)
+        return
     demos, observation = load_demos(config.data, config.model.action_seq_len)
     for key, value in checkpoint["observation"].items():
         if observation.get(key) != value:
@@ -71,11 +78,30 @@ def main() -> None:
             result = evaluate_representation(model, checkpoint, config, demos, held_out, arguments, device)
         else:
             result = evaluate_actions(model, checkpoint, config, held_out, arguments, device)
-    result |= {"code": code_version(), "code_of_checkpoint": checkpoint.get("code", "unknown")}
-    if arguments.output:
-        with unwritable_named(f"--output {arguments.output}"), written_whole(Path(arguments.output)) as stream:
-            stream.write((json.dumps(result, indent=2) + "\n").encode())
-        print(f"written to {arguments.output}")
+    write_result(result, checkpoint, arguments.output)
+
+
+def write_result(result: dict, checkpoint: dict, output: str | None) -> None:
+    """The figures, and the commits that they come from, as JSON where --output says so."""
+    if output:
+        origins = {"code": code_version(), "code_of_checkpoint": checkpoint.get("code", "unknown")}
+        with unwritable_named(f"--output {output}"), written_whole(Path(output)) as stream:
+            stream.write((json.dumps(result | origins, indent=2) + "\n").encode())
+        print(f"written to {output}")
+
+
+def evaluate_turning(model: StateVLA, checkpoint: dict, arguments: argparse.Namespace) -> dict:
+    """Phase 2: does the policy look?"""
+    if checkpoint["phase"] != 2:
+        raise BadInput(f"--turning: {arguments.checkpoint} is of phase {checkpoint['phase']}, a policy is of phase 2")
+    observation, instructions = checkpoint["observation"], list(checkpoint["language"]["embeddings"])
+    decide = functools.partial(model.decide, sample_steps=arguments.sample_steps, flow_start=arguments.flow_start)
+    figures = turning(decide, instructions, model.config.action_seq_len, observation, SCENES_TO_TURN_IN, arguments.seed)
+    print("how far the chunk turns where one thing changes in a paused scene: 0 it ignores that, 1 as the expert")
+    for change, found in figures.items():
+        turn = "-" if found["turn"] is None else f"{found['turn']:.2f}"
+        print(f"{turn:>6}  of {found['changes']:3} changes: {CHANGES[change]}")
+    return {"turning": figures, "checkpoint": arguments.checkpoint, "epoch": checkpoint["epoch"]}
 
 
 def evaluate_actions(
@@ -137,6 +163,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--representation", action="store_true", help="report what z knows with a phase-2 checkpoint too"
     )
+    parser.add_argument(
+        "--turning", action="store_true",
+        help="only ask whether a phase-2 policy looks: in the simulator, without demonstrations; a minute or two",
+    )  # fmt: skip
     parser.add_argument(
         "--data_directory", type=expanded, metavar="DIR", help="folder of *_demo.hdf5 files (default: the checkpoint's)"
     )

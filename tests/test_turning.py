@@ -1,0 +1,68 @@
+"""eval.py --turning in the real simulator."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import ROOT, run
+
+from rollouts import turning as turning_module
+from rollouts.turning import CHANGES, Turn, expert_chunk, slope, turning, turns_of_scene
+from simulator.env import make_env
+from simulator.suites import make_suite
+
+pytestmark = pytest.mark.simulator
+BUTTER, KETCHUP = (f"pick up the {name} and place it in the basket" for name in ("butter", "ketchup"))
+PRETRAINED = ROOT / "checkpoints/pretrained/libero_object_cpu.pt"
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = make_env(make_suite("libero_object"), 6, 64, visual_mesh_ratio=0.2)
+    yield env
+    env.close()
+
+
+def turns(env, decide) -> list[Turn]:
+    env.reset(seed=3)
+    return list(turns_of_scene(env, decide, BUTTER, [BUTTER, KETCHUP], 10, np.random.default_rng(0)))
+
+
+def test_the_expert_itself_turns_by_one_and_who_ignores_the_scene_by_none(env):
+    found = turns(env, lambda obs, told: expert_chunk(env, 10))
+    assert {turn.change for turn in found} == {*CHANGES} and len(found) == 6  # at two pauses
+    for turn in found:  # a paused scene has its arm's state, but not what its controllers remember
+        np.testing.assert_allclose(turn.policy, turn.expert, atol=0.3)
+    assert slope(found)["turn"] == pytest.approx(1, abs=0.05) and slope(found)["changes"] >= 4
+    assert env.target == "butter_1"
+    assert slope(turns(env, lambda obs, told: np.ones((10, 7))))["turn"] == 0
+
+
+def test_a_policy_is_shown_the_change_and_told_of_it(env):
+    seen = []
+    turns(env, lambda obs, told: seen.append((obs, told)) or np.zeros((10, 7)))
+    before, exchanged, moved, another = seen[:4]
+    assert [told for _, told in seen[:4]] == [BUTTER, BUTTER, BUTTER, KETCHUP]
+    for obs, _ in (exchanged, moved, another):
+        np.testing.assert_allclose(obs["joint_states"], before[0]["joint_states"], atol=1e-6)  # the arm is where it was
+    differs = [(obs["agentview_rgb"] != before[0]["agentview_rgb"]).mean() for obs, _ in (exchanged, moved, another)]
+    assert differs[0] > 0.005 and differs[1] > 0.001 and differs[2] < 0.001
+
+
+def test_the_slope_is_that_of_the_policys_change_along_the_experts():
+    east, north = np.array([2.0, 0.0]), np.array([0.0, 1.0])
+    assert slope([Turn("moved", 0.5 * east, east), Turn("moved", 0.5 * north, north)])["turn"] == pytest.approx(0.5)
+    assert slope([Turn("moved", north, east)])["turn"] == 0  # across is not towards
+    assert slope([Turn("moved", -east, east)])["turn"] == -1
+    assert slope([Turn("moved", east, 0.1 * east)]) == {"turn": None, "changes": 0}
+
+
+def test_eval_py_prints_the_turns_of_a_policy_and_writes_them_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(turning_module, "tasks_of", lambda suite, known: {6: BUTTER})
+    said = run("eval.py", "--checkpoint", PRETRAINED, "--turning", "--output", tmp_path / "turns.json").stdout
+    found = json.loads((tmp_path / "turns.json").read_text())["turning"]
+    assert found.keys() == CHANGES.keys() and all(one["changes"] for one in found.values())
+    assert f"{found['moved']['turn']:.2f}" in said
+    observation = {"image_size": 128, "visual_mesh_ratio": 0.2}
+    again = turning(lambda obs, told: np.zeros((10, 7)), [BUTTER], 10, observation, 1, seed=0)
+    assert again["another asked for"] == {"turn": None, "changes": 0}  # no other instruction is known
