@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from errors import BadInput
-from jepa import cpu_kernel
+from jepa import bf16, cpu_kernel
 
 CHUNK = 16  # tokens of which the scan holds all states at once
 CACHED_ELEMENTS = 2**20  # states that a CPU scans at once: few enough to stay in its cache, enough to share among cores
@@ -39,6 +39,7 @@ class Backend:
 
     name: str = "torch"  # or cpp, cuda
     mamba_ssm: Any = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
+    bfloat16: bool = False  # whether the matrix products of blocks and patches are bfloat16 on backend cpp (jepa/bf16.py)
 
 
 backend = Backend()
@@ -52,6 +53,22 @@ def using_backend(name: str) -> Iterator[None]:
         yield
     finally:
         backend.name = before
+
+
+@contextmanager
+def in_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Runs the block in fp32 or bf16. In bf16 matrix products are bfloat16; the scan, the norms and the losses, which
+    switch autocast off, are float32, and so are the weights.
+
+    On a CPU with the C++ kernel it is jepa/bf16.py's products in Mamba's blocks and of the pictures' patches, elsewhere
+    torch.autocast."""
+    kernels = device.type == "cpu" and backend.name == "cpp"
+    before, backend.bfloat16 = backend.bfloat16, kernels and precision == "bf16"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and not kernels):
+            yield
+    finally:
+        backend.bfloat16 = before
 
 
 def _on_cuda_kernels(x: Tensor) -> bool:
@@ -303,8 +320,12 @@ class Block(nn.Module):
         if with_mlp:
             self.norm2 = nn.RMSNorm(d_model, eps=1e-5)
             self.mlp = GatedMLP(d_model)
+        self.rounded: bf16.MadeOfWeights[list[Tensor]] = bf16.MadeOfWeights()
+        self.packed: bf16.MadeOfWeights[dict] = bf16.MadeOfWeights()
 
-    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, last: int | None = None, bfloat16: bool = False) -> Tensor:
+        if bfloat16 and bf16.fits(x, self.mixer.in_proj.out_features // 2):
+            return bf16.block_forward(self, x, last)
         x = last_tokens(x, last) + self.mixer(self.norm(x), last)
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
@@ -333,10 +354,10 @@ class MambaStack(nn.Module):
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             wanted = last if layer is self.layers[-1] else None
-            if recompute:
-                x = checkpoint(layer, x, wanted, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+            if recompute:  # in backward, where `backend` may say something else; nothing is random
+                x = checkpoint(layer, x, wanted, backend.bfloat16, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, wanted)
+                x = layer(x, wanted, backend.bfloat16)
         return x
 
 
