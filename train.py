@@ -39,6 +39,7 @@ from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded, replaced_whole
 from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
+from jepa.precision import choose_precision, in_precision
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
@@ -49,7 +50,6 @@ from training.optimizer import (
     make_optimizer,
     restore_optimizer,
     trained_by,
-    uses_bfloat16,
 )
 from training.processes import is_first_rank, join_processes, report, seed_noise
 from training.run_log import RunLog, check_finite, only_training_in, run_directory
@@ -70,8 +70,8 @@ def main() -> None:
     source_path = resumed_from or encoder_from
 
     with a_run(config, phase) as device:
-        bfloat16 = uses_bfloat16(settings.precision, device)
         choose_mamba_backend(settings.mamba_backend, device)
+        precision = choose_precision(settings.precision, device)
 
         # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
         data = load_data(config, phase, device, source["held_out_demos"] if source else ())
@@ -120,7 +120,7 @@ def main() -> None:
             ddp_trainer = DistributedDataParallel(
                 trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        bfloat16 = precision == "bf16"
         first_epoch = resumed["epoch"] if resumed else 0
         step = first_epoch * len(batches)
         log = RunLog(config, phase, resumed_from)
@@ -141,7 +141,7 @@ def main() -> None:
             nonlocal best_loss
             began = time.perf_counter()
             seed_noise(settings.seed, "validation")  # the same noise after every epoch
-            with autocast:
+            with in_precision(precision, device):
                 metrics = validate(trainer, held_out_batches)
             log.write_validation(epoch, step, metrics, config.model.state_dim)
             check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
@@ -179,7 +179,7 @@ def main() -> None:
                         group["lr"] = learning_rate
                     if recipe.image_shift:
                         batch = shift_pictures(batch, recipe.image_shift, config.model.image_size)
-                    with autocast:
+                    with in_precision(precision, device):
                         losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
                     losses["loss"].backward()
                     gradient_norm = clip_grad_norm_(trained, settings.gradient_clip)

@@ -79,7 +79,8 @@ class BlockInBfloat16(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, last, rounded, others, *_):
-        """`rounded` are the weights of matrix products in bfloat16; those of them that get a gradient follow `others`."""
+        """`rounded` are the weights of matrix products in bfloat16. What gets gradients stands in `_`: `others`, then the
+        weights of matrix products in float32."""
         norm, conv_weight, conv_bias, dt_bias, A_log, skip, *norm2 = (v.detach() for v in others)
         in_proj, x_proj, dt_proj, out_proj, *mlp = rounded
         x = x.contiguous()
@@ -144,7 +145,7 @@ class BlockInBfloat16(torch.autograd.Function):
         dy = dbranch @ out_proj
 
         dxz, du, ddelta = torch.empty_like(xz), torch.empty_like(u), torch.empty_like(delta)
-        dgate, gate_rows = (dxz[:, E:], dxz) if last == L else (gate_of := torch.empty_like(gate), gate_of)
+        dgate = dxz[:, E:] if last == L else torch.empty_like(gate)
         ddt_bias, dA, dskip = x.new_zeros(B, E), x.new_zeros(B, N, E), x.new_zeros(B, E)
         dB, dC = x.new_empty(2, -(-E // GROUP), B * L, N)
         call(
@@ -156,9 +157,7 @@ class BlockInBfloat16(torch.autograd.Function):
         dx_proj = dprojected.T @ u
         du.addmm_(dprojected, x_proj)
         dtaps, dconv_bias = x.new_zeros(B, *taps.shape), x.new_zeros(B, E)
-        call(
-            "conv_backward_bfloat16", du, xz, xz.shape[1], taps, conv_bias, dxz, dtaps, dconv_bias, B, L, E, len(taps)
-        )
+        call("conv_backward_bfloat16", du, xz, xz.shape[1], taps, conv_bias, dxz, dtaps, dconv_bias, B, L, E, len(taps))
         if last == L:
             din_proj = dxz.T @ normed
             dnormed = dxz @ in_proj

@@ -155,8 +155,8 @@ def function(library: ctypes.CDLL, name: str) -> Callable[..., None]:
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:
-    """Tensors go as pointers, which is why their rows have to be contiguous, None as a null pointer, sizes as int64; the
-    threads are PyTorch's."""
+    """Tensors go as pointers, which is why their rows have to be contiguous, None as a null pointer and sizes as int64;
+    the threads are PyTorch's."""
     pointers = [ctypes.c_int64(v) if isinstance(v, int) else pointer(v) for v in arguments]
     function(kernel(), name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
 

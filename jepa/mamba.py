@@ -39,7 +39,9 @@ class Backend:
 
     name: str = "torch"  # or cpp, cuda
     mamba_ssm: Any = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
-    bfloat16: bool = False  # whether the matrix products of blocks and patches are bfloat16 on backend cpp (jepa/bf16.py)
+    bfloat16: bool = (
+        False  # whether the matrix products of blocks and patches are bfloat16 on backend cpp (jepa/bf16.py)
+    )
 
 
 backend = Backend()
@@ -53,22 +55,6 @@ def using_backend(name: str) -> Iterator[None]:
         yield
     finally:
         backend.name = before
-
-
-@contextmanager
-def in_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Runs the block in fp32 or bf16. In bf16 matrix products are bfloat16; the scan, the norms and the losses, which
-    switch autocast off, are float32, and so are the weights.
-
-    On a CPU with the C++ kernel it is jepa/bf16.py's products in Mamba's blocks and of the pictures' patches, elsewhere
-    torch.autocast."""
-    kernels = device.type == "cpu" and backend.name == "cpp"
-    before, backend.bfloat16 = backend.bfloat16, kernels and precision == "bf16"
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and not kernels):
-            yield
-    finally:
-        backend.bfloat16 = before
 
 
 def _on_cuda_kernels(x: Tensor) -> bool:
