@@ -9,6 +9,7 @@ Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F fra
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,8 +112,9 @@ class RecordedDecision:
     def __init__(self, model: StateVLA, obs: dict[str, Tensor], sample_steps: int, precision: str = "fp32"):
         """`obs` is any observation of the batch size to come, on the model's device; `precision` is fp32 or bf16, as
         jepa.precision.choose_precision gives it. In each of them the same observation gives the same bits every time,
-        with the same number of rows and threads."""
+        with the same number of rows and threads. The weights have to stay as they are as long as this is used."""
         self.model, self.sample_steps, self.precision = model, sample_steps, precision
+        self.packed: dict[nn.Module, Any] = {}
         self.graph = None
         if not obs["language"].is_cuda:
             return
@@ -139,7 +141,7 @@ class RecordedDecision:
 
     @torch.no_grad()
     def _decide(self, obs: dict[str, Tensor], x_1: Tensor) -> Tensor:
-        with in_precision(self.precision, obs["language"].device):
+        with in_precision(self.precision, obs["language"].device, self.packed):
             return self.model.act(self.model.encode(obs), x_1, self.sample_steps)
 
 

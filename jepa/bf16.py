@@ -1,16 +1,15 @@
 """Blocks of Mamba and patches of pictures whose matrix products are bfloat16, on a CPU that has them.
 
 What it computes is defined by jepa/mamba.py's Block under torch.autocast, and by ImageTokenizer's convolution. Here the
-same numbers take a fraction of autocast's time: activations are bfloat16 from one product to the next, so nothing
-is converted in between; RMSNorm, convolution, scan and SwiGLU (scan_kernel.cpp) compute in float32 on what they read;
-weights are rounded once and again when they have changed. The residual stream, the scan's states, the weights and their
-gradients are float32.
+same numbers take a fraction of autocast's time: activations are bfloat16 from one product to the next, so nothing is
+converted in between. RMSNorm, convolution, scan and SwiGLU (scan_kernel.cpp) compute in float32 on what they read. The
+residual stream, the scan's states, the weights and their gradients are float32. Without gradients a block is one call.
 
 Letters as in jepa/mamba.py, and H hidden width of the MLP, P patches, p their side, M = B L rows of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +22,14 @@ NORM_ROWS = 64  # scan_kernel.cpp's: rows that share a part of the gradient of a
 Made = TypeVar("Made")
 
 
-class MadeOfWeights(Generic[Made]):
-    """What is made of weights, made again when one of them has changed: an optimizer's step is seen by its version."""
-
-    def __init__(self) -> None:
-        self.versions: list[tuple[int, int]] = []
-        self.made: Made | None = None
-
-    def of(self, make: Callable[[], Made], weights: Sequence[Tensor]) -> Made:
-        versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self.made is None or versions != self.versions:
-            with torch.no_grad():
-                self.made, self.versions = make(), versions
-        return self.made
+def made_once(of: nn.Module, make: Callable[[], Made], packed: dict[nn.Module, Any] | None) -> Made:
+    """What is made of a module's weights. `packed` keeps it, None where weights may change: a tensor's version does not
+    tell, since fused AdamW leaves it as it is."""
+    if packed is None:
+        return make()
+    if of not in packed:
+        packed[of] = make()
+    return packed[of]
 
 
 def fits(x: Tensor, *widths: int) -> bool:
@@ -43,7 +37,7 @@ def fits(x: Tensor, *widths: int) -> bool:
     return cpu_kernel.fits(x) and all(width % cpu_kernel.kernel().lanes() == 0 for width in widths)
 
 
-def packed(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
     """A weight (N, K) of a matrix product, rounded and in the order in which scan_kernel.cpp reads it."""
     N, K = weight.shape
     tiles = torch.empty(-(-N // 16) * -(-K // 32) * 512, dtype=torch.bfloat16)
@@ -54,8 +48,8 @@ def packed(weight: Tensor) -> Tensor:
 # The block
 
 
-def block_forward(block: nn.Module, x: Tensor, last: int | None) -> Tensor:
-    """jepa/mamba.py's Block: x (B, L, D) float32 -> (B, last or L, D) float32."""
+def block_forward(block: nn.Module, x: Tensor, last: int | None, packed: dict[nn.Module, Any] | None) -> Tensor:
+    """jepa/mamba.py's Block: x (B, L, D) float32 -> (B, last or L, D) float32. `packed` as in `made_once`."""
     mixer, mlp = block.mixer, block.mlp
     others = [block.norm.weight, mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_proj.bias, mixer.A_log, mixer.D]
     products = [mixer.in_proj.weight, mixer.x_proj.weight, mixer.dt_proj.weight, mixer.out_proj.weight]
@@ -64,9 +58,8 @@ def block_forward(block: nn.Module, x: Tensor, last: int | None) -> Tensor:
         products += [mlp.fc1.weight, mlp.fc2.weight]
     last = x.shape[1] if last is None else last
     if torch.is_grad_enabled() and any(v.requires_grad for v in (x, *others, *products)):
-        rounded = block.rounded.of(lambda: [weight.bfloat16() for weight in products], products)
-        return BlockInBfloat16.apply(x, last, rounded, others, *others, *products)
-    return infer(x, last, block.packed.of(lambda: packed_block(others, products), [*others, *products]))
+        return BlockInBfloat16.apply(x, last, others, products, *others, *products)
+    return infer(x, last, made_once(block, lambda: packed_block(others, products), packed))
 
 
 def conv_taps(weight: Tensor) -> Tensor:
@@ -78,11 +71,11 @@ class BlockInBfloat16(torch.autograd.Function):
     """x (B, L, D), the weights of `block_forward` -> (B, last, D), with gradients of x and of all weights."""
 
     @staticmethod
-    def forward(ctx, x, last, rounded, others, *_):
-        """`rounded` are the weights of matrix products in bfloat16. What gets gradients stands in `_`: `others`, then the
-        weights of matrix products in float32."""
+    def forward(ctx, x, last, others, products, *_):
+        """`products` are the weights of matrix products, `others` the others; in `_` they stand once more, because only
+        tensors that are arguments themselves get gradients."""
         norm, conv_weight, conv_bias, dt_bias, A_log, skip, *norm2 = (v.detach() for v in others)
-        in_proj, x_proj, dt_proj, out_proj, *mlp = rounded
+        in_proj, x_proj, dt_proj, out_proj, *mlp = (v.detach().bfloat16() for v in products)
         x = x.contiguous()
         (B, L, D), (E, N), R = x.shape, A_log.shape, dt_proj.shape[1]
         _, normed, scale = add_norm(x.view(-1, D), None, norm)
@@ -206,9 +199,9 @@ def packed_block(others: Sequence[Tensor], products: Sequence[Tensor]) -> dict:
     E, N = A_log.shape
     taps = conv_taps(conv_weight)
     weights = [
-        norm, packed(to_x), packed(to_gate), taps, conv_bias, packed(x_proj), packed(dt_proj), dt_bias,
-        -torch.exp(A_log.T.contiguous()), skip, packed(out_proj),
-        *(norm2 or [None]), *([packed(weight) for weight in mlp] or [None, None]),
+        norm, pack(to_x), pack(to_gate), taps, conv_bias, pack(x_proj), pack(dt_proj), dt_bias,
+        -torch.exp(A_log.T.contiguous()), skip, pack(out_proj),
+        *(norm2 or [None]), *([pack(weight) for weight in mlp] or [None, None]),
     ]  # fmt: skip
     return {"weights": weights, "sizes": (E, N, dt_proj.shape[1], len(taps), mlp[1].shape[1] if mlp else 0)}
 
@@ -225,8 +218,9 @@ def infer(x: Tensor, last: int, block: dict) -> Tensor:
 # Pictures
 
 
-def patch_tokens(images: Tensor, patchify: nn.Conv2d, positions: Tensor, kept: MadeOfWeights) -> Tensor:
-    """images (B, S, S, 3) uint8 -> (B, P, D): the convolution's weight times each patch in [-1, 1], and positions."""
+def patch_tokens(images: Tensor, patchify: nn.Conv2d, positions: Tensor, packed: dict[nn.Module, Any] | None) -> Tensor:
+    """images (B, S, S, 3) uint8 -> (B, P, D): the convolution's weight times each patch in [-1, 1], and positions.
+    `packed` as in `made_once`."""
     B, S, p, D = len(images), images.shape[1], patchify.kernel_size[0], patchify.out_channels
     if B and not images[0].is_contiguous():
         images = images.contiguous()
@@ -237,7 +231,11 @@ def patch_tokens(images: Tensor, patchify: nn.Conv2d, positions: Tensor, kept: M
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         products = rows @ by_pixel(patchify.weight).bfloat16().T
         return products.view(B, -1, D) + (positions + patchify.bias)
-    weight, offsets = kept.of(lambda: (packed(by_pixel(patchify.weight)), positions + patchify.bias), weights)
+
+    def packed_patchify() -> tuple[Tensor, Tensor]:
+        return pack(by_pixel(patchify.weight)), positions + patchify.bias
+
+    weight, offsets = made_once(patchify, packed_patchify, packed)
     out = offsets.repeat(B, 1)
     call("packed_product_float32", rows, inputs, weight, out, D, len(rows), D, inputs, 1)
     return out.view(B, -1, D)

@@ -39,9 +39,8 @@ class Backend:
 
     name: str = "torch"  # or cpp, cuda
     mamba_ssm: Any = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
-    bfloat16: bool = (
-        False  # whether the matrix products of blocks and patches are bfloat16 on backend cpp (jepa/bf16.py)
-    )
+    bfloat16: bool = False  # on backend cpp: whether blocks and patches run jepa/bf16.py (jepa/precision.py sets it)
+    packed: dict[nn.Module, Any] | None = None  # what jepa/bf16.py has made of weights that stay as they are
 
 
 backend = Backend()
@@ -306,12 +305,10 @@ class Block(nn.Module):
         if with_mlp:
             self.norm2 = nn.RMSNorm(d_model, eps=1e-5)
             self.mlp = GatedMLP(d_model)
-        self.rounded: bf16.MadeOfWeights[list[Tensor]] = bf16.MadeOfWeights()
-        self.packed: bf16.MadeOfWeights[dict] = bf16.MadeOfWeights()
 
     def forward(self, x: Tensor, last: int | None = None, bfloat16: bool = False) -> Tensor:
         if bfloat16 and bf16.fits(x, self.mixer.in_proj.out_features // 2):
-            return bf16.block_forward(self, x, last)
+            return bf16.block_forward(self, x, last, backend.packed)
         x = last_tokens(x, last) + self.mixer(self.norm(x), last)
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 

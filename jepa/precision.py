@@ -9,6 +9,7 @@ bfloat16.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +23,27 @@ TOLERANCE = 0.05
 
 
 @contextmanager
-def in_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Runs the block in "fp32" or "bf16". A backward pass may come after it."""
+def in_precision(precision: str, device: torch.device, packed: dict[nn.Module, Any] | None = None) -> Iterator[None]:
+    """Runs the block in "fp32" or "bf16". A backward pass may come after it.
+
+    `packed`, empty at first, keeps weights in the kernels' order from one call to the next. It is for weights that
+    stay as they are, and None for others."""
     kernels = device.type == "cpu" and backend.name == "cpp"
-    before, backend.bfloat16 = backend.bfloat16, kernels and precision == "bf16"
+    before = backend.bfloat16, backend.packed
+    backend.bfloat16, backend.packed = kernels and precision == "bf16", packed
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and not kernels):
             yield
     finally:
-        backend.bfloat16 = before
+        backend.bfloat16, backend.packed = before
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
     """With auto, bf16 or fp32: says which runs from then on and why, and returns it, bf16 or fp32.
 
     auto takes bf16 where the device multiplies bfloat16 itself: on CUDA where PyTorch says so, on a CPU with AMX or
-    AVX512-BF16 where the C++ kernel runs and a trial agrees with float32 within TOLERANCE. Raises BadInput where bf16 is
-    set and its kernels on the CPU do not agree.
+    AVX512-BF16 where the C++ kernel runs and a trial agrees with float32 within TOLERANCE. Raises BadInput where bf16
+    is set and its kernels on the CPU do not agree.
     """
     chosen, reason = precision, "as set"
     if precision == "auto":
@@ -78,7 +83,7 @@ def _disagreement() -> str | None:
 
     def patches(of_pictures: Tensor) -> Tensor:
         if backend.bfloat16:
-            return bf16.patch_tokens(of_pictures, patchify, positions, bf16.MadeOfWeights())
+            return bf16.patch_tokens(of_pictures, patchify, positions, packed=None)
         return patchify(of_pictures.permute(0, 3, 1, 2) / 127.5 - 1).flatten(2).mT + positions
 
     results = []

@@ -457,9 +457,12 @@ static void pack(const bf16* weight, bf16* packed, int64_t N, int64_t K, int64_t
     parallel(tiles(N, 16), threads, [=](int64_t i) {
         bf16* packed_i = packed + i * tiles(K, 32) * TILE;
         std::memset(packed_i, 0, tiles(K, 32) * TILE * sizeof(bf16));
-        for (int64_t n = 0; n < 16 && i * 16 + n < N; n++)
-            for (int64_t k = 0; k < K; k++)
-                packed_i[k / 32 * TILE + k % 32 / 2 * 32 + n * 2 + k % 2] = weight[(i * 16 + n) * K + k];
+        for (int64_t n = 0; n < 16 && i * 16 + n < N; n++) {
+            const bf16* from = weight + (i * 16 + n) * K;
+            for (int64_t k = 0; k + 1 < K; k += 2)  // a row of 16 pairs holds 32 numbers
+                std::memcpy(packed_i + k / 2 * 32 + n * 2, from + k, 2 * sizeof(bf16));
+            if (K % 2) packed_i[K / 2 * 32 + n * 2] = from[K - 1];
+        }
     });
 }
 

@@ -40,12 +40,10 @@ class ImageTokenizer(nn.Module):
         self.positions = nn.Parameter(torch.empty((image_size // patch_size) ** 2, embed_dim))  # (P, D)
         nn.init.trunc_normal_(self.positions, std=0.02)
 
-        self.packed: bf16.MadeOfWeights[tuple[Tensor, Tensor]] = bf16.MadeOfWeights()
-
     def forward(self, images: Tensor) -> Tensor:
         images = resize_images(images, self.image_size)  # (B, 3, S, S)
         if backend.bfloat16 and bf16.fits(self.positions):
-            return bf16.patch_tokens(images.permute(0, 2, 3, 1), self.patchify, self.positions, self.packed)
+            return bf16.patch_tokens(images.permute(0, 2, 3, 1), self.patchify, self.positions, backend.packed)
         images = images.to(self.positions.dtype) / 127.5 - 1  # in [-1, 1]
         return self.patchify(images).flatten(2).transpose(1, 2) + self.positions  # (B, P, D)
 
