@@ -16,12 +16,19 @@ resumed run continues exactly where the interrupted one was.
 import argparse
 import contextlib
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# OpenMP's threads wait for each other many hundred times a step, and GCC's spin for up to 20 ms before they sleep.
+# Beside other programs on the same cores the thread that they wait for does not run meanwhile, and a step takes several
+# times as long. A thousand turns, some 50 us, span the gaps of a step where the cores are free. OpenMP reads it when
+# torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
