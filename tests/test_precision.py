@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from torch import nn
 
 from config import load_config
 from errors import BadInput
-from jepa import bf16, cpu_kernel, mamba, precision
+from jepa import bf16, cpu_kernel, mamba
 from jepa.mamba import MambaStack
 from jepa.precision import choose_precision, in_precision
 from jepa.tokenizer import ImageTokenizer
 from statevla_model import RecordedDecision, build_trainer
-from tests.conftest import REPO
 
 CPU = torch.device("cpu")
 SMALL = ["model.image_size=32", "model.embed_dim=64", "model.policy_embed_dim=64", "model.encoder_depth=2"]
@@ -107,9 +107,8 @@ def test_patches_times_the_weight_are_the_convolution(gradients):
             assert relative_error(found, expected) < 5e-3 and not torch.equal(found, expected)
             if gradients:
                 weights = list(tokenizer.parameters())
-                for f, e in zip(
-                    *(torch.autograd.grad(y.square().sum(), weights) for y in (found, expected)), strict=True
-                ):
+                gradients_of = [torch.autograd.grad(y.square().sum(), weights) for y in (found, expected)]
+                for f, e in zip(*gradients_of, strict=True):
                     assert relative_error(f, e) < 1e-2
 
 
@@ -151,9 +150,10 @@ def test_a_blocks_states_and_residual_stream_are_float32():
 def test_a_nan_in_one_sample_stays_in_it():
     stack, tokens = MambaStack(2, 64, 16, 4, 2, with_mlp=True), torch.randn(3, 20, 64)
     tokens[1, 15, 7] = torch.nan
-    with in_precision("bf16", CPU):
-        for y in (stack(tokens), stack(tokens.detach().requires_grad_(False))):
-            assert y[1, 15:].isnan().all() and y.isnan().sum() == 5 * 64
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), in_precision("bf16", CPU):
+            y = stack(tokens)
+        assert y[1, 15:].isnan().all() and y.isnan().sum() == 5 * 64
 
 
 def test_recomputing_activations_leaves_the_gradients_of_bfloat16_bit_identical():
@@ -180,7 +180,6 @@ def test_the_kernels_give_the_same_bits_with_any_number_of_threads():
 def test_widths_that_are_no_whole_vectors_stay_in_float32():
     stack, tokens = MambaStack(1, 20, 16, 4, 2, with_mlp=True), torch.randn(2, 9, 20)
     with in_precision("bf16", CPU):
-        assert torch.equal(stack(tokens), stack(tokens))
         found = stack(tokens)
     assert torch.equal(found, stack(tokens))
 
@@ -254,7 +253,6 @@ def test_without_the_kernel_bf16_is_autocast(monkeypatch):
     monkeypatch.setattr(mamba.backend, "name", "torch")
     with in_precision("bf16", CPU):
         assert nn.Linear(4, 4)(torch.randn(2, 4)).dtype == torch.bfloat16
-    assert precision.TOLERANCE < 0.1
 
 
 # Decisions
@@ -300,6 +298,10 @@ def test_training_lets_waiting_threads_sleep_soon():
     for asked, found in ((None, "1000"), ("77", "77")):
         environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({"GOMP_SPINCOUNT": asked} if asked else {})
         ended = subprocess.run(
-            [sys.executable, "train.py", "--help"], cwd=REPO, env=environment, capture_output=True, text=True
+            [sys.executable, "train.py", "--help"],
+            cwd=Path(__file__).parent.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert f"GOMP_SPINCOUNT = '{found}'" in ended.stderr  # OpenMP itself says what it has read
