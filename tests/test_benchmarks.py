@@ -10,6 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).parent.parent
 RESULTS = {
     "encoder.py": "encoder",
+    "precision.py": "precision",
     "loader.py": "loader",
     "phase2.py": "phase2",
     "latency.py": "latency",
