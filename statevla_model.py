@@ -9,6 +9,7 @@ Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F fra
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input
 from files import expanded
 from jepa.all_ranks import rows_of_all_ranks
+from jepa.precision import in_precision
 from jepa.temporal_predictor import (
     Foresight,
     InverseDynamics,
@@ -107,9 +109,12 @@ class RecordedDecision:
     them; a CUDA graph launches all of them at once. Elsewhere the model is simply called.
     """
 
-    def __init__(self, model: StateVLA, obs: dict[str, Tensor], sample_steps: int):
-        """`obs` is any observation of the batch size to come, on the model's device."""
-        self.model, self.sample_steps = model, sample_steps
+    def __init__(self, model: StateVLA, obs: dict[str, Tensor], sample_steps: int, precision: str = "fp32"):
+        """`obs` is any observation of the batch size to come, on the model's device; `precision` is fp32 or bf16, as
+        jepa.precision.choose_precision gives it. In each of them the same observation gives the same bits every time,
+        with the same number of rows and threads. The weights have to stay as they are as long as this is used."""
+        self.model, self.sample_steps, self.precision = model, sample_steps, precision
+        self.packed: dict[nn.Module, Any] = {}
         self.graph = None
         if not obs["language"].is_cuda:
             return
@@ -119,16 +124,15 @@ class RecordedDecision:
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):  # what is chosen or allocated on first use must not be recorded
             for _ in range(3):
-                self._decide()
+                self._decide(self.obs, self.x_1)
         torch.cuda.current_stream().wait_stream(side_stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.actions = self._decide()
+            self.actions = self._decide(self.obs, self.x_1)
 
     def __call__(self, obs: dict[str, Tensor], x_1: Tensor) -> Tensor:
         if self.graph is None:
-            with torch.no_grad():
-                return self.model.act(self.model.encode(obs), x_1, self.sample_steps)
+            return self._decide(obs, x_1)
         for name, value in obs.items():
             self.obs[name].copy_(value, non_blocking=True)
         self.x_1.copy_(x_1, non_blocking=True)
@@ -136,8 +140,9 @@ class RecordedDecision:
         return self.actions.clone()
 
     @torch.no_grad()
-    def _decide(self) -> Tensor:
-        return self.model.act(self.model.encode(self.obs), self.x_1, self.sample_steps)
+    def _decide(self, obs: dict[str, Tensor], x_1: Tensor) -> Tensor:
+        with in_precision(self.precision, obs["language"].device, self.packed):
+            return self.model.act(self.model.encode(obs), x_1, self.sample_steps)
 
 
 class StateVLATrainer(nn.Module):

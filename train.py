@@ -15,11 +15,18 @@ resumed run continues exactly where the interrupted one was.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# OpenMP's threads wait for each other many hundred times a step, and GCC's spin for up to 20 ms before they sleep.
+# Beside other programs on the same cores the thread that they wait for does not run meanwhile, and a step takes several
+# times as long. A thousand turns, some 50 us, span the gaps of a step where the cores are free. OpenMP reads it when
+# torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
@@ -38,6 +45,7 @@ from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
+from jepa.precision import choose_precision, in_precision
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from rollouts.while_training import success_rate, tasks_of
@@ -49,7 +57,6 @@ from training.optimizer import (
     make_optimizer,
     restore_optimizer,
     trained_by,
-    uses_bfloat16,
 )
 from training.processes import is_first_rank, join_processes, report, seed_noise
 from training.run_log import RunLog, check_finite, only_training_in, run_directory, take_over_best
@@ -69,8 +76,8 @@ def main() -> None:
     source_path = resumed_from or encoder_from
 
     with a_run(config, phase) as device:
-        bfloat16 = uses_bfloat16(config.training.precision, device)
         choose_mamba_backend(config.training.mamba_backend, device)
+        precision = choose_precision(config.training.precision, device)
 
         # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
         data = load_data(config, phase, device, source["held_out_demos"] if source else ())
@@ -123,7 +130,7 @@ def main() -> None:
             ddp_trainer = DistributedDataParallel(
                 trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        bfloat16 = precision == "bf16"
         first_epoch = resumed["epoch"] if resumed else 0
         step = first_epoch * len(batches)
         log = RunLog(config, phase, resumed_from)
@@ -148,7 +155,7 @@ def main() -> None:
             nonlocal best
             began = time.perf_counter()
             seed_noise(config.training.seed, "validation")  # the same noise after every epoch
-            with autocast:
+            with in_precision(precision, device):
                 metrics = validate(trainer, held_out_batches)
             if rollout_interval and epoch % rollout_interval == 0 and is_first_rank():
                 metrics["success_rate"] = play_rollouts(trainer, data, config, log.directory / f"rollouts_{epoch}")
@@ -191,7 +198,7 @@ def main() -> None:
                         group["lr"] = learning_rate
                     if recipe.image_shift:
                         batch = shift_pictures(batch, recipe.image_shift, config.model.image_size)
-                    with autocast:
+                    with in_precision(precision, device):
                         losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
                     losses["loss"].backward()
                     gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)

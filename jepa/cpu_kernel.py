@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -143,10 +144,25 @@ def fits(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] % kernel().lanes() == 0
 
 
-def call(function: str, *arguments: Tensor | int) -> None:
-    """Tensors go as pointers, which is why they have to be contiguous, sizes as int64; the threads are PyTorch's."""
-    pointers = (ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else ctypes.c_int64(v) for v in arguments)
-    getattr(kernel(), function)(*pointers, ctypes.c_int64(torch.get_num_threads()))
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
+    return kernel().bfloat16_products() > 0
+
+
+@functools.cache
+def function(library: ctypes.CDLL, name: str) -> Callable[..., None]:
+    return ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library, name).value)
+
+
+def call(name: str, *arguments: Tensor | int | None) -> None:
+    """Tensors go as pointers, which is why their rows have to be contiguous, None as a null pointer and sizes as int64;
+    the threads are PyTorch's."""
+    pointers = [ctypes.c_int64(v) if isinstance(v, int) else pointer(v) for v in arguments]
+    function(kernel(), name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -166,15 +182,16 @@ class ConvSiLU(torch.autograd.Function):
         x, taps, bias = contiguous(x, taps, bias)
         ctx.save_for_backward(x, taps, bias)
         y = torch.empty_like(x)
-        call("conv_forward", x, taps, bias, y, *x.shape, len(taps))
+        call("conv_forward_float32", x, x.shape[2], taps, bias, y, *x.shape, len(taps))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, taps, bias = ctx.saved_tensors
-        dx, dtaps, dbias = torch.zeros_like(x), x.new_zeros(len(x), *taps.shape), x.new_zeros(len(x), *bias.shape)
-        call("conv_backward", dy.contiguous(), x, taps, bias, dx, dtaps, dbias, *x.shape, len(taps))
+        dx, dtaps, dbias = torch.empty_like(x), x.new_zeros(len(x), *taps.shape), x.new_zeros(len(x), *bias.shape)
+        gradients = (dx, dtaps, dbias)
+        call("conv_backward_float32", dy.contiguous(), x, x.shape[2], taps, bias, *gradients, *x.shape, len(taps))
         return dx, dtaps.sum(0), dbias.sum(0)
 
 
@@ -186,11 +203,12 @@ class GatedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, bias, A, B, C, D, gate, keep):
-        inputs = contiguous(u, dt, bias, A.T, B, C, D, gate)
+        u, dt, bias, A_ne, B, C, D, gate = inputs = contiguous(u, dt, bias, A.T, B, C, D, gate)
         (samples, L, E), N = u.shape, A.shape[1]
         starts = u.new_empty(samples, -(-L // CHUNK) if keep else 1, N, E)
-        out = torch.empty_like(inputs[-1])
-        call("scan_forward", *inputs, out, starts, samples, L, gate.shape[1], E, N, int(keep))
+        out = torch.empty_like(gate)
+        sizes = (samples, L, gate.shape[1], E, N)
+        call("scan_forward_float32", u, dt, bias, A_ne, B, C, N, D, gate, E, out, starts, *sizes, int(keep))
         ctx.save_for_backward(*inputs, starts)
         return out
 
@@ -203,6 +221,7 @@ class GatedScan(torch.autograd.Function):
         du, ddt, dgate = torch.empty_like(u), torch.empty_like(dt), torch.empty_like(gate)
         dbias, dA, dD = (v.new_zeros(samples, *v.shape) for v in (bias, A_ne, D))
         dB, dC = (v.new_empty(-(-E // GROUP), *v.shape) for v in (B, C))
-        gradients = (du, ddt, dbias, dA, dB, dC, dD, dgate)
-        call("scan_backward", dout.contiguous(), *inputs, starts, *gradients, samples, L, gate.shape[1], E, N)
+        gradients, sizes = (du, ddt, dbias, dA, dB, dC, dD, dgate), (samples, L, gate.shape[1], E, N)
+        inputs = (u, dt, bias, A_ne, B, C, N, D, gate, E)
+        call("scan_backward_float32", dout.contiguous(), *inputs, starts, *gradients, *sizes)
         return du, ddt, dbias.sum(0), dA.sum(0).T, dB.sum(0), dC.sum(0), dD.sum(0), dgate, None

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from errors import BadInput
-from jepa import cpu_kernel
+from jepa import bf16, cpu_kernel
 
 CHUNK = 16  # tokens of which the scan holds all states at once
 CACHED_ELEMENTS = 2**20  # states that a CPU scans at once: few enough to stay in its cache, enough to share among cores
@@ -39,6 +39,8 @@ class Backend:
 
     name: str = "torch"  # or cpp, cuda
     mamba_ssm: Any = None  # the functions of mamba-ssm and causal-conv1d, once backend cuda has loaded them
+    bfloat16: bool = False  # on backend cpp: whether blocks and patches run jepa/bf16.py (jepa/precision.py sets it)
+    packed: dict[nn.Module, Any] | None = None  # what jepa/bf16.py has made of weights that stay as they are
 
 
 backend = Backend()
@@ -304,7 +306,9 @@ class Block(nn.Module):
             self.norm2 = nn.RMSNorm(d_model, eps=1e-5)
             self.mlp = GatedMLP(d_model)
 
-    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, last: int | None = None, bfloat16: bool = False) -> Tensor:
+        if bfloat16 and bf16.fits(x, self.mixer.in_proj.out_features // 2):
+            return bf16.block_forward(self, x, last, backend.packed)
         x = last_tokens(x, last) + self.mixer(self.norm(x), last)
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
@@ -333,10 +337,10 @@ class MambaStack(nn.Module):
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             wanted = last if layer is self.layers[-1] else None
-            if recompute:
-                x = checkpoint(layer, x, wanted, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+            if recompute:  # in backward, where `backend` may say something else; nothing is random
+                x = checkpoint(layer, x, wanted, backend.bfloat16, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, wanted)
+                x = layer(x, wanted, backend.bfloat16)
         return x
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa import bf16
+from jepa.mamba import backend
 from observation import FINGER_TRAVEL
 
 
@@ -39,7 +41,10 @@ class ImageTokenizer(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = resize_images(images, self.image_size).to(self.positions.dtype) / 127.5 - 1  # (B, 3, S, S) in [-1, 1]
+        images = resize_images(images, self.image_size)  # (B, 3, S, S)
+        if backend.bfloat16 and bf16.fits(self.positions):
+            return bf16.patch_tokens(images.permute(0, 2, 3, 1), self.patchify, self.positions, backend.packed)
+        images = images.to(self.positions.dtype) / 127.5 - 1  # in [-1, 1]
         return self.patchify(images).flatten(2).transpose(1, 2) + self.positions  # (B, P, D)
 
 

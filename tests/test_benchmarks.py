@@ -11,6 +11,7 @@ from helpers import ROOT
 
 RESULTS = {
     "encoder.py": "encoder",
+    "precision.py": "precision",
     "loader.py": "loader",
     "phase2.py": "phase2",
     "latency.py": "latency",

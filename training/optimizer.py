@@ -1,4 +1,4 @@
-"""AdamW over what a phase trains, and the schedules of a run: learning rate, EMA momentum, precision."""
+"""AdamW over what a phase trains, and the schedules of a run: learning rate, EMA momentum."""
 
 import math
 
@@ -39,11 +39,6 @@ def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
     if config.training.learning_rate_schedule == "constant":
         return 1.0
     return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
-
-
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Under autocast matrix products are bfloat16; the scan's state, the losses and the weights stay float32."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
 def ema_momentum(step: int, total_steps: int, config: Config) -> float:
