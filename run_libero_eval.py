@@ -312,6 +312,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
     add("--flow_start", choices=("noise", "zero"),
         help="integrate the flow from Gaussian noise or from its mean (default: the checkpoint's phase2.flow_start)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32",
+        help="of the policy's matrix products; bf16 decides faster where the machine has it (default: %(default)s)")
     add("--max_steps", type=int, help="step limit of an episode (default: the suite's, object 280)")
     add("--shift_target", type=float, default=0.0, metavar="METRES",
         help="move the target object by up to this in x and y: who solves these has to look (default: %(default)s)")
@@ -362,6 +364,7 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
         execute_steps=arguments.execute_steps,
         sample_steps=arguments.sample_steps,
         flow_start=arguments.flow_start,
+        precision=arguments.precision,
         shift_target=arguments.shift_target,
         visual_mesh_ratio=arguments.visual_mesh_ratio,
         seed=arguments.seed,

@@ -48,7 +48,7 @@ def pack(weight: Tensor) -> Tensor:
 # The block
 
 
-def block_forward(block: nn.Module, x: Tensor, last: int | None, packed: dict[nn.Module, Any] | None) -> Tensor:
+def block_forward(block: Any, x: Tensor, last: int | None, packed: dict[nn.Module, Any] | None) -> Tensor:
     """jepa/mamba.py's Block: x (B, L, D) float32 -> (B, last or L, D) float32. `packed` as in `made_once`."""
     mixer, mlp = block.mixer, block.mlp
     others = [block.norm.weight, mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_proj.bias, mixer.A_log, mixer.D]
@@ -198,10 +198,12 @@ def packed_block(others: Sequence[Tensor], products: Sequence[Tensor]) -> dict:
     to_x, to_gate = in_proj.chunk(2)
     E, N = A_log.shape
     taps = conv_taps(conv_weight)
-    weights = [
+    second_norm: list[Tensor | None] = [*norm2] or [None]
+    of_mlp: list[Tensor | None] = [pack(weight) for weight in mlp] or [None, None]
+    weights: list[Tensor | None] = [
         norm, pack(to_x), pack(to_gate), taps, conv_bias, pack(x_proj), pack(dt_proj), dt_bias,
         -torch.exp(A_log.T.contiguous()), skip, pack(out_proj),
-        *(norm2 or [None]), *([pack(weight) for weight in mlp] or [None, None]),
+        *second_norm, *of_mlp,
     ]  # fmt: skip
     return {"weights": weights, "sizes": (E, N, dt_proj.shape[1], len(taps), mlp[1].shape[1] if mlp else 0)}
 
@@ -222,18 +224,20 @@ def patch_tokens(images: Tensor, patchify: nn.Conv2d, positions: Tensor, packed:
     """images (B, S, S, 3) uint8 -> (B, P, D): the convolution's weight times each patch in [-1, 1], and positions.
     `packed` as in `made_once`."""
     B, S, p, D = len(images), images.shape[1], patchify.kernel_size[0], patchify.out_channels
+    bias = patchify.bias
+    assert bias is not None
     if B and not images[0].is_contiguous():
         images = images.contiguous()
     inputs = 3 * p * p
     rows = torch.empty(B * (S // p) ** 2, inputs, dtype=torch.bfloat16)
     call("picture_patches", images, images.stride(0), rows, B, S, p)
-    weights = [patchify.weight, patchify.bias, positions]
+    weights = [patchify.weight, bias, positions]
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         products = rows @ by_pixel(patchify.weight).bfloat16().T
-        return products.view(B, -1, D) + (positions + patchify.bias)
+        return products.view(B, -1, D) + (positions + bias)
 
     def packed_patchify() -> tuple[Tensor, Tensor]:
-        return pack(by_pixel(patchify.weight)), positions + patchify.bias
+        return pack(by_pixel(patchify.weight)), positions + bias
 
     weight, offsets = made_once(patchify, packed_patchify, packed)
     out = offsets.repeat(B, 1)

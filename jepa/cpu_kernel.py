@@ -151,7 +151,9 @@ def has_bfloat16_products() -> bool:
 
 @functools.cache
 def function(library: ctypes.CDLL, name: str) -> Callable[..., None]:
-    return ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library, name).value)
+    address = ctypes.c_void_p.in_dll(library, name).value
+    assert address is not None
+    return ctypes.CFUNCTYPE(None)(address)
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:

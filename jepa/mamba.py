@@ -243,9 +243,11 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(dt_rank**-0.5), dt_rank**-0.5)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.dt_proj.bias._no_reinit = True
-        self.A_log._no_weight_decay = True
-        self.D._no_weight_decay = True
+        # mamba-ssm's own marks, which optimizers look for.
+        marks = {"_no_reinit": [self.dt_proj.bias], "_no_weight_decay": [self.A_log, self.D]}
+        for mark, parameters in marks.items():
+            for parameter in parameters:
+                setattr(parameter, mark, True)
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """With `last`, only the outputs of the last tokens: (B, last, D)."""
@@ -253,7 +255,9 @@ class Mamba(nn.Module):
             return self.forward_fused(tokens, backend.mamba_ssm.mamba_inner_fn)
         to_x, to_gate = self.in_proj.weight.chunk(2)
         N = self.A_log.shape[1]
-        x = causal_conv_silu(F.linear(tokens, to_x), self.conv1d.weight, self.conv1d.bias)  # (B, L, E)
+        conv_bias = self.conv1d.bias
+        assert conv_bias is not None
+        x = causal_conv_silu(F.linear(tokens, to_x), self.conv1d.weight, conv_bias)  # (B, L, E)
         dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, N, N], dim=-1)  # (B, L, R or N)
         dt = F.linear(dt, self.dt_proj.weight)  # (B, L, E)
         gate = F.linear(last_tokens(tokens, last), to_gate)
@@ -301,7 +305,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(d_model, eps=1e-5)
         self.mixer = Mamba(d_model, d_state, d_conv, expand)
-        self.mlp = None
+        self.mlp: GatedMLP | None = None
         if with_mlp:
             self.norm2 = nn.RMSNorm(d_model, eps=1e-5)
             self.mlp = GatedMLP(d_model)
@@ -323,10 +327,11 @@ class MambaStack(nn.Module):
 
     def __init__(self, depth: int, d_model: int, d_state: int, d_conv: int, expand: int, with_mlp: bool):
         super().__init__()
-        self.layers = nn.ModuleList(Block(d_model, d_state, d_conv, expand, with_mlp) for _ in range(depth))
+        blocks = [Block(d_model, d_state, d_conv, expand, with_mlp) for _ in range(depth)]
+        self.layers = nn.ModuleList(blocks)
         # Every branch adds to the residual stream: 1/sqrt(branches) keeps its variance at the start (GPT-2, mamba-ssm).
-        into_residual = [layer.mixer.out_proj for layer in self.layers]
-        into_residual += [layer.mlp.fc2 for layer in self.layers if with_mlp]
+        into_residual = [block.mixer.out_proj for block in blocks]
+        into_residual += [block.mlp.fc2 for block in blocks if block.mlp is not None]
         with torch.no_grad():
             for linear in into_residual:
                 nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))

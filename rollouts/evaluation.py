@@ -31,6 +31,7 @@ class Evaluation:
     execute_steps: int | None  # actions executed of each chunk; None: the whole chunk
     sample_steps: int  # Euler steps of the flow
     flow_start: str | None  # noise or zero; None: the checkpoint's phase2.flow_start
+    precision: str  # fp32 or bf16, of the policy's matrix products
     shift_target: float  # metres by which the target object is moved at most in x and y
     visual_mesh_ratio: float | None  # share of the visual meshes' triangles drawn; None: as the demos were drawn
     seed: int  # of the flow's noise and of the scene

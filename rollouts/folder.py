@@ -89,7 +89,12 @@ def read_settings(directory: Path) -> dict:
         raise BadInput(f"{path}: not readable as JSON") from None
     if not isinstance(settings, dict) or not settings.keys() >= SETTINGS_KEYS:
         raise BadInput(f"{path}: is not of run_libero_eval.py; expected the keys {', '.join(sorted(SETTINGS_KEYS))}")
-    return settings
+    return with_precision(settings)
+
+
+def with_precision(settings: dict) -> dict:
+    """The settings of an evaluation; a policy's of before there was a choice were computed in fp32."""
+    return {"precision": "fp32"} | settings if settings["policy"] == "checkpoint" else settings
 
 
 def read_episodes(directory: Path) -> list[dict]:

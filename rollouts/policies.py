@@ -24,6 +24,7 @@ from demos.instructions import task_instruction
 from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
+from jepa.precision import choose_precision
 from observation import ARM_JOINTS, CAMERAS, STATE_WIDTHS
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation, check_range
@@ -54,10 +55,12 @@ class CheckpointPolicy:
         execute_steps: int,
         sample_steps: int,
         flow_start: str,
+        precision: str = "fp32",
     ):
         """language: task id -> the embedding (lang_emb_dim,) of what the robot is told."""
         self.model, self.language, self.device = model.to(device), language, device
         self.execute_steps, self.sample_steps, self.flow_start = execute_steps, sample_steps, flow_start
+        self.precision = precision
         self.rows = CUDA_BATCH if device.type == "cuda" else 1
         self.decide: RecordedDecision | None = None
         if device.type == "cpu":
@@ -79,7 +82,7 @@ class CheckpointPolicy:
             batch["language"] = torch.stack([self.language[episodes[i].task_id] for i in padded])
             batch = to_device(batch, self.device)
             if self.decide is None:
-                self.decide = RecordedDecision(self.model, batch, self.sample_steps)
+                self.decide = RecordedDecision(self.model, batch, self.sample_steps, self.precision)
             actions = self.decide(batch, torch.cat([starts[i] for i in padded]))
             chunks += list(actions[: len(real), : self.execute_steps].cpu().double().numpy())
         return chunks
@@ -193,6 +196,7 @@ def _checkpoint_policy(
         "flow_start": flow_start,
         "device": device.type,
         "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
+        "precision": choose_precision(evaluation.precision, device),
     }
     with out_of_memory_named(
         f"{evaluation.checkpoint}: out of memory while loading it on {device.type}; other programs may hold it"
@@ -200,7 +204,9 @@ def _checkpoint_policy(
     ):
         model = model_from_checkpoint(checkpoint, evaluation.checkpoint or "")
         told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
-        policy = CheckpointPolicy(model, told, device, execute_steps, evaluation.sample_steps, flow_start)
+        policy = CheckpointPolicy(
+            model, told, device, execute_steps, evaluation.sample_steps, flow_start, evaluation.precision
+        )
     return policy, of_policy
 
 

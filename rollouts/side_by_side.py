@@ -31,7 +31,7 @@ SCENES = (
     "shard",
 )
 # Those of a checkpoint, rather than of a blind policy, agree in these as well.
-POLICY = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")
+POLICY = ("weights_sha256", "precision", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")
 OF_A_CELL = ("policy", "flow_start", "shift_target")
 FIGURES = ("successes", "trials", "crashed", "interval")
 OWN = "this evaluation"

@@ -12,6 +12,7 @@ from statistics import fmean, median
 
 from errors import BadInput
 from rollouts.episodes import start_name
+from rollouts.folder import with_precision
 
 Z = 1.959964
 NOT_RECORDED = "not recorded"
@@ -20,7 +21,7 @@ USUAL = {"simulator": "LIBERO's own", "shard": "the whole"}  # what the value No
 ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
 # What two results that are compared differ in by nature, or what only a policy that looks has.
 COMPARED = {"weights_sha256", "demos", "actions_sha256"}
-OF_A_MODEL = {"new_instructions", "execute_steps", "sample_steps", "flow_start", "device", "mamba_backend"}
+OF_A_MODEL = {"new_instructions", "execute_steps", "sample_steps", "flow_start", "device", "mamba_backend", "precision"}
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -210,6 +211,7 @@ def read_results(path: Path) -> dict:
         raise BadInput(f"{path}: cannot be read ({problem.strerror}); expected a results.json") from None
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: not a results.json of run_libero_eval.py") from None
+    results["settings"] = with_precision(results["settings"])
     return results
 
 

@@ -31,6 +31,7 @@ from run_libero_eval import main
 
 SETTINGS = {
     "policy": "checkpoint", "image_size": 64, "visual_mesh_ratio": 1.0, "weights_sha256": "abc", "flow_start": "noise",
+    "precision": "fp32",
     "task_suite": "libero_object", "instructions": {"3": "take <this> & that", "6": "pick up the butter"},
     "tasks_of_suite": 2, "num_trials": 3, "init_states": 3, "max_steps": 280, "shift_target": 0.0, "seed": 0,
     "shard": None,
@@ -377,7 +378,7 @@ def results_in(directory: Path, successes: int, trials: int = 4, **changes) -> d
     return results
 
 
-BLIND = {"flow_start": None, "weights_sha256": None, "execute_steps": None, "sample_steps": None}
+BLIND = {"flow_start": None, "precision": None, "weights_sha256": None, "execute_steps": None, "sample_steps": None}
 
 
 def table_beside(own: dict, *directories: Path) -> dict:
@@ -544,7 +545,7 @@ def test_crashes_stand_in_the_cell(tmp_path):
 ASKED = Evaluation(
     policy="checkpoint", checkpoint="best.pt", overrides=(), task_suite="libero_object", tasks=None, num_trials=None,
     init_states=None, random_resets=None,
-    max_steps=280, demo=None, execute_steps=None, sample_steps=4, flow_start=None, shift_target=0.0,
+    max_steps=280, demo=None, execute_steps=None, sample_steps=4, flow_start=None, precision="fp32", shift_target=0.0,
     visual_mesh_ratio=None, seed=0, shard=None, output_dir=None, beside=(), save_video="none", num_workers=None,
     episode_timeout=900.0,
 )  # fmt: skip
