@@ -43,12 +43,11 @@ from demos.language import LanguageTable, embeddings_file, load_language, same_l
 from demos.states import encode_all, frozen_states
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
-from jepa.all_ranks import rows_of_all_ranks
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision, in_precision
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
-from rollouts.while_training import success_rate, tasks_of
+from rollouts.while_training import tasks_of
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
 from training.checkpoint import NO_SCORE, Score, check_same_run, read_checkpoint, save_checkpoint
 from training.optimizer import (
@@ -60,6 +59,7 @@ from training.optimizer import (
 )
 from training.processes import is_first_rank, join_processes, report, seed_noise
 from training.run_log import RunLog, check_finite, only_training_in, run_directory, take_over_best
+from training.validation import play_rollouts, validate
 
 
 @exits_on_bad_input
@@ -123,10 +123,8 @@ def main() -> None:
             f"on {dist.get_world_size()} process(es)"
         )
 
-        ddp_trainer: nn.Module = (
-            trainer  # Apple's GPUs have no process group, hence one process and nothing to synchronise
-        )
-        if device.type != "mps":
+        ddp_trainer: nn.Module = trainer
+        if device.type != "mps":  # Apple's GPUs have no process group, hence one process and nothing to synchronise
             ddp_trainer = DistributedDataParallel(
                 trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
@@ -158,7 +156,8 @@ def main() -> None:
             with in_precision(precision, device):
                 metrics = validate(trainer, held_out_batches)
             if rollout_interval and epoch % rollout_interval == 0 and is_first_rank():
-                metrics["success_rate"] = play_rollouts(trainer, data, config, log.directory / f"rollouts_{epoch}")
+                pictures = log.directory / f"rollouts_{epoch}"
+                metrics["success_rate"] = play_rollouts(trainer, data.language, data.observation, config, pictures)
             log.write_validation(epoch, step, metrics, config.model.state_dim)
             check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
             score = Score(metrics.get("success_rate", NO_SCORE.success), metrics["loss"])
@@ -379,40 +378,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.batch_size is not None:
         arguments.set.append(f"training.batch_size={arguments.batch_size}")
     return arguments
-
-
-# ------------------------------------------------------------------------------------------------------ validation
-
-
-@torch.no_grad()
-def validate(trainer: StateVLATrainer, batches: Batches) -> dict[str, float]:
-    """The losses over all held-out demos, whatever the batch size and the number of processes.
-
-    Phase 1 adds what tells whether it works: `jepa_copy_mse`, the error of predicting that nothing changes (jepa_mse
-    has to stay below it), and the mean std and effective rank of z (both near 0 where the representation collapses).
-    """
-    trainer.eval()
-    if trainer.phase == 1:
-        metrics = trainer.phase1_losses(batches)
-    else:
-        of_batches = [trainer.phase2_losses(batch, per_sample=True) for batch in batches]
-        metrics = {
-            name: rows_of_all_ranks(torch.cat([losses[name] for losses in of_batches])).mean() for name in of_batches[0]
-        }
-    trainer.train()
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def play_rollouts(trainer: StateVLATrainer, data: Data, config: Config, pictures: Path) -> float:
-    """The share of a few episodes that the policy solves as it is now. Raises BadInput where none could be finished."""
-    recipe = config.training.phase2
-    trainer.eval()
-    success = success_rate(
-        trainer.model, data.language, data.observation, recipe.rollout_suite, recipe.rollouts_per_task,
-        recipe.flow_start, config.training.seed, pictures,
-    )  # fmt: skip
-    trainer.train()
-    return success
 
 
 if __name__ == "__main__":

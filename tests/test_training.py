@@ -321,7 +321,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_with_it(runs, da
 
 def test_best_is_by_success_where_rollouts_are_played_and_a_resumed_run_keeps_it(runs, data, tmp_path, monkeypatch):
     shares = iter([0.5, 0.5, 0.25, 0.25, 0.75])
-    monkeypatch.setattr(train, "success_rate", lambda *_: next(shares))
+    monkeypatch.setattr("training.validation.success_rate", lambda *_: next(shares))
     monkeypatch.setattr(train, "tasks_of", lambda *_: {6: "pick up the butter"})
     folder = tmp_path / "phase2_flow_matching"
     both = settings(
