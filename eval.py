@@ -12,11 +12,11 @@ observations are aligned and which language embeddings it knows.
 """
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +31,9 @@ from files import expanded, unwritable_named, written_whole
 from jepa.mamba import choose_mamba_backend
 from provenance import code_version
 from representation import draw_report, print_report, representation_report
+from rollouts.policies import check_observation
 from rollouts.turning import CHANGES, turning
+from simulator.env import SimulatorError
 from statevla_model import StateVLA, model_from_checkpoint
 from training.checkpoint import config_of, read_checkpoint
 from training.processes import choose_device
@@ -61,6 +63,8 @@ def main() -> None:
     choose_mamba_backend(config.training.mamba_backend, device)
     model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
 
+    if arguments.turning and arguments.representation:
+        raise BadInput("--turning and --representation: each is all that is reported; give one of them")
     if arguments.turning:
         write_result(evaluate_turning(model, checkpoint, arguments), checkpoint, arguments.output)
         return
@@ -95,8 +99,20 @@ def evaluate_turning(model: StateVLA, checkpoint: dict, arguments: argparse.Name
     if checkpoint["phase"] != 2:
         raise BadInput(f"--turning: {arguments.checkpoint} is of phase {checkpoint['phase']}, a policy is of phase 2")
     observation, instructions = checkpoint["observation"], list(checkpoint["language"]["embeddings"])
-    decide = functools.partial(model.decide, sample_steps=arguments.sample_steps, flow_start=arguments.flow_start)
-    figures = turning(decide, instructions, model.config.action_seq_len, observation, SCENES_TO_TURN_IN, arguments.seed)
+    check_observation(observation, arguments.checkpoint)
+
+    def decide(obs: dict, instruction: str) -> np.ndarray:
+        """With the same noise every time, so that a chunk changes with the scene alone."""
+        noise = torch.Generator().manual_seed(arguments.seed)
+        return model.decide(
+            obs, instruction, sample_steps=arguments.sample_steps, flow_start=arguments.flow_start, generator=noise
+        )
+
+    chunk_length, seed = model.config.action_seq_len, arguments.seed
+    try:
+        figures = turning(decide, instructions, chunk_length, observation, SCENES_TO_TURN_IN, seed)
+    except SimulatorError as problem:
+        raise BadInput(f"--turning: the simulation broke down ({problem}); another --seed has other scenes") from None
     print("how far the chunk turns where one thing changes in a paused scene: 0 it ignores that, 1 as the expert")
     for change, found in figures.items():
         turn = "-" if found["turn"] is None else f"{found['turn']:.2f}"

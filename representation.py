@@ -145,8 +145,8 @@ def representation_report(
         truths, without_probes = [], str(missing)
     probes = {}
     if truths:
-        blindfold = _without_proprioception(low_dimensional)
-        masked = encode_all(model, demos, every_frame(demos, blindfold, frames, batch_size))
+        joints_hidden = _without_proprioception(low_dimensional)
+        masked = encode_all(model, demos, every_frame(demos, joints_hidden, frames, batch_size))
         try:
             probes = all_probes({"z": z, "proprioception masked": masked}, truths, low_dimensional.task.cpu(), split)
         except BadInput as too_few:

@@ -1,4 +1,4 @@
-"""Rolls a policy out in the LIBERO simulator, from the suite's own fixed init states.
+"""Rolls a policy out in the LIBERO simulator, from the suite's own fixed init states or from random resets.
 
     python run_libero_eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt \\
         --task_suite libero_object --num_trials 50
@@ -28,6 +28,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from config import add_set_flag
@@ -37,7 +38,7 @@ from files import expanded
 from machine import affordable_processes
 from provenance import code_version
 from rollouts.episodes import Episode, Rollouts, Task, shard_of, start_name, step_limit
-from rollouts.evaluation import Evaluation
+from rollouts.evaluation import EPISODE_TIMEOUT, SAMPLE_STEPS, Evaluation
 from rollouts.folder import SIDE_BY_SIDE, EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import make_policy
 from rollouts.pool import GB_PER_ENVIRONMENT, play_all
@@ -155,7 +156,8 @@ def asked_for(evaluation: Evaluation) -> tuple:
     for task_id in task_ids:
         named, told = suite.get_task(task_id), instruction_of(suite, evaluation.task_suite, task_id)
         name_tells = canonical_instruction(named.language) == canonical_instruction(told)
-        init_states = task_init_states(suite, task_id)
+        is_used = evaluation.random_resets is None or evaluation.policy == "replay"  # which looks for a similar start
+        init_states = task_init_states(suite, task_id) if is_used else np.empty((0, 0))
         tasks[task_id] = Task(named.name, canonical_instruction(told), name_tells, init_states)
     return suite, tasks, evaluation.trials(num_init_states(tasks))
 
@@ -179,7 +181,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         "tasks_of_suite": suite.n_tasks,
         "num_trials": len(trials),
         "init_states": num_init_states(tasks),
-        "init_states_played": evaluation.init_states,
+        "init_states_played": evaluation.init_states_played(num_init_states(tasks)),
         "random_resets": evaluation.random_resets,
         "max_steps": evaluation.max_steps,
         "shift_target": evaluation.shift_target,
@@ -309,7 +311,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--demo", type=expanded, metavar="FILE[:demo_i]",
         help="for --policy replay: this demonstration, without a number the first, of the one task in --tasks")
     add("--execute_steps", type=int, help="actions executed of each chunk (default: the whole chunk)")
-    add("--sample_steps", type=int, default=4, help="Euler steps of the flow (default: %(default)s)")
+    add("--sample_steps", type=int, default=SAMPLE_STEPS, help="Euler steps of the flow (default: %(default)s)")
     add("--flow_start", choices=("noise", "zero"),
         help="integrate the flow from Gaussian noise or from its mean (default: the checkpoint's phase2.flow_start)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
@@ -331,7 +333,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--save_video", choices=("all", "failures", "none"), nargs="?", const="all", default="none",
         help="episodes to keep as mp4, with a grid of each task; without a value all (default: %(default)s)")
     add("--num_workers", type=int, help="simulators side by side, 1.6 GB each (default: one a core, as memory allows)")
-    add("--episode_timeout", type=float, default=900,
+    add("--episode_timeout", type=float, default=EPISODE_TIMEOUT,
         help="seconds after which an episode counts as hung and is tried once more; the policy's time is not counted "
         "(default: %(default)s)")
     add("--shard", metavar="I/N", help="play only the I-th of N parts of the episodes, 1/N to N/N")

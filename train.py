@@ -47,7 +47,7 @@ from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision, in_precision
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
-from rollouts.while_training import tasks_of
+from rollouts.evaluation import tasks_of
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
 from training.checkpoint import NO_SCORE, Score, check_same_run, read_checkpoint, save_checkpoint
 from training.optimizer import (
@@ -58,7 +58,7 @@ from training.optimizer import (
     trained_by,
 )
 from training.processes import is_first_rank, join_processes, report, seed_noise
-from training.run_log import RunLog, check_finite, only_training_in, run_directory, take_over_best
+from training.run_log import RunLog, broken, check_finite, only_training_in, run_directory, take_over_best
 from training.validation import play_rollouts, validate
 
 
@@ -81,6 +81,9 @@ def main() -> None:
 
         # Data: whole demos of each task train or are held out, and stay held out in what goes on from a checkpoint.
         data = load_data(config, phase, device, source["held_out_demos"] if source else ())
+        rollout_interval = config.training.phase2.rollout_interval if phase == 2 else 0
+        if rollout_interval and is_first_rank():  # what would stop the rollouts stops the run here and now
+            tasks_of(config.training.phase2.rollout_suite, list(data.language.embeddings))
 
         # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
         torch.manual_seed(config.training.seed)
@@ -91,6 +94,8 @@ def main() -> None:
                 source, source_path, config.to_dict(), data.observation, held_out, bool(resumed)
             ):
                 report(f"note: {note}")
+            if resumed and resumed.get("precision", precision) != precision:
+                report(f"note: it was trained in {resumed['precision']} so far, and goes on in {precision}")
             same_language(data.language, LanguageTable(**source["language"]), str(embeddings_file(config.data)))
         if resumed:
             load_weights(trainer, resumed["model_state_dict"], source_path)
@@ -128,20 +133,19 @@ def main() -> None:
             ddp_trainer = DistributedDataParallel(
                 trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
-        bfloat16 = precision == "bf16"
         first_epoch = resumed["epoch"] if resumed else 0
         step = first_epoch * len(batches)
         log = RunLog(config, phase, resumed_from)
         # Best is the lowest validation loss or, where rollouts are played, the highest success, then the lowest loss.
         best = take_over_best(resumed, resumed_from, log.directory) if resumed else NO_SCORE
-        rollout_interval = config.training.phase2.rollout_interval if phase == 2 else 0
-        if rollout_interval and is_first_rank():  # what would stop them stops the run before its first step
-            tasks_of(config.training.phase2.rollout_suite, list(data.language.embeddings))
+        if not rollout_interval:  # where none are played any more, success decides nothing
+            best = Score(NO_SCORE.success, best.loss)
         # What a checkpoint keeps beside the guide's six keys: an evaluation needs no other file.
         facts = {
             "config": config.to_dict(),
             "phase": phase,
             "code": code_version(),
+            "precision": precision,
             "observation": data.observation,
             "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
             "held_out_demos": [demo.name for demo in data.held_out_demos],
@@ -155,12 +159,14 @@ def main() -> None:
             seed_noise(config.training.seed, "validation")  # the same noise after every epoch
             with in_precision(precision, device):
                 metrics = validate(trainer, held_out_batches)
-            if rollout_interval and epoch % rollout_interval == 0 and is_first_rank():
+            success = NO_SCORE.success
+            if rollout_interval and epoch % rollout_interval == 0 and is_first_rank() and not broken(metrics):
                 pictures = log.directory / f"rollouts_{epoch}"
-                metrics["success_rate"] = play_rollouts(trainer, data.language, data.observation, config, pictures)
+                success = play_rollouts(trainer, data.language, data.observation, config, pictures)
+                metrics |= {"success_rate": success} if success >= 0 else {}
             log.write_validation(epoch, step, metrics, config.model.state_dim)
-            check_finite(metrics, step, optimizer.defaults["lr"], bfloat16, untouched=step == 0)
-            score = Score(metrics.get("success_rate", NO_SCORE.success), metrics["loss"])
+            check_finite(metrics, step, optimizer.defaults["lr"], precision == "bf16", untouched=step == 0)
+            score = Score(success, metrics["loss"])
             is_best = score.beats(best)
             best = score if is_best else best
             if is_first_rank():
@@ -169,7 +175,7 @@ def main() -> None:
                     "step": step,
                     "loss": metrics["loss"],
                     "success": score.success,
-                    "best_loss": best.loss,
+                    "best_loss": best.loss,  # of the best checkpoint, as best_success
                     "best_success": best.success,
                     "model_state_dict": trainer.state_dict(),
                     "optimizer_state_dict": optimizer.state_dict(),
@@ -210,7 +216,7 @@ def main() -> None:
                     log.add(losses | {"gradient_norm": gradient_norm})
                     if step % config.training.log_interval == 0 or step == total_steps:
                         means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
-                        check_finite(means, step, learning_rate, bfloat16, untouched=step == 1)
+                        check_finite(means, step, learning_rate, precision == "bf16", untouched=step == 1)
                         progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
                 validate_and_save(epoch + 1)
         except KeyboardInterrupt:
@@ -222,7 +228,7 @@ def main() -> None:
             sys.exit(130)
         finally:
             log.close()
-        report(f"phase {phase}: done after {step:,} steps, best validation loss {best.loss:.4f}, see {log.directory}")
+        report(f"phase {phase}: done after {step:,} steps, best {best}, see {log.directory}")
 
 
 @contextlib.contextmanager

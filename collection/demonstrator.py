@@ -71,7 +71,7 @@ def demonstrate(
                 discarded.append(why_not)
         else:
             raise SimulatorError(f"in none of {LAYOUTS_DRAWN} layouts {asked.target} could be taken: {why_not}")
-    if begins_after_a_miss(asked.count(attempt) if asked else attempt, settings.missed_grasps):
+    if begins_after_a_miss(attempt, settings.missed_grasps, offset=asked.rank / asked.scenes if asked else 0.0):
         for action in expert.missed_grasp():
             env.step(action)
     actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
@@ -104,9 +104,10 @@ def expert_at_start(
     return expert
 
 
-def begins_after_a_miss(attempt: int, share: float) -> bool:
-    """Which attempts are recorded from a missed grasp on: `share` of them, spread evenly."""
-    return int((attempt + 1) * share) > int(attempt * share)
+def begins_after_a_miss(attempt: int, share: float, offset: float = 0.0) -> bool:
+    """Which attempts are recorded from a missed grasp on: `share` of them, spread evenly over those of a file. Files
+    that share an instruction have other offsets, from 0 to 1, so that their misses do not all come at once."""
+    return int((attempt + 1) * share + offset) > int(attempt * share + offset)
 
 
 def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, obs_alignment: str) -> None:

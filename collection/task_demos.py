@@ -11,6 +11,7 @@ import h5py
 from collection.files import UNFINISHED, DemoSettings, check_settings, settings_text, written_hdf5
 from demos.hdf5_errors import open_hdf5
 from errors import BadInput
+from observation import ORIENTATION
 from simulator.layouts import ShuffledTask, problem_text
 from simulator.libero import import_libero
 from simulator.suites import instruction_in
@@ -196,7 +197,7 @@ def libero_attributes(suite, task_id: int, image_size: int, asked: ShuffledTask 
         "tag": "libero-v1",
         "env_name": env_name,
         "problem_info": json.dumps(problem_info),
-        "macros_image_convention": "opengl",
+        "macros_image_convention": ORIENTATION,
         "bddl_file_name": bddl_name,
         "bddl_file_content": text,
         "env_args": json.dumps(env_args),

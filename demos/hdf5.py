@@ -36,7 +36,7 @@ from demos.hdf5_errors import (
 )
 from demos.instructions import task_instruction
 from errors import BadInput
-from observation import ARM_JOINTS, CAMERAS, OBS_KEYS, STATE_WIDTHS
+from observation import ARM_JOINTS, CAMERAS, OBS_KEYS, ORIENTATION, STATE_WIDTHS
 from seeds import mixed_seed
 
 # Goes up when the same files would be split otherwise. 1: one seed for all files, so that the demos held out had the
@@ -187,7 +187,7 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
             with hdf5_problems_named(path, key):
                 demos.append(_read_demo(path, key, task, group, lag, min_actions, first_row))
             first_row += len(demos[-1])
-        orientation = text_attribute(data.attrs, "macros_image_convention", path) or "opengl"
+        orientation = text_attribute(data.attrs, "macros_image_convention", path) or ORIENTATION
         mesh_ratio = (
             number_attribute(data.attrs, "visual_mesh_ratio", path) if "visual_mesh_ratio" in data.attrs else 1.0
         )

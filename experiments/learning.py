@@ -194,6 +194,7 @@ class Run:
             f"data.demos_per_task={DEMOS}",
             f"training.checkpoint_directory={self.folder}",
             f"training.seed={self.seed}",
+            "training.precision=fp32",  # on every machine alike
             *encoder_row.phase1,
             *(row.phase2 if phase == 2 else ()),
         ]

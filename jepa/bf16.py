@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from jepa import cpu_kernel
-from jepa.cpu_kernel import CHUNK, GROUP, call
+from jepa.cpu_kernel import CHUNK, GROUP, NORM_ROWS, call
 
-NORM_ROWS = 64  # scan_kernel.cpp's: rows that share a part of the gradient of a norm's weight
 Made = TypeVar("Made")
 
 

@@ -25,8 +25,17 @@ from files import cache_folder, written_whole
 SOURCE = Path(__file__).with_name("scan_kernel.cpp")
 CHUNK = 16  # tokens between the states that training keeps
 GROUP = 64  # channels a thread takes at a time
+NORM_ROWS = 64  # rows of tokens that share a part of the gradient of a norm's weight
 # Without -ffast-math: it would fold the rounding trick in exp away and lose NaN.
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-DCHUNK={CHUNK}", f"-DGROUP={GROUP}"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    f"-DCHUNK={CHUNK}",
+    f"-DGROUP={GROUP}",
+    f"-DNORM_ROWS={NORM_ROWS}",
+]
 LONGEST_COMPILATION = 300  # seconds; it takes one or two
 
 

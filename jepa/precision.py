@@ -48,10 +48,15 @@ def choose_precision(precision: str, device: torch.device) -> str:
     chosen, reason = precision, "as set"
     if precision == "auto":
         chosen, reason = _best(device)
+    elif (
+        precision == "bf16"
+        and device.type == "cpu"
+        and backend.name == "cpp"
+        and not cpu_kernel.has_bfloat16_products()
+    ):
+        reason = "as set, although this CPU does not multiply bfloat16 itself, so that it is slow"
     elif precision == "bf16" and device.type == "cpu" and backend.name == "cpp" and (problem := _disagreement()):
-        raise BadInput(
-            f"training.precision=bf16, but {problem}; --set training.precision=fp32, or training.mamba_backend=torch"
-        )
+        raise BadInput(f"precision bf16 was asked for, but {problem}; use fp32, or --set training.mamba_backend=torch")
     if os.environ.get("RANK", "0") == "0":
         print(f"precision: {chosen} ({reason})")
     return chosen

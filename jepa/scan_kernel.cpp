@@ -1,6 +1,6 @@
 // The middle of the Mamba mixer on a CPU: causal convolution + SiLU, and selective scan + gate, forward and backward.
 // Then the rest of a block whose matrix products are bfloat16: RMSNorm, SwiGLU, patches of pictures, and the whole block
-// at once where no gradient is asked for. jepa/cpu_kernel.py compiles this file, and passes CHUNK and GROUP; the
+// at once where no gradient is asked for. jepa/cpu_kernel.py compiles this file, and passes CHUNK, GROUP and NORM_ROWS; the
 // definitions are in jepa/mamba.py and jepa/bf16.py.
 //
 //   L  tokens      E  channels      N  states per channel      K  taps of the convolution      D  token width
@@ -350,7 +350,7 @@ static void scan_backward(const Stored* dout, const Stored* u, const Stored* dt,
 
 // ---------------------------------------------------------------------------- a block with bfloat16 matrix products
 
-constexpr int64_t NORM_ROWS = 64;  // rows of one task of the norm, whose gradients of the weight are summed apart
+// NORM_ROWS rows are one task of the norm; the gradients of its weight are summed apart for each.
 constexpr float NORM_EPSILON = 1e-5f;
 
 // sum = x + branch and y = sum / sqrt(mean(sum^2) + epsilon) weight, for all rows; inverse (rows) is 1 / sqrt(...).
@@ -431,7 +431,7 @@ static void patches(const uint8_t* pictures, int64_t stride, bf16* rows, int64_t
     const int64_t across = S / p, run = 3 * p;
     parallel(samples * across, threads, [=](int64_t i) {
         const uint8_t* top = pictures + i / across * stride + i % across * p * S * 3;
-        float values[LANES];
+        float values[LANES] = {};
         for (int64_t y = 0; y < p; y++)
             for (int64_t x = 0; x < across; x++) {
                 const uint8_t* from = top + (y * S + x * p) * 3;

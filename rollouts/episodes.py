@@ -70,9 +70,12 @@ def episode_seed(suite: str, task_id: int, trial: int, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{suite} {task_id} {trial} {seed}".encode()).digest()[:4], "big")
 
 
-def reset_seed(suite: str, task_id: int, trial: int, seed: int) -> int:
-    """As `episode_seed`, of an episode that begins from a random reset: its scene is no init state's."""
-    return episode_seed(f"{suite} random reset", task_id, trial, seed)
+def reset_seed(purpose: str, suite: str, task_id: int, trial: int, seed: int) -> int:
+    """As `episode_seed`, of an episode that begins from a random reset.
+
+    Each purpose has scenes of its own: what a policy is chosen by is not what it is measured on.
+    """
+    return episode_seed(f"{suite} random reset, {purpose}", task_id, trial, seed)
 
 
 def start_name(settings: dict) -> str:

@@ -1,17 +1,21 @@
 """What run_libero_eval.py is asked to evaluate: its flags as one value, from which others are made with `replace`."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from demos.instructions import canonical_instruction
 from errors import BadInput
 from rollouts.episodes import Episode, episode_seed, reset_seed
-from simulator.suites import parse_numbers
+from simulator.suites import instruction_of, make_suite, numbers_text, parse_numbers
 
 LARGEST_SHIFT = 0.2  # metres
 LONGEST_EPISODE = 100_000  # steps, more than an hour
 MOST_TRIALS = 50  # episodes a task without --num_trials
+SAMPLE_STEPS = 4  # Euler steps of the flow, unless a flag says otherwise
+EPISODE_TIMEOUT = 900  # seconds of a worker's own work, likewise
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,15 @@ class Evaluation:
             check_range("num_trials", self.num_trials, num_init_states)
         return range(self.num_trials or min(num_init_states, MOST_TRIALS))
 
+    def init_states_played(self, num_init_states: int) -> str | None:
+        """The numbers of --init_states in one spelling; None where they are the first, as without the flag."""
+        trials = list(self.trials(num_init_states))
+        is_usual = self.init_states is None or trials == list(range(len(trials)))
+        return None if is_usual else numbers_text(trials)
+
     def episodes(self, task_ids: Sequence[int], trials: Sequence[int]) -> list[Episode]:
         """Every trial of every task, in the order of the tasks, without regard to the shard."""
-        seed_of = episode_seed if self.random_resets is None else reset_seed
+        seed_of = episode_seed if self.random_resets is None else functools.partial(reset_seed, "evaluation")
         return [
             Episode(self.task_suite, task_id, trial, seed_of(self.task_suite, task_id, trial, self.seed))
             for task_id in task_ids
@@ -93,3 +103,17 @@ def check_range(name: str, value: int, limit: float = math.inf) -> None:
     if not 1 <= value <= limit:
         bounds = f"between 1 and {limit}" if limit < math.inf else "at least 1"
         raise BadInput(f"--{name} {value}: expected {bounds}")
+
+
+def tasks_of(suite_name: str, instructions: Sequence[str]) -> dict[int, str]:
+    """Task id -> instruction of the suite's tasks whose instruction is one of these. Raises BadInput where none is."""
+    suite_name = suite_name.lower()
+    suite = make_suite(suite_name)
+    told = {task: canonical_instruction(instruction_of(suite, suite_name, task)) for task in range(suite.n_tasks)}
+    tasks = {task: instruction for task, instruction in told.items() if instruction in instructions}
+    if not tasks:
+        raise BadInput(
+            f"none of {suite_name}'s tasks is in the demonstrations, whose first is '{min(instructions)}'; "
+            "training.phase2.rollout_suite names another, and rollout_interval 0 plays nothing while training"
+        )
+    return tasks

@@ -89,12 +89,13 @@ def read_settings(directory: Path) -> dict:
         raise BadInput(f"{path}: not readable as JSON") from None
     if not isinstance(settings, dict) or not settings.keys() >= SETTINGS_KEYS:
         raise BadInput(f"{path}: is not of run_libero_eval.py; expected the keys {', '.join(sorted(SETTINGS_KEYS))}")
-    return with_precision(settings)
+    return completed(settings)
 
 
-def with_precision(settings: dict) -> dict:
-    """The settings of an evaluation; a policy's of before there was a choice were computed in fp32."""
-    return {"precision": "fp32"} | settings if settings["policy"] == "checkpoint" else settings
+def completed(settings: dict) -> dict:
+    """The settings of an evaluation with those that it had no choice of when it was made."""
+    of_policy = {"precision": "fp32"} if settings["policy"] == "checkpoint" else {}
+    return {"init_states_played": None, "random_resets": None} | of_policy | settings
 
 
 def read_episodes(directory: Path) -> list[dict]:

@@ -25,7 +25,7 @@ from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision
-from observation import ARM_JOINTS, CAMERAS, STATE_WIDTHS
+from observation import ARM_JOINTS, CAMERAS, ORIENTATION, STATE_WIDTHS
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation, check_range
 from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
@@ -212,7 +212,7 @@ def _checkpoint_policy(
 
 def check_observation(observation: dict, source: str) -> None:
     """The simulator here gives these cameras, this orientation, this state; a policy trained on others is refused."""
-    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_WIDTHS), "image_orientation": "opengl"}
+    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_WIDTHS), "image_orientation": ORIENTATION}
     for key, value in provided.items():
         if observation.get(key) != value:
             raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")

@@ -81,7 +81,7 @@ def draw_failure_sheet(directory: Path, failed: Sequence[dict]) -> None:
     for i, (episode, picture) in enumerate(pictures):
         y, x = i // columns * (tile + label), i % columns * tile
         sheet[y + label : y + label + tile, x : x + tile] = halved(_read_png(picture))
-        axes.text(x + 3, y + label / 2, f"task {episode['task_id']}, init {episode['trial']}", va="center", fontsize=7)
+        axes.text(x + 3, y + label / 2, f"task {episode['task_id']}, {episode['trial']}", va="center", fontsize=7)
     axes.imshow(sheet, interpolation="nearest")
     axes.axis("off")
     with unwritable_named(path), replaced_whole(path) as part:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import BadInput
+from rollouts.episodes import start_name
 from rollouts.evaluation import LARGEST_SHIFT, Evaluation
 from rollouts.folder import check_same
 from rollouts.statistics import describe, read_results
@@ -53,7 +54,8 @@ def conditions(evaluation: Evaluation, shift: float) -> dict[str, Evaluation]:
         raise BadInput("--side_by_side makes the table of its own eight evaluations; --beside belongs to a single one")
     cells = {}
     for policy, flow_start in ROWS:
-        for scene, shift_target in (("init_states", 0.0), ("shifted", shift)):
+        starts = "init_states" if evaluation.random_resets is None else "random_resets"
+        for scene, shift_target in ((starts, 0.0), ("shifted", shift)):
             name = f"policy_from_{flow_start}" if flow_start else policy
             cells[f"{name}_{scene}"] = replace(
                 evaluation, policy=policy, flow_start=flow_start, shift_target=shift_target
@@ -119,7 +121,7 @@ def cell_of(settings: dict, name: str) -> tuple[str, str]:
     if (policy, flow_start) not in ROWS:
         raise BadInput(f"{name}: key policy is {policy}, flow_start {flow_start}; the table has no such row")
     shift = 1000 * settings["shift_target"]
-    return ROWS[policy, flow_start], f"target shifted by up to {shift:g} mm" if shift else "init states"
+    return ROWS[policy, flow_start], f"target shifted by up to {shift:g} mm" if shift else f"{start_name(settings)}s"
 
 
 def _scenes_and_world(settings: dict) -> dict:
@@ -168,8 +170,10 @@ def num_cells(table: Table) -> int:
 
 
 def columns_of(table: Table) -> list[str]:
-    """Init states first, then shifts by size; at least two, the second of which nobody may have played."""
-    found = {column for row in table.values() for column in row} | {"init states"}
+    """Init states (or random resets) first, then shifts by size; at least two, the second of which nobody may have
+    played."""
+    found = {column for row in table.values() for column in row}
+    found |= set() if "random resets" in found else {"init states"}
     columns = sorted(found, key=lambda column: (len(column), column))
     return columns if len(columns) > 1 else [*columns, "target shifted"]
 

@@ -12,12 +12,17 @@ from statistics import fmean, median
 
 from errors import BadInput
 from rollouts.episodes import start_name
-from rollouts.folder import with_precision
+from rollouts.folder import completed
 
 Z = 1.959964
 NOT_RECORDED = "not recorded"
 NOTHING, ASKED_FOR = "nothing", "the object asked for"  # what a failure has lifted
-USUAL = {"simulator": "LIBERO's own", "shard": "the whole"}  # what the value None of a setting means
+USUAL = {  # what the value None of a setting means
+    "simulator": "LIBERO's own",
+    "shard": "the whole",
+    "init_states_played": "the first",
+    "random_resets": "none",
+}
 ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
 # What two results that are compared differ in by nature, or what only a policy that looks has.
 COMPARED = {"weights_sha256", "demos", "actions_sha256"}
@@ -66,7 +71,7 @@ def lifted_in_failures(finished: Sequence[dict]) -> dict[str, int]:
     """What the failures lifted, and how many of each kind: NOTHING, ASKED_FOR (and did not bring it there), or another
     object's name. An episode of before this was recorded counts as none of them."""
     kinds = Counter(
-        ASKED_FOR if episode["asked_for"] in episode["lifted"] else next(iter(episode["lifted"]), NOTHING)
+        ASKED_FOR if {*episode["asked_for"]} & {*episode["lifted"]} else next(iter(episode["lifted"]), NOTHING)
         for episode in finished
         if not episode["success"] and "lifted" in episode
     )
@@ -211,7 +216,7 @@ def read_results(path: Path) -> dict:
         raise BadInput(f"{path}: cannot be read ({problem.strerror}); expected a results.json") from None
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: not a results.json of run_libero_eval.py") from None
-    results["settings"] = with_precision(results["settings"])
+    results["settings"] = completed(results["settings"])
     return results
 
 

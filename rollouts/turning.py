@@ -16,9 +16,9 @@ import numpy as np
 
 from observation import from_simulator
 from rollouts.episodes import reset_seed
-from rollouts.while_training import tasks_of
-from simulator.env import LiberoEnv, make_env
-from simulator.layouts import graspable, without_number
+from rollouts.evaluation import tasks_of
+from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.layouts import MOVED_BY, graspable, without_number
 from simulator.scripted_expert import ScriptedExpert
 from simulator.suites import make_suite
 
@@ -28,7 +28,6 @@ CHANGES = {
     "moved": "the asked object stands up to 5 cm from where it stood",
     "another asked for": "the words ask for another object of the scene",
 }
-MOVED_BY = 0.05  # metres
 PAUSES = (0, 15)  # steps of the expert before the scene is paused: at the start, and on the way
 LEAST_TURN = 0.5  # of the expert, in robot units: a change that asks for less says nothing
 
@@ -55,7 +54,7 @@ def turning(
     for task, instruction in tasks_of(SUITE, instructions).items():
         env = make_env(make_suite(SUITE), task, observation["image_size"], observation["visual_mesh_ratio"])
         for scene in range(scenes):
-            env.reset(seed=reset_seed(SUITE, task, scene, seed))
+            env.reset(seed=reset_seed("turning", SUITE, task, scene, seed))
             rng = np.random.default_rng([seed, task, scene])
             turns += turns_of_scene(env, decide, instruction, instructions, chunk_length, rng)
         env.close()
@@ -107,7 +106,10 @@ def changed(
     """Makes the change and returns what the robot is told now; None where the scene does not allow it."""
     others = [name for name in graspable(env) if name != asked]
     if change == "moved":
-        env.shift_target(rng, MOVED_BY)
+        try:
+            env.shift_target(rng, MOVED_BY)
+        except SimulatorError:  # no free place
+            return None
         return instruction
     if change == "exchanged":
         other = others[rng.integers(len(others))]

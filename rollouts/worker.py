@@ -87,7 +87,7 @@ def play_episode(
         "steps": steps,
         "fingerprint": executed.hexdigest(),
         "broken_by_policy": broken,
-        "asked_for": env.target,
+        "asked_for": env.asked_for,  # objects
         "lifted": lifted,  # objects, in the order in which they left their place
     }
 

@@ -188,9 +188,15 @@ class LiberoEnv:
 
     @property
     def target(self) -> str | None:
-        """The object that the task asks for, None where it is about a fixture, such as a drawer."""
+        """The first object that the task is about, None where that is a fixture, such as a drawer."""
         name, *_ = self.domain.obj_of_interest
         return name if name in self.domain.objects_dict else None
+
+    @property
+    def asked_for(self) -> list[str]:
+        """The objects that the task says something of, without fixtures and without what others are put into."""
+        moved = {name for _, name, *_ in self.domain.parsed_problem["goal_state"]}
+        return [name for name in self.domain.obj_of_interest if name in moved and name in self.domain.objects_dict]
 
     def object_heights(self) -> dict[str, float]:
         """Where the middle of each movable object is, in metres above the floor of the world."""

@@ -253,10 +253,6 @@ class ShuffledTask:
     rank: int  # of the scene among those that hold the object; 0 is the one whose own task asks for it
     scenes: int  # that hold the object
 
-    def count(self, attempt: int) -> int:
-        """The number of an attempt among those of all scenes that hold the object, one of each in turn."""
-        return attempt * self.scenes + self.rank
-
     def share_of(self, demos: int) -> int:
         """How many of an instruction's demonstrations come from this scene: equally many from each, as long as that is
         two at least, since the loader needs one to train on and one to hold out."""

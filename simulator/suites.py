@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +45,7 @@ def parse_numbers(text: str, count: int, flag: str, thing: str, known: str | Non
     numbers = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        if not first.isdecimal() or ("-" in part and not last.isdecimal()):
             raise BadInput(f"{flag} {text}: expected {thing} ids such as 0,3 or 2-5")
         if int(last or first) >= count:
             there_are = known or f"there are the {thing}s"
@@ -53,6 +54,17 @@ def parse_numbers(text: str, count: int, flag: str, thing: str, known: str | Non
     if not numbers:
         raise BadInput(f"{flag} {text}: names no {thing}")
     return sorted(numbers)
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Numbers in order as `parse_numbers` reads them: [0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def instruction_of(suite, suite_name: str, task_id: int) -> str:

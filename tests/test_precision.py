@@ -231,7 +231,7 @@ def test_a_kernel_that_is_wrong_is_not_used(wrong, monkeypatch, capsys):
     monkeypatch.setattr(cpu_kernel, "has_bfloat16_products", lambda: True)
     assert choose_precision("auto", CPU) == "fp32"
     assert "differ from float32 by" in capsys.readouterr().out
-    with pytest.raises(BadInput, match=r"^training.precision=bf16, but its products differ .* training.precision=fp32"):
+    with pytest.raises(BadInput, match=r"^precision bf16 was asked for, but its products differ .* use fp32"):
         choose_precision("bf16", CPU)
 
 

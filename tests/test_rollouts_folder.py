@@ -12,11 +12,11 @@ import pytest
 from helpers import ROOT, Page, run
 
 from errors import BadInput
-from rollouts.episodes import Episode, episode_seed, shard_of
+from rollouts.episodes import Episode, episode_seed, reset_seed, shard_of
 from rollouts.evaluation import Evaluation
 from rollouts.folder import EvaluationFolder, merge, read_episodes
 from rollouts.report import write_report, write_side_by_side_report
-from rollouts.side_by_side import OWN, conditions, read_beside, results_of_all, side_by_side, table_text
+from rollouts.side_by_side import OWN, cell_of, conditions, read_beside, results_of_all, side_by_side, table_text
 from rollouts.statistics import (
     causes_text,
     comparison_text,
@@ -610,6 +610,10 @@ def test_episodes_begin_at_the_init_states_that_are_asked_for():
         BadInput, match="--init_states 10-50: there are the init states 0 to 49, there is no init state 50"
     ):
         replace(ASKED, init_states="10-50").trials(50)
+    assert replace(ASKED, init_states="10-30, 31-49").init_states_played(50) == "10-49"  # one spelling
+    assert replace(ASKED, init_states="0-4").init_states_played(50) is None  # those of --num_trials 5
+    with pytest.raises(BadInput, match="--init_states 10-: expected init state ids"):
+        replace(ASKED, init_states="10-").trials(50)
     with pytest.raises(BadInput, match="--num_trials and --init_states: each says which episodes are played"):
         replace(ASKED, num_trials=3, init_states="1")
 
@@ -618,6 +622,8 @@ def test_random_resets_share_no_scene_with_the_init_states_and_are_never_paired_
     resets = replace(ASKED, random_resets=40)
     episodes = resets.episodes([6], resets.trials(50))
     assert len({one.seed for one in episodes} | {one.seed for one in ASKED.episodes([6], range(40))}) == 80
+    assert episodes[0].seed != reset_seed("while training", "libero_object", 6, 0, 0)
+    assert cell_of(SETTINGS | {"random_resets": 40}, "x")[1] == "random resets"
     title = describe(SETTINGS | {"num_trials": 40, "random_resets": 40}, 80)
     assert "all 2 tasks x 40 random resets (not the suite's init states)" in title
     assert "x 3 of 50 init states (10-12)" in describe(
@@ -631,9 +637,9 @@ def test_random_resets_share_no_scene_with_the_init_states_and_are_never_paired_
 
 def test_a_failure_is_told_by_what_it_lifted(tmp_path):
     def failure(trial: int, *lifted: str) -> dict:
-        return episode(6, trial, success=False) | {"asked_for": "butter_1", "lifted": [*lifted]}
+        return episode(6, trial, success=False) | {"asked_for": ["butter_1"], "lifted": [*lifted]}
 
-    solved = episode(6, 0) | {"asked_for": "butter_1", "lifted": ["butter_1"]}
+    solved = episode(6, 0) | {"asked_for": ["butter_1"], "lifted": ["butter_1"]}
     failures = [failure(1), failure(2, "milk_1", "butter_1"), failure(3, "milk_1"), failure(4, "ketchup_1"), failure(5)]
     row = summarise([solved, *failures, episode(6, 6, success=False), episode(6, 7, error="died")])
     found = row["lifted_in_failures"]

@@ -128,7 +128,7 @@ def test_what_was_lifted_is_recorded_in_its_order(tmp_path):
 
     rollouts = Rollouts("libero_object", 64, 0.2, 90, 0.0, False, "none", tmp_path)
     outcome = play_episode(env, episode, init_state, rollouts, expert)
-    assert (outcome["success"], outcome["asked_for"], outcome["lifted"]) == (False, "butter_1", ["butter_1"])
+    assert (outcome["success"], outcome["asked_for"], outcome["lifted"]) == (False, ["butter_1"], ["butter_1"])
     random_reset = play_episode(env, episode, None, rollouts, lambda obs: np.tile(STAND_STILL, (90, 1)))
     assert random_reset["lifted"] == [] and random_reset["fingerprint"] != outcome["fingerprint"]
     env.close()

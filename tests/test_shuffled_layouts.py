@@ -271,9 +271,12 @@ def test_demos_of_an_instruction_are_spread_over_its_scenes_whichever_others_are
 
 def test_missed_grasps_are_spread_over_all_scenes_of_an_instruction(tasks):
     butter = [task for task in tasks if task.target == "butter_1"]
-    chosen = [[begins_after_a_miss(task.count(attempt), 0.4) for attempt in range(10)] for task in butter]
-    assert np.sum(chosen) == 24
-    assert np.sum(chosen, axis=1).max() <= 5 and np.sum(np.array(chosen)[:, :2]) == pytest.approx(0.4 * 12, abs=1)
+    for share in (0.4, 0.5, 0.25, 1 / 3, 0.0, 1.0):
+        chosen = np.array(
+            [[begins_after_a_miss(attempt, share, task.rank / task.scenes) for attempt in range(12)] for task in butter]
+        )
+        assert (abs(chosen.sum(axis=1) - 12 * share) < 1).all()  # no scene has all of them, and none has none
+        assert abs(chosen[:, :2].sum() - 12 * share) <= 2
 
 
 def start(env: LiberoEnv, *entropy: int) -> np.ndarray:

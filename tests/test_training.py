@@ -344,6 +344,13 @@ def test_best_is_by_success_where_rollouts_are_played_and_a_resumed_run_keeps_it
     train_here(monkeypatch, "--phase", 2, "--checkpoint", folder / "checkpoint_epoch_8.pt", *resumed)
     assert read_checkpoint(folder / "checkpoint_best.pt")["epoch"] == 10
     assert read_checkpoint(folder / "checkpoint_epoch_9.pt")["best_success"] == 0.5
+    # Where none are played any more, the loss alone decides.
+    without = [*both, "--set", "training.phase2.num_epochs=11", "--set", "training.phase2.rollout_interval=0"]
+    train_here(monkeypatch, "--phase", 2, "--checkpoint", folder / "checkpoint_epoch_10.pt", *without)
+    before, after = (read_checkpoint(folder / f"checkpoint_{name}.pt") for name in ("epoch_10", "latest"))
+    is_better = after["loss"] < before["best_loss"]
+    assert read_checkpoint(folder / "checkpoint_best.pt")["epoch"] == (11 if is_better else 10)
+    assert after["best_success"] == -1.0
 
 
 @pytest.mark.parametrize("phase, folder", [(1, "phase1_temporal_jepa"), (2, "phase2_flow_matching")])

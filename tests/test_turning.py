@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, run
 
 from rollouts import turning as turning_module
 from rollouts.turning import CHANGES, Turn, expert_chunk, slope, turning, turns_of_scene
 from simulator.env import make_env
 from simulator.suites import make_suite
+from statevla_model import StateVLA
 
 pytestmark = pytest.mark.simulator
 BUTTER, KETCHUP = (f"pick up the {name} and place it in the basket" for name in ("butter", "ketchup"))
@@ -36,6 +38,17 @@ def test_the_expert_itself_turns_by_one_and_who_ignores_the_scene_by_none(env):
     assert slope(found)["turn"] == pytest.approx(1, abs=0.05) and slope(found)["changes"] >= 4
     assert env.target == "butter_1"
     assert slope(turns(env, lambda obs, told: np.ones((10, 7))))["turn"] == 0
+
+
+def test_a_policy_that_ignores_the_scene_turns_by_nothing_whatever_its_noise(monkeypatch, tmp_path):
+    def noise_alone(self, obs, instruction, generator, **sampling):
+        return torch.randn(10, 7, generator=generator).numpy()
+
+    monkeypatch.setattr(StateVLA, "decide", noise_alone)
+    monkeypatch.setattr(turning_module, "tasks_of", lambda suite, known: {6: BUTTER})
+    run("eval.py", "--checkpoint", PRETRAINED, "--turning", "--output", tmp_path / "turns.json")
+    found = json.loads((tmp_path / "turns.json").read_text())["turning"]
+    assert {one["turn"] for one in found.values()} == {0.0}
 
 
 def test_a_policy_is_shown_the_change_and_told_of_it(env):

@@ -186,6 +186,10 @@ class Score(NamedTuple):
     success: float  # below 0 where none were played
     loss: float
 
+    def __str__(self) -> str:
+        solved = f"{self.success:.0%} of the rollouts solved, " if self.success >= 0 else ""
+        return f"{solved}validation loss {self.loss:.4f}"
+
     def beats(self, other: "Score") -> bool:
         return (self.success, -self.loss) > (other.success, -other.loss)
 

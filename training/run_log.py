@@ -158,13 +158,18 @@ def is_collapsing(metrics: dict[str, float], before: dict[str, float] | None, st
     return any(is_low and not rising for is_low, rising in zip(low, rises, strict=True))
 
 
+def broken(values: dict[str, float]) -> list[str]:
+    """The names of those that are not finite."""
+    return [name for name, value in values.items() if not math.isfinite(value)]
+
+
 def check_finite(values: dict[str, float], step: int, learning_rate: float, bfloat16: bool, untouched: bool) -> None:
     """Raises BadInput that names the losses that are not finite, with advice that can help. `untouched`: they are those
     of the weights as they were at the start."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if not broken:
+    names = broken(values)
+    if not names:
         return
-    found = f"training diverged: {', '.join(broken)} at step {step} not finite"
+    found = f"training diverged: {', '.join(names)} at step {step} not finite"
     if untouched:
         raise BadInput(f"{found}, before any weight was changed; are the weights that it started from finite?")
     advice = f"lower the learning rate ({learning_rate:g}) or raise training.warmup_steps"

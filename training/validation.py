@@ -34,7 +34,7 @@ def validate(trainer: StateVLATrainer, batches: Batches) -> dict[str, float]:
 def play_rollouts(
     trainer: StateVLATrainer, language: LanguageTable, observation: dict, config: Config, pictures: Path
 ) -> float:
-    """The share of a few episodes that the policy solves as it is now. Raises BadInput where none could be finished."""
+    """The share of a few episodes that the policy solves as it is now; below 0 where all of them crashed."""
     recipe = config.training.phase2
     trainer.eval()
     success = success_rate(
