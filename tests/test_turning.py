@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import ROOT, run
 
+import eval as offline_evaluation
 from rollouts import turning as turning_module
-from rollouts.turning import CHANGES, Turn, expert_chunk, slope, turning, turns_of_scene
+from rollouts.turning import CHANGES, Turn, expert_chunk, slope, turns_of_scene
 from simulator.env import make_env
 from simulator.suites import make_suite
 from statevla_model import StateVLA
@@ -46,6 +47,7 @@ def test_a_policy_that_ignores_the_scene_turns_by_nothing_whatever_its_noise(mon
 
     monkeypatch.setattr(StateVLA, "decide", noise_alone)
     monkeypatch.setattr(turning_module, "tasks_of", lambda suite, known: {6: BUTTER})
+    monkeypatch.setattr(offline_evaluation, "SCENES_TO_TURN_IN", 1)
     run("eval.py", "--checkpoint", PRETRAINED, "--turning", "--output", tmp_path / "turns.json")
     found = json.loads((tmp_path / "turns.json").read_text())["turning"]
     assert {one["turn"] for one in found.values()} == {0.0}
@@ -72,10 +74,14 @@ def test_the_slope_is_that_of_the_policys_change_along_the_experts():
 
 def test_eval_py_prints_the_turns_of_a_policy_and_writes_them_down(tmp_path, monkeypatch):
     monkeypatch.setattr(turning_module, "tasks_of", lambda suite, known: {6: BUTTER})
+    monkeypatch.setattr(offline_evaluation, "SCENES_TO_TURN_IN", 1)
     said = run("eval.py", "--checkpoint", PRETRAINED, "--turning", "--output", tmp_path / "turns.json").stdout
     found = json.loads((tmp_path / "turns.json").read_text())["turning"]
     assert found.keys() == CHANGES.keys() and all(one["changes"] for one in found.values())
     assert f"{found['moved']['turn']:.2f}" in said
-    observation = {"image_size": 128, "visual_mesh_ratio": 0.2}
-    again = turning(lambda obs, told: np.zeros((10, 7)), [BUTTER], 10, observation, 1, seed=0)
-    assert again["another asked for"] == {"turn": None, "changes": 0}  # no other instruction is known
+
+
+def test_words_that_the_policy_does_not_know_are_never_said(env):
+    env.reset(seed=3)
+    alone = turns_of_scene(env, lambda obs, told: np.zeros((10, 7)), BUTTER, [BUTTER], 10, np.random.default_rng(0))
+    assert {turn.change for turn in alone} == {"exchanged", "moved"}
