@@ -100,10 +100,10 @@ clean-demo:
 	rm -rf $(DATA) $(RUNS)
 
 test: install $(VENV)/reference/.installed
-	@OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/reference) $(RUN) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/reference) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: install
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not simulator and not slow"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not simulator and not slow"
 
 lint: install
 	@$(VENV)/bin/ruff check .

@@ -16,6 +16,10 @@ SIMULATOR_FILES = {
     "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_shuffled_layouts.py",
     "test_simulator.py", "test_simulator_check.py",
 }  # fmt: skip
+LONGEST_FIRST = (  # files that take a minute or more: one that begins last would keep one process alone at work
+    "test_training.py", "test_collect_demos.py", "test_libero_eval.py", "test_simulator.py", "test_shuffled_layouts.py",
+    "test_rollouts_pool.py", "test_benchmarks.py", "test_mamba.py", "test_turning.py", "test_precision.py",
+)  # fmt: skip
 SLOW_FILES = {"test_benchmarks.py", "test_supported_pythons.py"}
 SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone"}
 
@@ -31,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("simulator")
         if item.path.name in SLOW_FILES or fixtures & SLOW_FIXTURES:
             item.add_marker("slow")
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))  # keeps the order within a file
 
 
 @pytest.fixture(scope="session")
