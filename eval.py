@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--turning", action="store_true",
-        help="only ask whether a phase-2 policy looks: in the simulator, without demonstrations; a minute or two",
+        help="only ask whether a phase-2 policy looks: in the simulator, without demonstrations; some minutes",
     )  # fmt: skip
     parser.add_argument(
         "--data_directory", type=expanded, metavar="DIR", help="folder of *_demo.hdf5 files (default: the checkpoint's)"

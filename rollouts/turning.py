@@ -3,7 +3,7 @@
 At a paused state the policy gives a chunk of actions, and the scripted expert those that it would execute. Then, in the
 same state of the arm, one of CHANGES is made and both answer again. With the change dp of the policy's summed x and y
 and the change de of the expert's, the turn is sum <dp, de> / sum |de|^2 over all scenes: 0 where the change is ignored,
-1 where the policy turns as far as the expert does. It costs a minute or two, and offline errors do not tell it.
+1 where the policy turns as far as the expert does. It costs some minutes, and offline errors do not tell it.
 
 Only in libero_object, where the expert acts.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from observation import from_simulator
 from rollouts.episodes import reset_seed
@@ -51,7 +52,7 @@ def turning(
     resets of each task. Raises BadInput where none of the suite's tasks is known.
     """
     turns: list[Turn] = []
-    for task, instruction in tasks_of(SUITE, instructions).items():
+    for task, instruction in tqdm(tasks_of(SUITE, instructions).items(), desc="pausing scenes", unit="task"):
         env = make_env(make_suite(SUITE), task, observation["image_size"], observation["visual_mesh_ratio"])
         for scene in range(scenes):
             env.reset(seed=reset_seed("turning", SUITE, task, scene, seed))
