@@ -46,7 +46,6 @@ from rollouts.report import write_report, write_side_by_side_report
 from rollouts.side_by_side import (
     OWN,
     conditions,
-    num_cells,
     read_beside,
     results_of_all,
     side_by_side,
@@ -281,9 +280,7 @@ def finish(
         print(f"the failures lifted: {causes}")
     for trouble, times in Counter(filter(None, map(trouble_of, episodes))).most_common():
         print(f"{times} x {trouble}")
-    print(f"overall: {figures_text(overall)}\n")
-    if num_cells(results["side_by_side"]) > 1:
-        print(f"{table_text(results['side_by_side'])}\n")
+    print(f"overall: {figures_text(overall)}\n\n{table_text(results['side_by_side'])}\n")  # a dash: not played beside
     print(f"results: {folder.directory / 'results.json'}, to look at: {report}")
     return results
 

@@ -170,7 +170,9 @@ def test_merged_shards_give_the_figures_of_the_whole(tmp_path):
     assert results["overall"] == json.loads(json.dumps(summarise(whole)))
     assert results["title"] == "libero_object, all 2 tasks x all 3 init states, flow started from noise"
     assert "overall: 4/6 successes = 66.7%, 95% interval 30.0 to 90.3%" in said
-    assert "policy, flow from noise" not in said  # one cell is no table
+    own, *others = [line for line in said.splitlines() if re.match("policy, flow|one demo|standing still", line)]
+    assert own.startswith("policy, flow from noise") and " of " in own
+    assert all(re.split("  +", line)[1:] == ["-", "-"] for line in others)  # nothing else has been played beside it
     assert results["side_by_side"]["policy, flow from noise"]["init states"]["trials"] == 6
     assert (tmp_path / "all/failures.png").exists()
 
