@@ -113,6 +113,7 @@ class Phase2Config:
     image_shift: CountOrZero
     state_scaling: Literal["standardise", "none"]
     state_noise: NumberOrZero
+    weight_average: Annotated[float, Range(0, 0.999999)]
     flow_start: Literal["noise", "zero"]
     rollout_interval: CountOrZero
     rollouts_per_task: Count

@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -49,6 +49,7 @@ from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from rollouts.evaluation import tasks_of
 from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
+from training.average import WeightAverage, set_parameters
 from training.checkpoint import NO_SCORE, Score, check_same_run, read_checkpoint, save_checkpoint
 from training.optimizer import (
     ema_momentum,
@@ -113,6 +114,10 @@ def main() -> None:
         )
         if resumed:
             restore_optimizer(optimizer, resumed["optimizer_state_dict"])
+        decay = config.training.phase2.weight_average if phase == 2 else 0.0
+        average = WeightAverage(trained, decay, resumed["step"] if resumed else 0) if decay else None
+        if resumed and resumed.get("last_weights"):  # the checkpoint's others are their average
+            set_parameters(trained, resumed["last_weights"])
 
         # Samples of training demos in an order that changes with the epoch, held-out ones as they are.
         samples = {1: phase1_samples, 2: phase2_samples}[phase](trainer, data, config)
@@ -152,8 +157,9 @@ def main() -> None:
             "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
         }
 
-        def validate_and_save(epoch: int) -> None:
-            """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
+        def validate_and_save(epoch: int, last_weights: Sequence[Tensor] = ()) -> None:
+            """After `epoch` epochs. Nothing is saved of a model that is no longer finite. last_weights: what the
+            parameters were before their average took their place, () where it did not."""
             nonlocal best
             began = time.perf_counter()
             seed_noise(config.training.seed, "validation")  # the same noise after every epoch
@@ -178,6 +184,7 @@ def main() -> None:
                     "best_loss": best.loss,  # of the best checkpoint, as best_success
                     "best_success": best.success,
                     "model_state_dict": trainer.state_dict(),
+                    "last_weights": list(last_weights),  # of `trained`, to be resumed from
                     "optimizer_state_dict": optimizer.state_dict(),
                 }
                 if epoch and epoch % config.training.save_interval == 0:
@@ -209,6 +216,8 @@ def main() -> None:
                     gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
+                    if average:
+                        average.update()
                     if phase == 1:
                         trainer.update_target(ema_momentum(step, total_steps, config))
                     step += 1
@@ -218,7 +227,8 @@ def main() -> None:
                         means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
                         check_finite(means, step, learning_rate, precision == "bf16", untouched=step == 1)
                         progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-                validate_and_save(epoch + 1)
+                with average.in_use() if average else contextlib.nullcontext(()) as last_weights:
+                    validate_and_save(epoch + 1, last_weights)
         except KeyboardInterrupt:
             latest = log.directory / "checkpoint_latest.pt"
             goes_on_from = latest if latest.exists() else resumed_from

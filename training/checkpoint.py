@@ -47,6 +47,7 @@ CAME_LATER = {
     "training.phase2.image_shift": 0,
     "training.phase2.state_scaling": "standardise",
     "training.phase2.state_noise": 0.0,
+    "training.phase2.weight_average": 0.0,
     "training.phase2.flow_start": "noise",
     "training.phase2.rollout_interval": 0,
     "training.phase2.rollouts_per_task": 2,
@@ -127,7 +128,7 @@ def weights_alone(checkpoint: dict) -> dict:
     for name in weights:
         if name.startswith(f"{encoder}target."):
             weights[name] = weights[name.replace(f"{encoder}target.", encoder)]
-    return checkpoint | {"model_state_dict": weights, "optimizer_state_dict": {}}
+    return checkpoint | {"model_state_dict": weights, "optimizer_state_dict": {}, "last_weights": []}
 
 
 def check_same_run(
