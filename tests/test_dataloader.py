@@ -19,7 +19,7 @@ from dataloader import Batches, LowDimensional, chunk_rows, frame_rows, shift_pi
 from demos.frames import DeviceFrames, open_frames
 from demos.hdf5 import find_task_files, numbered_alone, split_demos
 from demos.instructions import canonical_instruction, same_task, task_instruction
-from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_file, load_language
+from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_files, load_language
 from errors import BadInput
 from simulator.suites import bddl_path, make_suite
 
@@ -192,7 +192,7 @@ def test_an_observation_is_uint8_pictures_float32_state_and_language(tmp_path):
 def test_stored_states_meet_the_chunks_of_their_own_frames(tmp_path, recorded):
     write_task_file(tmp_path, alignment=recorded)
     demos, _ = load(tmp_path)
-    states = torch.cat([demo.joint_states for demo in demos])  # the joints stand for z
+    states = torch.cat([demo.robot_state["joint_states"] for demo in demos])  # the joints stand for z
     rows = chunk_rows(demos[1:], 10)
     with_obs, with_states = (samples_of(batches_of(demos, rows, 10, **kind)) for kind in ({}, {"states": states}))
     assert len(with_obs) == len(with_states) > 0
@@ -207,7 +207,7 @@ def test_some_demos_can_be_numbered_alone(tmp_path):
     alone = numbered_alone([demos[3], demos[1]])
     samples = samples_of(batches_of(alone, frame_rows(alone), 0))
     assert len(samples) == 60
-    assert torch.equal(samples[35]["obs"]["joint_states"], demos[1].joint_states[5])
+    assert torch.equal(samples[35]["obs"]["joint_states"], demos[1].robot_state["joint_states"][5])
 
 
 def test_an_epoch_is_a_seeded_permutation_and_drops_only_the_incomplete_batch(tmp_path):
@@ -262,7 +262,7 @@ def test_reading_ahead_never_overwrites_the_batch_in_use(tmp_path):
     batches = batches_of(demos, transition_rows(demos, 1), 1, gap=1, seed=0, batch_size=4)
     with h5py.File(demos[0].path) as file:
         frames = np.concatenate([file["data"][demo.key]["obs/agentview_rgb"] for demo in demos])
-    joints = torch.cat([demo.joint_states for demo in demos])
+    joints = torch.cat([demo.robot_state["joint_states"] for demo in demos])
     for _ in range(2):  # the second epoch finds the buffers of the first
         for batch in batches:
             time.sleep(0.002)  # the reader fills whatever it may
@@ -511,11 +511,11 @@ def test_embeddings_are_normalised_when_loaded(tmp_path):
 
 
 def test_embeddings_lie_beside_the_demos_or_where_the_config_says(tmp_path):
-    assert embeddings_file(data_config(tmp_path)) == tmp_path / EMBEDDINGS_FILE
+    assert embeddings_files(data_config(tmp_path)) == [tmp_path / EMBEDDINGS_FILE]
     own = data_config(tmp_path, f"data.language_embeddings={tmp_path}/elsewhere/own.npz")
-    assert embeddings_file(own) == tmp_path / "elsewhere/own.npz"
+    assert embeddings_files(own) == [tmp_path / "elsewhere/own.npz"]
     with pytest.raises(BadInput, match=f"run `python embed_language.py --data_directory DIR --output {tmp_path}/else"):
-        load_language(embeddings_file(own), [INSTRUCTION], 512)
+        load_language(embeddings_files(own)[0], [INSTRUCTION], 512)
 
 
 def test_a_task_without_an_embedding_is_an_error_that_says_what_to_run(tmp_path):
