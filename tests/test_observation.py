@@ -24,7 +24,7 @@ def test_axis_and_angle_are_the_quaternions_rotation():
 
 
 def test_a_turn_through_pi_is_continuous():
-    """A quaternion that keeps its sign moves through w = 0; the angle goes from below pi to above it, the axis stays."""
+    """A quaternion that keeps its sign moves through w = 0: the angle grows beyond pi, the axis stays."""
     angles = np.pi + np.linspace(-0.1, 0.1, 201)
     axis = np.array([0.96, 0.28, 0.0])
     turns = np.array([axis_angle(np.append(axis * np.sin(angle / 2), np.cos(angle / 2))) for angle in angles])
