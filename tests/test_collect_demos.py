@@ -730,6 +730,15 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch, said_by):
     assert "no home folder of ~nobody_here is known" in said_by("--data_directory", "~nobody_here/demos")
 
 
+def test_which_of_several_folders_is_to_be_filled_is_asked(said_by, monkeypatch, capsys):
+    several = ("--set", "data.data_directory=[a, b]")
+    assert "--tasks 10: " in said_by(*several, "--tasks", "10")  # which --data_directory has told
+    monkeypatch.setattr(sys, "argv", list(map(str, command(*several)[1:])))
+    with pytest.raises(SystemExit):
+        collect_demos.main()
+    assert "data.data_directory lists 2 folders; say with --data_directory which" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
