@@ -62,7 +62,8 @@ def leaves(tree: dict, prefix: str = ""):
 
 
 def test_a_moved_key_is_read_in_its_new_places(tmp_path):
-    path, found = unpacked(EARLIER[2], tmp_path)  # image_shift of both phases was one key then
+    of_then = Path(__file__).with_name("checkpoints") / "aade154.pt"  # image_shift of both phases was one key
+    path, found = unpacked(of_then, tmp_path)
     found["checkpoint"]["config"]["training"]["image_shift"] = 3
     torch.save(found["checkpoint"], path)
     training = parse_config(read_checkpoint(path)["config"], str(path)).training
