@@ -56,7 +56,7 @@ class Request(NamedTuple):
 def message_of(obs: Mapping[str, np.ndarray], instruction: str, seed: int, decision: int) -> dict:
     """obs: observation.from_simulator's with `ee_pos` and `ee_ori` besides."""
     state = np.concatenate([obs["ee_pos"], obs["ee_ori"], obs["gripper_states"]])
-    pictures = {key: np.ascontiguousarray(obs[camera][::-1, ::-1]) for camera, key in IMAGES.items()}
+    pictures = {key: turned(obs[camera]) for camera, key in IMAGES.items()}
     return pictures | {
         STATE: state.astype(np.float64),
         "observation/joint_position": obs["joint_states"],
@@ -65,6 +65,12 @@ def message_of(obs: Mapping[str, np.ndarray], instruction: str, seed: int, decis
         SEED: seed,
         DECISION: decision,
     }
+
+
+def turned(picture: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 by 180 degrees, picture[::-1, ::-1] as a copy: its pixels in reverse order."""
+    pixels = np.ascontiguousarray(picture).reshape(-1).view("V3")
+    return np.ascontiguousarray(pixels[::-1]).view(np.uint8).reshape(picture.shape)
 
 
 class RequestReader:
@@ -117,7 +123,7 @@ class RequestReader:
                 f"key {key} is {picture.dtype} {picture.shape}, expected uint8 ({size}, {size}, 3), or another square"
                 f" picture of {least} to {largest} pixels a side"
             )
-        return np.ascontiguousarray(picture[::-1, ::-1])  # LIBERO's raw rows
+        return turned(picture)  # LIBERO's raw rows
 
     def _instruction(self, message: Mapping[Any, Any]) -> str:
         prompt = _value(message, PROMPT)

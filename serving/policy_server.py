@@ -13,10 +13,12 @@ import ipaddress
 import logging
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -137,6 +139,36 @@ class PolicyServer:
         self.decisions += 1
         timing = {"infer_ms": ms} | ({} if previous_ms is None else {"prev_total_ms": previous_ms})
         return packed({"actions": chunk, "server_timing": timing})
+
+
+@contextmanager
+def in_background(server: PolicyServer) -> Iterator[PolicyServer]:
+    """Listens in a thread of its own until the block ends. Raises BadInput where it cannot."""
+    listens, problems = threading.Event(), []
+
+    async def listen() -> None:
+        try:
+            async with server:
+                ended.set_result((asyncio.Event(), asyncio.get_running_loop()))
+                listens.set()
+                await ended.result()[0].wait()
+        except BadInput as problem:
+            problems.append(problem)
+            listens.set()
+
+    ended: Future = Future()
+    thread = threading.Thread(target=lambda: asyncio.run(listen()), name="policy server")
+    thread.start()
+    listens.wait()
+    try:
+        if problems:
+            raise problems[0]
+        yield server
+    finally:
+        if not problems:
+            event, loop = ended.result()
+            loop.call_soon_threadsafe(event.set)
+        thread.join()
 
 
 def _timed(decide: Decide, request: Request) -> tuple[np.ndarray, float]:

@@ -37,6 +37,7 @@ def said(tmp_path_factory) -> dict:
             )
         finally:
             server.send_signal(signal.SIGTERM)
+            server.communicate(timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) | {
         "sent": dict(np.load(sent)),
@@ -52,7 +53,6 @@ def test_the_real_client_gets_chunks_that_its_broker_hands_out_one_by_one(said):
     np.testing.assert_array_equal(said["performed"], actions[:5])
     assert said["timing"].keys() == {"infer_ms", "prev_total_ms"}
     assert said["metadata"]["image_size"] == 128 and said["metadata"]["control_hz"] == 20
-    assert said["overhead_ms"] < 20  # benchmarks/serving.py measures it
 
 
 def test_the_real_client_reads_what_is_wrong_and_goes_on(said):
