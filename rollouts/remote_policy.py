@@ -5,6 +5,7 @@ to an episode (it dies, does not answer, answers with anything but a chunk) is a
 machine does is; what its chunk does to the robot is the policy's own failure.
 """
 
+import contextlib
 import http.client
 import os
 import time
@@ -153,10 +154,10 @@ def wait_until_healthy(address: str) -> None:
         except urllib.error.HTTPError as answer:  # from another server of the protocol, which may have no such page
             answer.close()
             return
+        except (ValueError, http.client.InvalidURL) as problem:
+            raise BadInput(f"--policy {address}: is no address ({problem}); expected ws://host:port") from None
         except (OSError, http.client.HTTPException) as problem:
             why = _in_short(getattr(problem, "reason", None) or problem)
-        except ValueError as problem:
-            raise BadInput(f"--policy {address}: is no address ({problem}); expected ws://host:port") from None
         if time.monotonic() > deadline:
             seconds = f"{SECONDS_TO_CONNECT:g} seconds"
             raise BadInput(f"--policy {address}: nobody answers at {health} within {seconds} ({why}); is it running?")
@@ -188,10 +189,11 @@ def remote_policy(evaluation: Evaluation, tasks: Mapping[int, Task]) -> tuple[Re
         )
     black = nothing_seen(int(image_size)) | {name: np.zeros(width, np.float32) for name, width in WIDTH_OF.items()}
     try:
-        conversation = policy.converse(Episode(evaluation.task_suite, next(iter(told)), 0, 0))
-        first = conversation.whole_chunk(black, FIRST_DECISION * evaluation.decision_timeout)
-        of_chunk, policy.steps = steps_of_chunk(evaluation, len(first), lambda: conversation.whole_chunk(black))
-        conversation.close()
+        with contextlib.closing(
+            policy.converse(Episode(evaluation.task_suite, next(iter(told)), 0, 0))
+        ) as conversation:
+            first = conversation.whole_chunk(black, FIRST_DECISION * evaluation.decision_timeout)
+            of_chunk, policy.steps = steps_of_chunk(evaluation, len(first), lambda: conversation.whole_chunk(black))
     except NoChunk as problem:
         raise BadInput(f"--policy {evaluation.server}: {problem}") from None
     who = {name: value for name, value in metadata.items() if name != "code"}

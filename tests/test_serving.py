@@ -259,13 +259,12 @@ JOINTS = "observation/joint_position"
         (GOOD | {JOINTS: np.full(7, 1e300)}, f"key {JOINTS} has a value that is not finite"),
         (GOOD | {"prompt": 3}, "key prompt is of type int, expected a text"),
         (GOOD | {"prompt": "dance"}, "key prompt is 'dance', which is none of the 1 instructions"),
-        (GOOD | {"observation/sampling_seed": -1}, "key observation/sampling_seed is -1, expected a whole number from 0"),
+        (GOOD | {"observation/sampling_seed": -1}, "key observation/sampling_seed is -1, expected a whole number"),
         (GOOD | {"observation/decision": 0.5}, "key observation/decision is 0.5, expected a whole number from 0"),
         *[
             (
                 GOOD | {"observation/image": picture},
-                f"key observation/image is {picture.dtype} {picture.shape}, expected uint8 (64, 64, 3), or another"
-                " square picture of 32 to 512 pixels a side",
+                f"key observation/image is {picture.dtype} {picture.shape}, expected uint8 (64, 64, 3), or another",
             )
             for picture in (
                 np.zeros((64, 64, 3), np.float32), np.zeros((64, 32, 3), np.uint8), np.zeros((31, 31, 3), np.uint8),
@@ -411,8 +410,8 @@ def test_the_policy_in_the_tree_is_served_until_sigterm_ends_it():
             server.send_signal(signal.SIGTERM)
             with pytest.raises(ConnectionClosed, match="1001"):
                 connection.recv(30)
-    finally:
-        server.send_signal(signal.SIGTERM)
         said, _ = server.communicate(timeout=30)
+    finally:
+        server.kill()
     assert server.returncode == 0
     assert said == "stopped after 1 decisions, for at most 1 clients at once\n"
