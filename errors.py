@@ -48,6 +48,18 @@ def out_of_memory_named(sentence: str) -> Iterator[None]:
         raise BadInput(sentence) from None
 
 
+@contextmanager
+def extras_named() -> Iterator[None]:
+    """Around imports of what requirements-interop.txt alone brings: what is missing is BadInput that says so."""
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        raise BadInput(
+            f"the package {problem.name} is not installed; `pip install -r requirements-interop.txt` brings what is"
+            " needed to speak with other programs"
+        ) from None
+
+
 def exits_on_bad_input(main):
     """Wraps a script's main(): BadInput, running out of memory and what the machine refuses (a full disk, a file that
     may not be read) become one sentence and exit code 2, Ctrl-C one sentence and 130, as shells have it."""

@@ -18,6 +18,7 @@ ROBOT_STATES = {  # data.robot_state -> the parts that it is made of, in order, 
     "joints": {"joint_states": 7, "gripper_states": 2},  # 9-D, the training guide's
     "end_effector": {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2},  # 8-D, that of openpi's LIBERO message
 }
+STATE_WIDTHS = {name: width for parts in ROBOT_STATES.values() for name, width in parts.items()}  # of every part
 SIMULATOR_KEYS = {  # name in the HDF5 files and in this repo -> name in the simulator
     "agentview_rgb": "agentview_image",
     "eye_in_hand_rgb": "robot0_eye_in_hand_image",

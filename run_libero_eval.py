@@ -11,6 +11,8 @@ where one is left, the exit code is 1, and the same command tries it again.
 
     --side_by_side 0.05                              policy and baselines, on init states and shifted targets
     --policy replay | zero                           what a policy that doesn't look gets
+    --policy ws://host:8000                          any policy behind a server of openpi's protocol
+    --decision_delay_steps auto                      the robot goes on moving while the policy thinks
     --beside A B                                     finished evaluations that stand in the table of this one
     --compare A/results.json B/results.json          is A better than B? paired by episode
     --shard 3/16 ... --merge PART PART ...           on many machines, then joined
@@ -37,8 +39,9 @@ from errors import BadInput, exits_on_bad_input
 from files import expanded
 from machine import affordable_processes
 from provenance import code_version
+from rollouts.delay import with_recorded_delay
 from rollouts.episodes import Episode, Rollouts, Task, shard_of, start_name, step_limit
-from rollouts.evaluation import EPISODE_TIMEOUT, SAMPLE_STEPS, Evaluation
+from rollouts.evaluation import AUTO, DECISION_TIMEOUT, EPISODE_TIMEOUT, SAMPLE_STEPS, Evaluation
 from rollouts.folder import SIDE_BY_SIDE, EvaluationFolder, merge, read_settings, write_whole
 from rollouts.policies import make_policy
 from rollouts.pool import GB_PER_ENVIRONMENT, play_all
@@ -172,6 +175,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
     """
     # What is asked for: tasks, their init states and instructions, and who acts.
     suite, tasks, trials = asked_for(evaluation)
+    evaluation = with_recorded_delay(evaluation)
     checkpoint = read_checkpoint(evaluation.checkpoint, phase=2) if evaluation.checkpoint else None
     policy, settings = make_policy(evaluation, checkpoint, tasks)
     settings |= {
@@ -203,6 +207,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         rollouts = Rollouts(
             evaluation.task_suite, settings["image_size"], settings["visual_mesh_ratio"], evaluation.max_steps,
             evaluation.shift_target, policy.looks, evaluation.save_video, folder.pictures.absolute(),
+            settings["decision_delay_steps"],
         )  # fmt: skip
         rollout = play_all(
             missing,
@@ -214,7 +219,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         )
         try:
             progress = tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0)
-            keep_all(rollout, folder, start_name(settings), progress)
+            keep_all(rollout, folder, start_name(settings), progress, code_of(policy))
         except KeyboardInterrupt:
             kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
             print(f"\nStopped. {kept}; the same command with --output_dir {all_sides or folder.directory} continues.")
@@ -223,10 +228,17 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
     return Played(folder.directory, len(episodes), results)
 
 
-def keep_all(rollout: Generator[dict], folder: EvaluationFolder, start: str, progress: tqdm) -> None:
+def code_of(policy) -> dict:
+    """The commit that decides where another program does, as it says itself."""
+    return {"code_of_server": policy.metadata["code"]} if "code" in getattr(policy, "metadata", ()) else {}
+
+
+def keep_all(
+    rollout: Generator[dict], folder: EvaluationFolder, start: str, progress: tqdm, code_of_policy: dict
+) -> None:
     """Writes every episode down as soon as it is over, with the code that played it and the way it was drawn. `start`
     is what it began from, for people."""
-    origins = {"code": code_version(), "renderer": renderer_name()}
+    origins = {"code": code_version(), "renderer": renderer_name()} | code_of_policy
     with progress, contextlib.closing(rollout):
         for episode in rollout:
             folder.append(episode | origins)
@@ -303,11 +315,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--init_states", metavar="NUMBERS", help="init states such as 10-49, of every task (default: the first)")
     add("--random_resets", type=int, metavar="N",
         help="N episodes a task from objects placed at random, not from the suite's init states: for development")
-    add("--policy", choices=("checkpoint", "replay", "zero"), default="checkpoint",
-        help="who acts: the checkpoint, a training demo of the task replayed blindly, or nobody (default: %(default)s)")
+    add("--policy", type=policy_named, default="checkpoint", metavar="WHO",
+        help="who acts: checkpoint, replay (a training demo of the task, blindly), zero (nobody), or the ws:// or "
+        "wss:// address of a policy server (default: %(default)s)")
     add("--demo", type=expanded, metavar="FILE[:demo_i]",
         help="for --policy replay: this demonstration, without a number the first, of the one task in --tasks")
-    add("--execute_steps", type=int, help="actions executed of each chunk (default: the whole chunk)")
+    add("--execute_steps", type=int,
+        help="actions executed of each chunk (default: the whole chunk but for the decision delay)")
+    add("--decision_delay_steps", type=delay_steps, default=0, metavar="N",
+        help="steps for which the robot goes on with its last chunk while the policy decides; auto measures it once, "
+        "at the start (default: %(default)s)")
     add("--sample_steps", type=int, default=SAMPLE_STEPS, help="Euler steps of the flow (default: %(default)s)")
     add("--flow_start", choices=("noise", "zero"),
         help="integrate the flow from Gaussian noise or from its mean (default: the checkpoint's phase2.flow_start)")
@@ -333,6 +350,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--episode_timeout", type=float, default=EPISODE_TIMEOUT,
         help="seconds after which an episode counts as hung and is tried once more; the policy's time is not counted "
         "(default: %(default)s)")
+    add("--decision_timeout", type=float, default=DECISION_TIMEOUT,
+        help="seconds after which a policy server counts as hung and its episode is tried once more, five times as "
+        "long for the first decision of all (default: %(default)s)")
     add("--shard", metavar="I/N", help="play only the I-th of N parts of the episodes, 1/N to N/N")
     add("--merge", type=expanded, nargs="+", metavar="DIR",
         help="join the folders of shards into --output_dir; nothing is played")
@@ -349,8 +369,10 @@ def parse_arguments() -> argparse.Namespace:
 def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
     """Raises BadInput for flags that contradict each other and for numbers that make no sense in any suite."""
     task_suite = arguments.task_suite.lower()
+    is_server = "://" in arguments.policy
     return Evaluation(
-        policy=arguments.policy,
+        policy="server" if is_server else arguments.policy,
+        server=arguments.policy if is_server else None,
         checkpoint=arguments.checkpoint,
         overrides=tuple(arguments.set),
         task_suite=task_suite,
@@ -373,7 +395,24 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
         save_video=arguments.save_video,
         num_workers=arguments.num_workers,
         episode_timeout=arguments.episode_timeout,
+        decision_timeout=arguments.decision_timeout,
+        decision_delay_steps=arguments.decision_delay_steps,
     )
+
+
+def policy_named(text: str) -> str:
+    if text not in ("checkpoint", "replay", "zero") and not text.startswith(("ws://", "wss://")):
+        raise argparse.ArgumentTypeError(f"{text} is none of checkpoint, replay, zero and ws://host:port")
+    return text
+
+
+def delay_steps(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor {AUTO}") from None
 
 
 def beside_of(arguments: argparse.Namespace) -> tuple[Path, ...]:

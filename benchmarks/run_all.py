@@ -12,7 +12,7 @@ import time
 
 from measure import REPO, arguments, print_table
 
-SCRIPTS = ("flops", "encoder", "loader", "phase2", "latency", "processes", "eval_speed")
+SCRIPTS = ("flops", "encoder", "loader", "phase2", "latency", "wire", "processes", "eval_speed")
 LIMIT = 900  # seconds that one may take
 
 

@@ -16,13 +16,15 @@ LONGEST_EPISODE = 100_000  # steps, more than an hour
 MOST_TRIALS = 50  # episodes a task without --num_trials
 SAMPLE_STEPS = 4  # Euler steps of the flow, unless a flag says otherwise
 EPISODE_TIMEOUT = 900  # seconds of a worker's own work, likewise
+DECISION_TIMEOUT = 60  # seconds that a server has for one decision, likewise
+AUTO = "auto"  # the decision delay that is measured at the start
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One policy in one suite. Raises BadInput for flags that contradict each other and for numbers out of range."""
 
-    policy: str  # who acts: checkpoint, replay (of a demonstration) or zero (stands still)
+    policy: str  # who acts: checkpoint, server, replay (of a demonstration) or zero (stands still)
     checkpoint: str | None  # file of phase 2; a baseline takes its picture settings and training demos from it
     overrides: tuple[str, ...]  # KEY=VALUE of --set, for the checkpoint's config
     task_suite: str  # in lower case
@@ -45,10 +47,15 @@ class Evaluation:
     save_video: str  # all, failures or none
     num_workers: int | None  # simulators side by side; None: one a core, as memory allows
     episode_timeout: float  # seconds of a worker's own work, after which its episode counts as hung
+    server: str | None = None  # ws:// or wss:// address of a policy that is a server
+    decision_timeout: float = DECISION_TIMEOUT  # seconds, after which a server counts as hung
+    decision_delay_steps: int | str = 0  # with the chunk before; AUTO: as long as a decision takes
 
     def __post_init__(self) -> None:
         if self.policy == "checkpoint" and not self.checkpoint:
             raise BadInput("--checkpoint is missing; `python train.py --phase 2` writes checkpoint_best.pt")
+        if self.policy == "server":
+            self._check_server()
         if self.policy == "replay" and not (self.checkpoint or self.demo):
             raise BadInput("--policy replay needs --demo FILE, or --checkpoint, whose training demos it then replays")
         if self.demo and self.policy != "replay":
@@ -59,8 +66,13 @@ class Evaluation:
             raise BadInput(f"--shift_target {self.shift_target:g}: expected 0 to {LARGEST_SHIFT} metres")
         if self.visual_mesh_ratio is not None and not 0 < self.visual_mesh_ratio <= 1:
             raise BadInput(f"--visual_mesh_ratio {self.visual_mesh_ratio:g}: expected more than 0 and at most 1")
-        if not self.episode_timeout > 0:
-            raise BadInput(f"--episode_timeout {self.episode_timeout:g}: expected more than 0 seconds")
+        for name in ("episode_timeout", "decision_timeout"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"--{name} {getattr(self, name):g}: expected more than 0 seconds")
+        if self.decision_delay_steps != AUTO and int(self.decision_delay_steps) < 0:
+            raise BadInput(f"--decision_delay_steps {self.decision_delay_steps}: expected 0 or more, or {AUTO}")
+        if self.decision_delay_steps and self.policy in ("replay", "zero"):
+            raise BadInput(f"--decision_delay_steps belongs to a policy that decides; --policy {self.policy} does not")
         chosen = {"num_trials": self.num_trials, "init_states": self.init_states, "random_resets": self.random_resets}
         given = [f"--{name}" for name, value in chosen.items() if value is not None]
         if len(given) > 1:
@@ -71,6 +83,14 @@ class Evaluation:
         check_range("sample_steps", self.sample_steps)
         if self.num_workers is not None:
             check_range("num_workers", self.num_workers)
+
+    def _check_server(self) -> None:
+        if self.checkpoint:
+            raise BadInput(f"--checkpoint and --policy {self.server} both say who acts; give one of them")
+        of_checkpoints = {"sample_steps": SAMPLE_STEPS, "flow_start": None, "precision": "fp32"}
+        for name, usual in of_checkpoints.items():
+            if getattr(self, name) != usual:
+                raise BadInput(f"--{name} belongs to a checkpoint; the server at {self.server} has chosen its own")
 
     def trials(self, num_init_states: int) -> Sequence[int]:
         """Of each task: the numbers of its init states, or of its random resets. Raises BadInput for one that isn't."""

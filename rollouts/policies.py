@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -22,15 +23,19 @@ from demos.hdf5 import demos_of, find_task_files, folder_prefixes, listed_names
 from demos.hdf5_errors import open_dataset, open_hdf5
 from demos.instructions import task_instruction
 from demos.language import LanguageTable, with_embeddings_of
-from errors import BadInput, out_of_memory_named
+from errors import BadInput, extras_named, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision
-from observation import ARM_JOINTS, CAMERAS, ORIENTATION, ROBOT_STATES
+from observation import ARM_JOINTS, CAMERAS, ORIENTATION, ROBOT_STATES, STATE_WIDTHS
+from rollouts.delay import steps_of_chunk
 from rollouts.episodes import STAND_STILL, Episode, Task
-from rollouts.evaluation import Evaluation, check_range
+from rollouts.evaluation import Evaluation
 from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
 from training.checkpoint import config_of
 from training.processes import choose_device
+
+if TYPE_CHECKING:
+    from rollouts.remote_policy import RemotePolicy
 
 SAME_START = 0.2  # rad: a demo whose arm starts further from an episode's start begins in the middle of its task
 CUDA_BATCH = 16  # rows of every forward pass on a GPU, however many environments have asked
@@ -52,14 +57,15 @@ class CheckpointPolicy:
         model: StateVLA,
         language: Mapping[int, torch.Tensor],
         device: torch.device,
-        execute_steps: int,
+        steps: int,
         sample_steps: int,
         flow_start: str,
         precision: str = "fp32",
     ):
-        """language: task id -> the embedding (lang_emb_dim,) of what the robot is told."""
+        """language: task id -> the embedding (lang_emb_dim,) of what the robot is told. steps: of each chunk, how many
+        actions are handed over."""
         self.model, self.language, self.device = model.to(device), language, device
-        self.execute_steps, self.sample_steps, self.flow_start = execute_steps, sample_steps, flow_start
+        self.steps, self.sample_steps, self.flow_start = steps, sample_steps, flow_start
         self.precision = precision
         self.rows = CUDA_BATCH if device.type == "cuda" else 1
         self.decide: RecordedDecision | None = None
@@ -69,8 +75,18 @@ class CheckpointPolicy:
     def act(
         self, observations: Sequence[dict], episodes: Sequence[Episode], generators: Sequence[torch.Generator]
     ) -> list[np.ndarray]:
-        """n observations of n environments -> n chunks (execute_steps, 7)."""
-        starts = [self.model.start_of_flow(1, self.flow_start, generator) for generator in generators]
+        """n observations of n environments -> n chunks (steps, 7)."""
+        return self.decide_for(observations, [self.language[episode.task_id] for episode in episodes], generators)
+
+    def start_of_flow(self, generator: torch.Generator) -> torch.Tensor:
+        """(1, H, 6), all that one decision draws."""
+        return self.model.start_of_flow(1, self.flow_start, generator)
+
+    def decide_for(
+        self, observations: Sequence[dict], told: Sequence[torch.Tensor], generators: Sequence[torch.Generator]
+    ) -> list[np.ndarray]:
+        """As `act`. told: the embedding (lang_emb_dim,) of what is asked for, of each observation."""
+        starts = [self.start_of_flow(generator) for generator in generators]
         chunks, names = [], (*CAMERAS, *self.model.robot_state)
         for first in range(0, len(observations), self.rows):
             real = range(first, min(first + self.rows, len(observations)))
@@ -79,12 +95,12 @@ class CheckpointPolicy:
                 name: torch.stack([torch.from_numpy(np.ascontiguousarray(observations[i][name])) for i in padded])
                 for name in names
             }
-            batch["language"] = torch.stack([self.language[episodes[i].task_id] for i in padded])
+            batch["language"] = torch.stack([told[i] for i in padded])
             batch = to_device(batch, self.device)
             if self.decide is None:
                 self.decide = RecordedDecision(self.model, batch, self.sample_steps, self.precision)
             actions = self.decide(batch, torch.cat([starts[i] for i in padded]))
-            chunks += list(actions[: len(real), : self.execute_steps].cpu().double().numpy())
+            chunks += list(actions[: len(real), : self.steps].cpu().double().numpy())
         return chunks
 
 
@@ -127,11 +143,12 @@ class ZeroPolicy:
 
 def make_policy(
     evaluation: Evaluation, checkpoint: dict | None, tasks: dict[int, Task]
-) -> tuple[CheckpointPolicy | ReplayPolicy | ZeroPolicy, dict]:
+) -> tuple["CheckpointPolicy | RemotePolicy | ReplayPolicy | ZeroPolicy", dict]:
     """Who acts in these tasks, and the part of settings.json that says so. checkpoint: the content of
     evaluation.checkpoint.
 
-    Raises BadInput where the checkpoint is of other observations, or a demonstration or an embedding cannot be had.
+    Raises BadInput where the checkpoint is of other observations, a demonstration or an embedding cannot be had, or a
+    server does not answer.
     """
     settings = {"policy": evaluation.policy, "image_size": 128, "visual_mesh_ratio": 1.0}
     source, config = evaluation.checkpoint or "", None
@@ -142,11 +159,16 @@ def make_policy(
         config = config_of(checkpoint, source, evaluation.overrides)
     if evaluation.visual_mesh_ratio is not None:
         settings["visual_mesh_ratio"] = evaluation.visual_mesh_ratio
+    settings["decision_delay_steps"] = 0
     if evaluation.policy == "zero":
         return ZeroPolicy(evaluation.max_steps), settings
-    policy: ReplayPolicy | CheckpointPolicy
+    policy: ReplayPolicy | CheckpointPolicy | RemotePolicy
     if evaluation.policy == "replay":
         policy, of_policy = _replay_policy(evaluation, checkpoint, config, tasks)
+    elif evaluation.policy == "server":
+        with extras_named():
+            from rollouts.remote_policy import remote_policy
+        policy, of_policy = remote_policy(evaluation, tasks)
     else:
         assert checkpoint is not None and config is not None, "an Evaluation of a checkpoint names one"
         policy, of_policy = _checkpoint_policy(evaluation, checkpoint, config, tasks)
@@ -182,31 +204,60 @@ def _checkpoint_policy(
     trained_language = LanguageTable(**checkpoint["language"])
     instructions = [task.instruction for task in tasks.values()]
     language = with_embeddings_of(instructions, trained_language)
-    chunk_length = config.model.action_seq_len
-    execute_steps = chunk_length if evaluation.execute_steps is None else evaluation.execute_steps
-    check_range("execute_steps", execute_steps, chunk_length)
-    flow_start = evaluation.flow_start or config.training.phase2.flow_start
+    told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
+    policy, of_policy = policy_of_checkpoint(
+        checkpoint, evaluation.checkpoint or "", config, told, evaluation.sample_steps, evaluation.flow_start,
+        evaluation.precision,
+    )  # fmt: skip
+    episode = Episode(evaluation.task_suite, next(iter(tasks)), 0, 0)
+    size = checkpoint["observation"]["image_size"]
+
+    def decide() -> None:
+        policy.act([nothing_seen(size)], [episode], [torch.Generator()])
+
+    of_chunk, policy.steps = steps_of_chunk(evaluation, config.model.action_seq_len, decide)
+    new = sorted(set(instructions) - trained_language.embeddings.keys())
+    return policy, {"new_instructions": new} | of_chunk | of_policy
+
+
+def policy_of_checkpoint(
+    checkpoint: dict,
+    source: str,
+    config: Config,
+    language: Mapping[int, torch.Tensor],
+    sample_steps: int,
+    flow_start: str | None,
+    precision: str,
+) -> tuple[CheckpointPolicy, dict]:
+    """The policy with whole chunks, and what decides its bits. source: the checkpoint's file. flow_start: None for the
+    checkpoint's own.
+
+    Raises BadInput where memory does not suffice.
+    """
+    flow_start = flow_start or config.training.phase2.flow_start
     device = choose_device(config.training.device)
     of_policy = {
         "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
-        "new_instructions": sorted(set(instructions) - trained_language.embeddings.keys()),
-        "execute_steps": execute_steps,
-        "sample_steps": evaluation.sample_steps,
+        "sample_steps": sample_steps,
         "flow_start": flow_start,
         "device": device.type,
         "mamba_backend": choose_mamba_backend(config.training.mamba_backend, device),
-        "precision": choose_precision(evaluation.precision, device),
+        "precision": choose_precision(precision, device),
     }
     with out_of_memory_named(
-        f"{evaluation.checkpoint}: out of memory while loading it on {device.type}; other programs may hold it"
+        f"{source}: out of memory while loading it on {device.type}; other programs may hold it"
         + (", and --set training.device=cpu needs none of the GPU's" if device.type != "cpu" else "")
     ):
-        model = model_from_checkpoint(checkpoint, evaluation.checkpoint or "")
-        told = {task_id: language[task.instruction] for task_id, task in tasks.items()}
-        policy = CheckpointPolicy(
-            model, told, device, execute_steps, evaluation.sample_steps, flow_start, evaluation.precision
-        )
+        model = model_from_checkpoint(checkpoint, source)
+        steps = config.model.action_seq_len
+        policy = CheckpointPolicy(model, language, device, steps, sample_steps, flow_start, precision)
     return policy, of_policy
+
+
+def nothing_seen(image_size: int) -> dict:
+    """An observation to try a policy with: black pictures, zero robot state."""
+    black = {camera: np.zeros((image_size, image_size, 3), np.uint8) for camera in CAMERAS}
+    return black | {name: np.zeros(width, np.float32) for name, width in STATE_WIDTHS.items()}
 
 
 def check_observation(observation: dict, source: str) -> None:

@@ -2,23 +2,27 @@
 
 A worker that dies, hangs or cannot build its environment is replaced and its episode tried once more. Workers keep to
 one task for as long as it has episodes, since building an environment takes seconds; while one builds, others step.
-A worker's time is what it works for: while it waits for the policy its clock stands still.
+A worker's time is what it works for: while it waits for the policy its clock stands still. A policy that answers from
+elsewhere is asked for each worker apart, so that one answer that is late, or never comes, holds up no other worker.
 """
 
 import errno
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +38,10 @@ KEPT_OUTPUT = 4000  # characters of a dead worker's output that are kept
 # The working directory stays the main process's: PYTHONPATH, which may bring another simulator, can be relative to it.
 START_WORKER = f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}; import rollouts.worker as w; w.main()"
 LONGEST_WAIT = 3600.0  # seconds; the system's call takes no endless ones
+
+
+class NoChunk(Exception):
+    """What a policy elsewhere has done instead of answering, in one sentence: a crash of the episode that asked."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,10 @@ class SimulatorProcess:
         self.send(rollouts)
         self.task_id: int | None = None
         self.attempt: Attempt  # from begin() on
+        self.conversation: Any = None  # of this attempt, with a policy elsewhere
 
     def begin(self, attempt: Attempt, init_state: np.ndarray | None, timeout: float) -> None:
+        self.end_conversation()
         self.attempt, self.task_id = attempt, attempt.episode.task_id
         self.generator = torch.Generator().manual_seed(attempt.episode.seed)
         self.decision_ms: list[float] = []
@@ -86,6 +96,7 @@ class SimulatorProcess:
     def stop_clock(self, seconds_worked: float) -> None:
         """It waits for actions. The worker measures its time itself: how long its message lay here does not count."""
         self.seconds_left -= seconds_worked
+        self.deadline = math.inf
 
     def is_late(self) -> bool:
         """A worker whose message lies here unread is not late."""
@@ -109,7 +120,14 @@ class SimulatorProcess:
         self.output_file.seek(0)
         return self.output_file.read().decode(errors="replace").strip()
 
+    def end_conversation(self) -> None:
+        """Says goodbye in the background: a server that hangs would not answer it."""
+        if self.conversation is not None:
+            threading.Thread(target=self.conversation.close, daemon=True).start()
+            self.conversation = None
+
     def kill(self) -> None:
+        self.end_conversation()
         self.process.kill()
         self.process.wait()
         self.pipe.close()
@@ -129,12 +147,13 @@ def play_all(
     Raises BadInput where no environment can be built at all, or where a worker cannot write its pictures.
     """
     pool = Pool(episodes, init_state_of, rollouts, episode_timeout)
+    elsewhere = Elsewhere(policy) if hasattr(policy, "converse") else None
     try:
         for _ in range(min(num_workers, len(episodes))):
             pool.assign()
         while pool.workers:
             asking: list[tuple[SimulatorProcess, dict]] = []
-            for worker in pool.ready():
+            for worker in pool.ready(elsewhere.bell if elsewhere else None):
                 kind, content = _receive(worker.pipe)
                 if kind == "observation":
                     obs, seconds_worked = content
@@ -143,7 +162,12 @@ def play_all(
                     asking.append((worker, obs))
                 elif (over := pool.handle(worker, kind, content)) is not None:
                     yield over
-            if asking:
+            if elsewhere:
+                elsewhere.ask(asking)
+                for worker, why in elsewhere.failures():
+                    if (over := pool.crashed(worker, why)) is not None:
+                        yield over
+            elif asking:
                 decide(asking, policy)
             for worker in pool.late():
                 if (over := pool.stop(worker)) is not None:
@@ -171,6 +195,43 @@ def decide(asking: list[tuple[SimulatorProcess, dict]], policy) -> None:
         if policy.looks:  # a baseline decides nothing
             worker.decision_ms.append(round(ms, 3))
         worker.resume(chunk)
+
+
+class Elsewhere:
+    """The decisions of a policy that answers from elsewhere. Each is waited for in a thread of its own."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.bell, self._rings = Pipe(duplex=False)  # rings when an answer is there: wait() knows no queues
+        self._answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask(self, asking: Sequence[tuple[SimulatorProcess, dict]]) -> None:
+        for worker, obs in asking:
+            threading.Thread(target=self._wait_for_answer, args=(worker, obs), daemon=True).start()
+
+    def _wait_for_answer(self, worker: SimulatorProcess, obs: dict) -> None:
+        start = time.perf_counter()
+        try:
+            if worker.conversation is None:
+                worker.conversation = self.policy.converse(worker.attempt.episode)
+            answer = worker.conversation.decide(obs)
+        except Exception as problem:  # the main thread raises it, or knows what to do
+            answer = problem
+        self._answers.put((worker, answer, 1000 * (time.perf_counter() - start)))
+        self._rings.send_bytes(b"!")
+
+    def failures(self) -> Iterator[tuple[SimulatorProcess, str]]:
+        """Hands the answers that have come to their workers. Yields the others: who has none, and why."""
+        while self.bell.poll():
+            self.bell.recv_bytes()
+            worker, answer, ms = self._answers.get()
+            if isinstance(answer, NoChunk):
+                yield worker, str(answer)
+            elif isinstance(answer, Exception):
+                raise answer
+            else:
+                worker.decision_ms.append(round(ms, 3))
+                worker.resume(answer)
 
 
 class Pool:
@@ -203,10 +264,11 @@ class Pool:
         self.workers.remove(worker)
         worker.kill()
 
-    def ready(self) -> list[SimulatorProcess]:
-        """The workers that have sent something. Waits for one until the first is late."""
+    def ready(self, bell: Connection | None = None) -> list[SimulatorProcess]:
+        """The workers that have sent something. Waits for one, or for the bell, until the first is late."""
         seconds = min(worker.deadline for worker in self.workers) - time.monotonic()
-        ready = wait([worker.pipe for worker in self.workers], timeout=min(max(seconds, 0), LONGEST_WAIT))
+        pipes = [worker.pipe for worker in self.workers] + ([bell] if bell else [])
+        ready = wait(pipes, timeout=min(max(seconds, 0), LONGEST_WAIT))
         return [worker for worker in self.workers if worker.pipe in ready]
 
     def late(self) -> list[SimulatorProcess]:

@@ -17,7 +17,7 @@ from errors import BadInput
 from files import replaced_whole, unwritable_named
 from rollouts.episodes import start_name
 from rollouts.folder import PICTURES, write_whole
-from rollouts.side_by_side import ROWS, Table, cell_text, columns_of, num_cells, table_text
+from rollouts.side_by_side import Table, cell_text, columns_of, num_cells, rows_of, table_text
 from rollouts.statistics import ORIGINS, causes_text, troubles
 from rollouts.video import CONTROL_HZ, FAILURE, SUCCESS, VIDEO_EVERY, VIDEO_SIZE, grid, halved, read_mp4, write_mp4
 
@@ -217,7 +217,7 @@ def linked_table(table: Table, folders: dict[str, dict[str, str]]) -> str:
     """folders: row -> column -> the evaluation's folder, relative to the page; its report explains a dash, too."""
     columns = columns_of(table)
     body = []
-    for row in ROWS.values():
+    for row in rows_of(table):
         cells = [f"<td>{html.escape(row)}</td>"]
         for column in columns:
             text = html.escape(cell_text(table.get(row, {}).get(column)))

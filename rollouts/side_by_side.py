@@ -1,6 +1,7 @@
 """A success rate says little alone. A table puts it beside what blind policies get, and beside changed scenes.
 
-Rows: the policy with its flow started from noise and from zero, a demonstration replayed blindly, standing still.
+Rows: the policy with its flow started from noise and from zero, a demonstration replayed blindly, standing still; and
+below them, where they were played, policies behind servers. Who decides with a delay has a row for each delay.
 Columns: the suite's init states, and the target shifted. The table holds the evaluations that it is told, no other.
 """
 
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from errors import BadInput
 from rollouts.episodes import start_name
-from rollouts.evaluation import LARGEST_SHIFT, Evaluation
+from rollouts.evaluation import AUTO, LARGEST_SHIFT, Evaluation
 from rollouts.folder import check_same
-from rollouts.statistics import describe, read_results
+from rollouts.statistics import describe, read_results, server_name
 
 ROWS = {
     ("checkpoint", "noise"): "policy, flow from noise",
@@ -31,9 +32,10 @@ SCENES = (
     "seed",
     "shard",
 )
-# Those of a checkpoint, rather than of a blind policy, agree in these as well.
-POLICY = ("weights_sha256", "precision", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")
+# Those of a checkpoint, rather than of a blind policy, agree in these as well, and so do those of a server of one name.
+POLICY = ("weights_sha256", "server", "precision", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio")
 OF_A_CELL = ("policy", "flow_start", "shift_target")
+DELAYED = ", steps of delay: "
 FIGURES = ("successes", "trials", "crashed", "interval")
 OWN = "this evaluation"
 
@@ -52,13 +54,19 @@ def conditions(evaluation: Evaluation, shift: float) -> dict[str, Evaluation]:
         raise BadInput("--side_by_side needs --checkpoint, and chooses policy, flow start and shift itself")
     if evaluation.beside:
         raise BadInput("--side_by_side makes the table of its own eight evaluations; --beside belongs to a single one")
+    if evaluation.decision_delay_steps == AUTO:
+        raise BadInput(f"--side_by_side needs a number for --decision_delay_steps: {AUTO} may differ between its cells")
     cells = {}
     for policy, flow_start in ROWS:
         starts = "init_states" if evaluation.random_resets is None else "random_resets"
         for scene, shift_target in ((starts, 0.0), ("shifted", shift)):
             name = f"policy_from_{flow_start}" if flow_start else policy
             cells[f"{name}_{scene}"] = replace(
-                evaluation, policy=policy, flow_start=flow_start, shift_target=shift_target
+                evaluation,
+                policy=policy,
+                flow_start=flow_start,
+                shift_target=shift_target,
+                decision_delay_steps=evaluation.decision_delay_steps if flow_start else 0,
             )
     return cells
 
@@ -101,7 +109,13 @@ def check_comparable(evaluations: Mapping[str, dict]) -> None:
     """evaluations: name -> settings. Raises BadInput that names the first setting in which one has other scenes,
     another simulator or another checkpoint than those before it, or the two that are of the same cell."""
     of_checkpoint = [name for name, settings in evaluations.items() if settings["policy"] == "checkpoint"]
-    for which, names in ((_scenes_and_world, list(evaluations)), (_weights, of_checkpoint)):
+    of_server: dict[str, list[str]] = {}
+    for name, settings in evaluations.items():
+        if settings["policy"] == "server":
+            of_server.setdefault(server_name(settings), []).append(name)
+    groups = [(_scenes_and_world, list(evaluations)), (_weights, of_checkpoint)]
+    groups += [(_weights, names) for names in of_server.values()]
+    for which, names in groups:
         for name in names[1:]:
             reference = names[0]
             where = f"{name} and {reference} cannot stand side by side: {name}"
@@ -118,10 +132,13 @@ def cell_of(settings: dict, name: str) -> tuple[str, str]:
     """Row and column of an evaluation with these settings. Raises BadInput where the table has no such row."""
     policy = settings["policy"]
     flow_start = settings.get("flow_start", "noise") if policy == "checkpoint" else None  # the first versions had noise
-    if (policy, flow_start) not in ROWS:
+    if policy != "server" and (policy, flow_start) not in ROWS:
         raise BadInput(f"{name}: key policy is {policy}, flow_start {flow_start}; the table has no such row")
+    row = server_name(settings) if policy == "server" else ROWS[policy, flow_start]
+    if delay := settings.get("decision_delay_steps"):
+        row += f"{DELAYED}{delay}"
     shift = 1000 * settings["shift_target"]
-    return ROWS[policy, flow_start], f"target shifted by up to {shift:g} mm" if shift else f"{start_name(settings)}s"
+    return row, f"target shifted by up to {shift:g} mm" if shift else f"{start_name(settings)}s"
 
 
 def _scenes_and_world(settings: dict) -> dict:
@@ -178,13 +195,25 @@ def columns_of(table: Table) -> list[str]:
     return columns if len(columns) > 1 else [*columns, "target shifted"]
 
 
+def rows_of(table: Table) -> list[str]:
+    """All ROWS, below each those of the same policy with a delay, by its size; servers last."""
+    usual = list(ROWS.values())
+
+    def place(row: str) -> tuple:
+        policy, _, delay = row.partition(DELAYED)
+        return usual.index(policy) if policy in usual else len(usual), policy, int(delay or 0)
+
+    return sorted({*usual, *table}, key=place)
+
+
 def table_text(table: Table) -> str:
     """The table for the terminal; what nobody has played is a dash."""
-    columns = columns_of(table)
-    lines = [f"{'successes (95% interval)':<30}" + "".join(f"{column:>36}" for column in columns)]
-    for row in ROWS.values():
+    rows, columns = rows_of(table), columns_of(table)
+    width = max(30, *(len(row) + 2 for row in rows))
+    lines = [f"{'successes (95% interval)':<{width}}" + "".join(f"{column:>36}" for column in columns)]
+    for row in rows:
         cells = [cell_text(table.get(row, {}).get(column)) for column in columns]
-        lines.append(f"{row:<30}" + "".join(f"{cell:>36}" for cell in cells))
+        lines.append(f"{row:<{width}}" + "".join(f"{cell:>36}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ USUAL = {  # what the value None of a setting means
 }
 ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
 # What two results that are compared differ in by nature, or what only a policy that looks has.
-COMPARED = {"weights_sha256", "demos", "actions_sha256"}
+COMPARED = {"weights_sha256", "demos", "actions_sha256", "server"}
 OF_A_MODEL = {"new_instructions", "execute_steps", "sample_steps", "flow_start", "device", "mamba_backend", "precision"}
 
 
@@ -128,6 +128,8 @@ def describe(settings: dict, num_episodes: int) -> str:
     who = {"replay": "one demonstration replayed blindly, ", "zero": "standing still, "}.get(
         settings.get("policy", ""), ""
     )
+    if settings.get("policy") == "server":
+        who = f"{server_name(settings)}, "
     which_tasks = f"all {tasks}" if tasks == settings["tasks_of_suite"] else f"{tasks} of {settings['tasks_of_suite']}"
     which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
     which_states += " init states" + (f" ({played})" if (played := settings.get("init_states_played")) else "")
@@ -136,6 +138,8 @@ def describe(settings: dict, num_episodes: int) -> str:
     title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states}"
     if settings.get("shift_target"):
         title += f", target shifted by up to {1000 * settings['shift_target']:g} mm"
+    if delay := settings.get("decision_delay_steps"):
+        title += f", {delay} steps of delay"
     if settings["shard"]:
         title += f", shard {settings['shard']}"
     if num_episodes < tasks * trials:
@@ -147,6 +151,12 @@ def describe(settings: dict, num_episodes: int) -> str:
     if new := settings.get("new_instructions"):
         title += f", instructions that the checkpoint was not trained on: {len(new)}"
     return title + (f", flow started from {settings['flow_start']}" if "flow_start" in settings else "")
+
+
+def server_name(settings: dict) -> str:
+    """Such as "server (StateVLA)": what its metadata calls itself."""
+    name = (settings.get("server") or {}).get("name")
+    return f"server ({name[:40]})" if isinstance(name, str) else "server"
 
 
 # ----------------------------------------------------------------------------------------------------- comparison

@@ -40,6 +40,10 @@ def play_episode(
     """One rollout, from an init state (S,) or, for None, from where a reset with the episode's seed puts the objects;
     `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video.
 
+    With a decision delay of N steps each chunk has N actions more than are executed before the next decision. They go
+    on while that decision is made, and its own first N actions, whose time has passed by then, are left out. Nothing
+    goes on before the first decision: the robot waits for it.
+
     An action that is not finite, or with which the simulation breaks down, ends the episode as a failure of the policy,
     named in `broken_by_policy`. Raises SimulatorError for what breaks down without it: the scene or the renderer.
     """
@@ -55,8 +59,12 @@ def play_episode(
     executed = hashlib.sha256()  # two episodes with the same fingerprint went exactly the same way
     steps, success, broken = 0, False, None
     stood, lifted = env.object_heights(), []
+    going_on = np.empty((0, 7))  # of the chunk before, while the policy decides
     while steps < rollouts.max_steps and not success and broken is None:
-        for action in ask(from_simulator(env.observe()) if rollouts.policy_looks else None):
+        chunk = ask(from_simulator(env.observe()) if rollouts.policy_looks else None)
+        executed_until = len(chunk) - rollouts.decision_delay_steps
+        actions, going_on = [*going_on, *chunk[len(going_on) : executed_until]], chunk[executed_until:]
+        for action in actions:
             poses = env.poses()
             if rollouts.save_video != "none" and steps % VIDEO_EVERY == 0:
                 frames.append(draw_for_people(env, poses))

@@ -15,6 +15,7 @@ RESULTS = {
     "loader.py": "loader",
     "phase2.py": "phase2",
     "latency.py": "latency",
+    "wire.py": "wire",
     "flops.py": "flops",
     "gpu.py kernels": "gpu_kernels",
 }

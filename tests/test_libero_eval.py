@@ -28,6 +28,7 @@ from rollouts.policies import (
     ReplayPolicy,
     demo_of,
     make_policy,
+    policy_of_checkpoint,
     read_demo,
     training_demo,
     with_embeddings_of,
@@ -36,10 +37,12 @@ from rollouts.pool import Attempt, record
 from rollouts.side_by_side import table_text
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
 from run_libero_eval import choose_output_dir, evaluation_of, main, parse_arguments
+from serving.policy_server import PolicyServer, in_background
+from serving.served_checkpoint import begin, metadata_of, reader_of
 from simulator.env import make_env
 from simulator.suites import make_suite, task_init_states
 from statevla_model import load_checkpoint
-from training.checkpoint import read_checkpoint, save_checkpoint
+from training.checkpoint import config_of, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,40 @@ def test_an_evaluation_killed_and_continued_plays_the_same_episodes_in_one_simul
     other = one_sentence(evaluate(checkpoint, *flags, "--seed", 1, expect=2))
     assert "was evaluated with seed 0, not 1" in other
     assert "0/2 successes" in evaluate(checkpoint, *flags).stdout  # complete: only the report is written anew
+
+
+def test_episodes_through_the_checkpoints_own_server_are_those_played_directly(
+    checkpoint, evaluated, tmp_path, monkeypatch, capsys
+):
+    content = read_checkpoint(checkpoint)
+    language = LanguageTable(**content["language"])
+    config = config_of(content, checkpoint, ["training.device=cpu"])
+    policy, of_policy = policy_of_checkpoint(content, str(checkpoint), config, {}, 4, None, "fp32")
+    reader = reader_of(content, config.model.image_size, language)
+    server = PolicyServer(
+        lambda: begin(policy, language), reader, metadata_of(content, of_policy, policy.steps, reader), "127.0.0.1", 0
+    )
+    flags = ("--num_trials", 2, "--num_workers", 2, "--output_dir", tmp_path)
+
+    def evaluate_it(*more: object) -> str:
+        command = ["run_libero_eval.py", "--policy", server.address, *SHORT, *flags, *more]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        main()
+        return capsys.readouterr().out
+
+    with in_background(server):
+        said = evaluate_it()
+        assert server.most_clients >= 2  # an episode each
+        assert "0/2 successes" in evaluate_it()  # complete: only the report is written anew
+        with pytest.raises(SystemExit, match="2"):
+            evaluate_it("--decision_delay_steps", 2)
+        assert "was evaluated with decision_delay_steps 0, not 2" in capsys.readouterr().err
+    found, expected = ({e["trial"]: e["fingerprint"] for e in read_episodes(each)} for each in (tmp_path, evaluated[0]))
+    assert found == expected and len(set(found.values())) == 2
+    assert re.search(r"^server \(StateVLA\) +0 of 2", said, re.MULTILINE)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["server"]["weights_sha256"] == of_policy["weights_sha256"] and "code" not in settings["server"]
+    assert all(e["code_of_server"] == e["code"] and len(e["decision_ms"]) == 5 for e in read_episodes(tmp_path))
 
 
 def test_training_plays_a_few_episodes_of_the_tasks_it_knows(checkpoint, collected_demos, tmp_path, monkeypatch):

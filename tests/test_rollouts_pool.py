@@ -133,7 +133,24 @@ def test_what_was_lifted_is_recorded_in_its_order(tmp_path):
     short = replace(rollouts, max_steps=5)
     random_reset = play_episode(env, episode, None, short, lambda obs: np.tile(STAND_STILL, (5, 1)))
     assert random_reset["lifted"] == [] and random_reset["fingerprint"] != outcome["fingerprint"]
+    check_that_a_late_decision_is_the_same_actions_in_another_order(env, episode, init_state, rollouts)
     env.close()
+
+
+def check_that_a_late_decision_is_the_same_actions_in_another_order(env, episode, init_state, rollouts):
+    """Chunks of 5 of which 3 are executed before the next decision, which arrives 2 steps late."""
+    chunks = np.random.default_rng(0).uniform(-0.1, 0.1, (5, 5, 7))
+    first, second, third, fourth, _ = chunks
+    expected = [*first[:3], *first[3:], *second[2:3], *second[3:], *third[2:3], *third[3:], *fourth[2:3]]
+    late, at_once = iter(chunks), iter([np.array(expected)])
+    rollouts = replace(rollouts, max_steps=len(expected))
+    delayed = replace(rollouts, decision_delay_steps=2)
+    found = play_episode(env, episode, init_state, delayed, lambda obs: next(late))
+    assert found["steps"] == 12
+    assert (
+        found["fingerprint"]
+        == play_episode(env, episode, init_state, rollouts, lambda obs: next(at_once))["fingerprint"]
+    )
 
 
 class SlowPolicy(ZeroPolicy):
