@@ -26,6 +26,7 @@ from torch import Tensor
 from config import DataConfig
 from demos.checks import check_demo
 from demos.hdf5_errors import (
+    check_link,
     hdf5_problems_named,
     linked_files,
     number_attribute,
@@ -125,6 +126,7 @@ def find_task_files(data_directory: str | Path) -> list[Path]:
 
 def demos_of(path: Path, file: h5py.File) -> tuple[h5py.Group, list[str]]:
     """The group `data` of a file and the names of the demos in it, in the order of their numbers."""
+    check_link(path, "data", file, "data")
     data = object_in(path, "data", file, "data", h5py.Group) if "data" in file else {}
     keys = [key for key in data if re.fullmatch(r"demo_\d+", key)]
     if not keys:
@@ -217,7 +219,8 @@ def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_
     robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in STATE_WIDTHS}
     image_size = demo["obs"][CAMERAS[0]].shape[1]
     groups = {Path(group.file.filename) for group in (demo, demo["obs"])}
-    files = groups.union(*(linked_files(demo[name]) for name in ("actions", *(f"obs/{name}" for name in OBS_KEYS))))
+    datasets = [demo[name] for name in ("actions", *(f"obs/{name}" for name in OBS_KEYS))]
+    files = groups.union(*(linked_files(path, dataset) for dataset in datasets))
     parts = tuple(sorted({file.resolve() for file in files} - {path.resolve()}))
     return Demo(path, key, parts, task, actions, **robot_state, lag=lag, image_size=image_size, first_row=first_row)
 

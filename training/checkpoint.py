@@ -21,6 +21,7 @@ from torch import Tensor
 from config import Config, parse_config
 from errors import BadInput, is_out_of_memory
 from files import written_whole
+from untrusted import check_archive
 
 SCHEMA = 1  # goes up when an older program could not use what is written; files without a number are of schema 0
 # What zipfile and torch raise for a file that is no archive of torch.save, or a damaged one.
@@ -221,6 +222,7 @@ def epoch_and_score(path: Path) -> tuple[int, Score]:
 def _load(path: Path, **options):
     """What torch.save wrote, all of it as it was written: torch.load itself does not look at the check sums, and takes
     a block that a disk lost for weights that are 0."""
+    check_archive(path)
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"its part {damaged} is damaged; copy or download it again")
