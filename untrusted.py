@@ -13,7 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -34,8 +34,9 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file that torch.save writes wi
 
 
 def npz_arrays(path: str | Path, names: tuple[str, ...], largest: int = LARGEST_ARRAYS) -> dict[str, np.ndarray]:
-    """These arrays of an npz file. Raises KeyError for one that it lacks, and ValueError, zipfile.BadZipFile, zlib.error
-    or RuntimeError for what is damaged, holds Python objects or claims more bytes than there are or than `largest`."""
+    """These arrays of an npz file. Raises KeyError for one that it lacks, and ValueError, zipfile.BadZipFile,
+    zlib.error or RuntimeError for what is damaged, holds Python objects or claims more bytes than there are or than
+    `largest`."""
     found = {}
     with zipfile.ZipFile(path) as archive:
         for name in names:
@@ -124,7 +125,7 @@ class _Restricted(pickle._Unpickler):
     """Rebuilds plain values and what `self.known` has, (module, name) -> what stands for it here. Whatever else a file
     names is refused, and what could change an object that is no file's own is not done."""
 
-    dispatch = {
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code: action
         for code, action in pickle._Unpickler.dispatch.items()
         if code not in {op[0] for op in (pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX)}
@@ -159,8 +160,8 @@ class _Restricted(pickle._Unpickler):
 
 
 def _empty() -> dict:
-    """Pickles fill a dictionary once it is there. One that was made of what it is given could be asked for, large, again
-    and again."""
+    """Pickles fill a dictionary once it is there. One that was made of what it is given could be asked for, large,
+    again and again."""
     return {}
 
 

@@ -115,7 +115,8 @@ def _check_inside(path: Path, within: str, place: str | Path) -> None:
     """A path written in a file stays in that file's folder, or in one that the user gives HDF5. Symbolic links are not
     followed: they are no part of the file."""
     given = [folder for name in PREFIXES for folder in os.environ.get(name, "").split(os.pathsep) if folder]
-    folders = [os.path.abspath(path.parent), path.parent.resolve(), path.resolve().parent, *map(os.path.abspath, given)]
+    resolved = path.parent.resolve(), path.resolve().parent
+    folders = [Path(os.path.abspath(path.parent)), *resolved, *(Path(os.path.abspath(folder)) for folder in given)]
     if not any(Path(os.path.abspath(place)).is_relative_to(folder) for folder in folders):
         raise BadInput(
             f"{path}: {within} leads to {place}, outside of the file's folder; such links are not followed, copy what "
@@ -233,7 +234,9 @@ def _check_size(where: str, dataset: h5py.Dataset) -> None:
             raise BadInput(f"{where} is stored in chunks of {chunk:,} bytes, at most {LARGEST_CHUNK:,} are read")
         chunks = math.prod(-(-length // step) for length, step in zip(dataset.shape, dataset.chunks, strict=True))
         if (there := dataset.id.get_num_chunks()) < chunks:
-            raise BadInput(f"{where} has the shape {dataset.shape}, but {chunks - there} of its {chunks} parts are missing")
+            raise BadInput(
+                f"{where} has the shape {dataset.shape}, but {chunks - there} of its {chunks} parts are missing"
+            )
     elif not dataset.is_virtual and not dataset.external and dataset.id.get_storage_size() < claimed:
         raise BadInput(f"{where} has the shape {dataset.shape}, but holds no data")
 

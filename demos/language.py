@@ -60,18 +60,18 @@ def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> Langua
     advice = f"run `python embed_language.py --data_directory {path.parent if beside else 'DIR'}`"
     advice = advice if beside and path.name == EMBEDDINGS_FILE else f"{advice[:-1]} --output {path}`"
     try:
-        encoder, texts, vectors = _read(path)
+        encoder, texts, found = _read(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no language embeddings; {advice}") from None
     except OSError as problem:
         raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
     except UNREADABLE as problem:
         raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
-    if vectors.shape != (len(texts), lang_emb_dim):
-        raise BadInput(f"{path}: embeddings are {vectors.shape}, expected ({len(texts)}, {lang_emb_dim})")
-    if not np.isfinite(vectors).all() or not np.abs(vectors).max(axis=1, initial=0.0).all():
+    if found.shape != (len(texts), lang_emb_dim):
+        raise BadInput(f"{path}: embeddings are {found.shape}, expected ({len(texts)}, {lang_emb_dim})")
+    if not np.isfinite(found).all() or not np.abs(found).max(axis=1, initial=0.0).all():
         raise BadInput(f"{path}: an embedding is zero or not finite; {advice}")
-    vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)  # public files often aren't
+    vectors = torch.nn.functional.normalize(torch.from_numpy(found), dim=-1)  # public files often aren't
     embeddings: dict[str, Tensor] = {}
     for text, vector in zip(map(canonical_instruction, texts), vectors, strict=True):
         if not torch.allclose(embeddings.setdefault(text, vector), vector, atol=1e-3):

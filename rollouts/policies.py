@@ -26,6 +26,7 @@ from errors import BadInput, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision
 from observation import ARM_JOINTS, CAMERAS, ORIENTATION, STATE_WIDTHS
+from published.folder import weights_sha256
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation, check_range
 from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
@@ -216,14 +217,6 @@ def check_observation(observation: dict, source: str) -> None:
     for key, value in provided.items():
         if observation.get(key) != value:
             raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")
-
-
-def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- demonstrations
