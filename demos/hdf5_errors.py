@@ -16,6 +16,7 @@ HDF5_ERRORS = (OSError, KeyError, RuntimeError)  # h5py's for a file or its data
 LFS_POINTER = b"version https://git-lfs"
 PREFIXES = ("HDF5_EXT_PREFIX", "HDF5_VDS_PREFIX", "HDF5_EXTFILE_PREFIX")  # folders in which HDF5 is to look first
 MOST_LINKS = 16  # that lead to each other: HDF5 follows no more either
+MOST_PARTS = 4  # of a dataset's part's part
 LARGEST_DATASET, LARGEST_CHUNK = 2**32, 2**30  # bytes; the longest demo in the largest pictures has fewer
 
 
@@ -51,18 +52,18 @@ def hdf5_problem(path: str | Path, problem: BaseException, within: str = "") -> 
     return BadInput(f"{where}: {_meaning(Path(path), problem)}")
 
 
-def linked_files(path: Path, dataset: h5py.Dataset, seen: set[tuple[Path, str]] | None = None) -> set[Path]:
+def linked_files(path: Path, dataset: h5py.Dataset, above: tuple[tuple[Path, str], ...] = ()) -> set[Path]:
     """The files that hold the values of a dataset in the file `path`: the one that a link led to, those of a virtual
-    dataset's parts, raw ones. `seen` are the parts that were followed already.
+    dataset's parts, raw ones. `above` are the datasets that this one is a part of.
 
-    Raises BadInput for one outside of the file's folder, and for a file that a virtual dataset lacks: HDF5 itself reads
-    zeros there, without a word.
+    Raises BadInput for one outside of the file's folder, for a file that a virtual dataset lacks, where HDF5 itself
+    reads zeros without a word, and for a dataset that is a part of itself, at which HDF5 ends the process.
     """
-    own, seen = Path(dataset.file.filename), set() if seen is None else seen
-    if (own, dataset.name) in seen:
-        return set()
-    seen.add((own, dataset.name))
-    files = {own}
+    own = Path(dataset.file.filename)
+    files, place = {own}, (own.resolve(), dataset.name)
+    if place in above or len(above) == MOST_PARTS:
+        raise BadInput(f"{path}: {dataset.name} is made of parts of parts without end, or of itself")
+    above = (*above, place)
     for name, _, _ in dataset.external or ():
         files.add(raw := _located(own, name, "HDF5_EXTFILE_PREFIX", ()))
         _check_inside(path, dataset.name, raw)
@@ -70,13 +71,13 @@ def linked_files(path: Path, dataset: h5py.Dataset, seen: set[tuple[Path, str]] 
         for name, key in {(source.file_name, source.dset_name) for source in dataset.virtual_sources()}:
             if name == ".":
                 check_link(path, dataset.name, dataset.file, key)
-                files |= linked_files(path, dataset.file[key], seen)
+                files |= linked_files(path, dataset.file[key], above)
                 continue
             source = _located(own, name, "HDF5_VDS_PREFIX", (own.parent, own.resolve().parent))
             _check_inside(path, dataset.name, source)
             with open_hdf5(source) as file:
                 check_link(path, dataset.name, file, key)
-                files |= linked_files(path, file[key], seen)
+                files |= linked_files(path, file[key], above)
     return files
 
 

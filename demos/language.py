@@ -4,11 +4,8 @@ The file holds no pickles: texts (n,), embeddings (n, 512) float32 of unit lengt
 pickle of somebody else's is read without running anything in it.
 """
 
-import http.client
 import importlib.metadata
 import pickle
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,6 +20,7 @@ from config import DataConfig
 from demos.instructions import canonical_instruction
 from errors import BadInput, is_out_of_memory
 from files import Lock, unwritable_named, written_whole
+from published.hub import no_answer, one_line
 from untrusted import npz_arrays, pickled_arrays
 
 EMBEDDINGS_FILE = "language_embeddings.npz"
@@ -127,7 +125,7 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         import transformers
         from huggingface_hub.errors import HTTPError
     except (ImportError, OSError) as problem:
-        raise BadInput(f"the clip encoder cannot be used: {_one_line(problem)}; `pip install transformers`") from None
+        raise BadInput(f"the clip encoder cannot be used: {one_line(problem)}; `pip install transformers`") from None
 
     # What comes out of transformers for files that are missing, cut short or not sent. Connections end in exceptions of
     # the hub's own client, in OSErrors with older ones.
@@ -144,14 +142,14 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         if is_out_of_memory(problem):
             raise
         hub = huggingface_hub.constants.ENDPOINT  # HF_ENDPOINT, where it is set
-        reason = _no_answer(f"{hub}/{CLIP}/resolve/main/config.json")
+        reason = no_answer(f"{hub}/{CLIP}/resolve/main/config.json")
         if reason is None:
             try:
                 model, tokenizer = load()
             except unavailable as problem:
                 if is_out_of_memory(problem):
                     raise
-                reason = _one_line(problem)
+                reason = one_line(problem)
         if reason is not None:
             raise BadInput(
                 f"CLIP's weights ({CLIP}) are neither in the local cache nor to be had from {hub} ({reason})"
@@ -159,22 +157,6 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
     with torch.inference_mode():
         vectors = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).text_embeds
     return f"{CLIP} (transformers {transformers.__version__})", vectors.numpy()
-
-
-def _no_answer(address: str) -> str | None:
-    """Why a server does not give this file, None where it does. One short question: the hub's own client retries for
-    most of a minute where there is no network."""
-    try:
-        urllib.request.urlopen(address, timeout=5).close()
-    except urllib.error.HTTPError as answer:
-        return None if answer.code in (401, 403) else _one_line(answer)  # a mirror that wants the client's token
-    except (OSError, ValueError, http.client.HTTPException) as problem:
-        return _one_line(problem)
-    return None
-
-
-def _one_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
 def offline_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
@@ -188,7 +170,7 @@ def offline_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         version = importlib.metadata.version(OFFLINE)
     except (ImportError, OSError) as problem:
         raise BadInput(
-            f"the offline sentence encoder cannot be used: {_one_line(problem)}; its package is {OFFLINE}"
+            f"the offline sentence encoder cannot be used: {one_line(problem)}; its package is {OFFLINE}"
         ) from None
     return f"{OFFLINE} {version}", USE().encode(texts)
 

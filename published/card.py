@@ -62,12 +62,14 @@ def card_of(checkpoint: dict, place: str, evaluations: Mapping[Path, dict]) -> s
     instructions = list(checkpoint["language"]["embeddings"])
     is_policy = checkpoint["phase"] == 2
     several = f"{len(instructions)} instructions" if len(instructions) > 1 else "one instruction"
+    code = checkpoint.get("code", "unknown")
+    trained_by = f", whose commit {code} trained it" if code != "unknown" else ""
     lines = [f"{HEADER}\n# StateVLA: {'a policy' if is_policy else 'an encoder'} for {several}\n"]
     if is_policy:
         lines += [
             "Two cameras' pictures, the robot's joints and an instruction go in; a chunk of "
             f"{config['model']['action_seq_len']} actions (six pose deltas and the gripper) comes out. It runs with "
-            f"the StateVLA repository, whose commit {checkpoint.get('code', 'unknown')} trained it.\n",
+            f"the StateVLA repository{trained_by}.\n",
             "## Load it\n",
             "In the repository's root, for a task of LIBERO:\n",
             LOAD.format(

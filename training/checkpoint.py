@@ -267,7 +267,7 @@ def epoch_and_score(path: Path) -> tuple[int, Score]:
     try:
         checkpoint = _load(path, mmap=True)
         return checkpoint["epoch"], Score(checkpoint.get("success", NO_SCORE.success), checkpoint["loss"])
-    except (OSError, *UNREADABLE):
+    except (OSError, TypeError, *UNREADABLE):
         return 0, NO_SCORE
 
 
