@@ -249,11 +249,8 @@ def test_embeddings_run_nothing_and_unfold_to_nothing(tmp_path, marker):
     assert "it holds Python objects" in refused(load_language, path, [INSTRUCTION], 512, path=path)
     embeddings(path, embeddings=npy((PETABYTE,), b""))
     assert "was announced, but 0 bytes are there" in refused(load_language, path, [INSTRUCTION], 512, path=path)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("texts.npy", "w") as part:
-        part.write(npy((3 * 10**8,), b"", "|u1"))
-        for _ in range(30):
-            part.write(bytes(10**7))
-    assert path.stat().st_size < 10**6
+    with zipfile.ZipFile(embeddings(path), "a") as archive:  # the table of contents alone claims it
+        archive.getinfo("texts.npy").file_size, archive._didModify = 10**9, True
     assert "at most 256,000,000 are read" in refused(load_language, path, [INSTRUCTION], 512, path=path)
     for damaged in (pickle.dumps({INSTRUCTION: Attack(marker)}), pickle.dumps(Attack(marker))):
         path.write_bytes(damaged)
@@ -348,7 +345,7 @@ def of_virtual(file: str, source: str, shape: tuple, dtype: str):
 
 CLAIMS = {  # what stands in a demo's place -> (key, how it is made, the sentence)
     "pictures of a petabyte": ("obs/agentview_rgb", chunked((30, 1 << 22, 1 << 22, 3), "u1"), "more than any demonst"),
-    "pictures never written": ("obs/agentview_rgb", chunked((30, 32, 32, 3), "u1"), "but 30 of its 30 parts are missing"),
+    "pictures never written": ("obs/agentview_rgb", chunked((30, 32, 32, 3), "u1"), "but 30 of its 30 parts are mis"),
     "actions never written": (
         "actions", lambda demo, key: demo.create_dataset(key, (30, 7), "f8"), "but holds no data",
     ),
