@@ -160,7 +160,8 @@ def evaluate_representation(
     figures, drawn = representation_report(
         model, numbered[: len(train)], numbered[len(train) :], language, frames, config.training.batch_size, device
     )
-    picture = Path(arguments.checkpoint).with_name("representation.png")
+    place = Path(arguments.checkpoint)  # an exported folder stays as it is
+    picture = (place.parent if place.is_file() else Path()) / "representation.png"
     print_report(figures)
     try:
         draw_report(figures, drawn, frames, picture)
@@ -174,7 +175,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Phase 2: offline MSE on the held-out demos. Phase 1: what the representation z knows of them."
     )
-    parser.add_argument("--checkpoint", required=True, type=expanded, metavar="FILE", help="checkpoint of either phase")
+    parser.add_argument(
+        "--checkpoint", required=True, type=expanded, metavar="PLACE",
+        help="checkpoint of either phase: a file, a folder of export_policy.py, or hf://owner/name[@revision]",
+    )  # fmt: skip
     parser.add_argument(
         "--representation", action="store_true", help="report what z knows with a phase-2 checkpoint too"
     )

@@ -15,7 +15,6 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
 import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from dataloader import LowDimensional, every_frame
 from demos.frames import Frames
 from demos.hdf5 import Demo, numbered_alone
-from demos.hdf5_errors import open_hdf5, text_attribute
+from demos.hdf5_errors import open_dataset, open_hdf5, text_attribute
 from demos.language import LanguageTable
 from demos.states import encode_all
 from errors import BadInput
@@ -57,8 +56,8 @@ def simulator_truth(demo: Demo) -> dict[str, Tensor]:
         for key, width in (("states", None), ("obs/ee_pos", 3)):
             if key not in group:
                 raise BadInput(f"{demo.path}: {demo.key}: key {key} is missing, the probes need it")
-            shape = group[key].shape if isinstance(group[key], h5py.Dataset) else None
-            if shape is None or len(shape) != 2 or shape[0] != len(demo) or shape[1] != (width or shape[1]):
+            shape = open_dataset(demo.path, demo.key, group, key).shape
+            if len(shape) != 2 or shape[0] != len(demo) or shape[1] != (width or shape[1]):
                 raise BadInput(
                     f"{demo.path}: {demo.key}: key {key} is {shape}, the probes need ({len(demo)}, {width or 'S'})"
                 )

@@ -307,8 +307,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     # fmt: off
-    add("--checkpoint", type=expanded,
-        help="phase-2 checkpoint; a baseline takes its picture settings and training demos from it")
+    add("--checkpoint", type=expanded, metavar="PLACE",
+        help="phase-2 checkpoint: a file, a folder of export_policy.py, or hf://owner/name[@revision]; a baseline "
+        "takes its picture settings and training demos from it")
     add("--task_suite", default="libero_object", help="LIBERO or LIBERO-PRO suite (default: %(default)s)")
     add("--tasks", help="task ids such as 0,3 or 2-5 (default: all tasks of the suite)")
     add("--num_trials", type=int, help="episodes a task, each from its own init state (default: all, at most 50)")

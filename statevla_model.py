@@ -1,7 +1,6 @@
 """StateVLA, the model that runs on the robot, and StateVLATrainer, the module that train.py optimises in both phases.
 
     python statevla_model.py --config conf/config.yaml      prints the component table with the counts of a built model
-    python statevla_model.py --export CHECKPOINT OUTPUT     a checkpoint's weights alone, to be handed on
 
 Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F frames of foresight, R robot_state_dim.
 """
@@ -21,7 +20,6 @@ from config import Config, ModelConfig, TrainingConfig, add_config_flags, load_c
 from demos.instructions import canonical_instruction
 from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input
-from files import expanded
 from jepa.all_ranks import rows_of_all_ranks
 from jepa.precision import in_precision
 from jepa.temporal_predictor import (
@@ -33,7 +31,7 @@ from jepa.temporal_predictor import (
 )
 from observation import CAMERAS, state_of_width
 from state_encoder import JEPAStateEncoder
-from training.checkpoint import read_checkpoint, save_checkpoint, weights_alone
+from training.checkpoint import read_checkpoint
 
 
 class StateVLA(nn.Module):
@@ -307,10 +305,10 @@ def load_encoder(model: StateVLA, checkpoint: dict, source: str | Path) -> None:
     load_weights(model.state_encoder, found, source)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> StateVLA:
+def load_checkpoint(source: str | Path, device: str | torch.device = "cpu") -> StateVLA:
     """Rebuilds the model from a checkpoint alone, in eval mode, with the instructions that it was trained on: ready to
-    `decide`. Raises BadInput as `read_checkpoint`."""
-    return model_from_checkpoint(read_checkpoint(path), path).to(device)
+    `decide`. source: a file, a folder of export_policy.py, or hf://owner/name. Raises BadInput as `read_checkpoint`."""
+    return model_from_checkpoint(read_checkpoint(source), source).to(device)
 
 
 def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
@@ -360,23 +358,9 @@ def component_table(model: StateVLA) -> str:
 
 @exits_on_bad_input
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Prints the component table of the model that a config describes, or exports a checkpoint."
-    )
-    parser.add_argument(
-        "--export",
-        nargs=2,
-        metavar=("CHECKPOINT", "OUTPUT"),
-        type=expanded,
-        help="write the weights of a phase-2 checkpoint alone",
-    )
+    parser = argparse.ArgumentParser(description="Prints the component table of the model that a config describes.")
     add_config_flags(parser)
     arguments = parser.parse_args()
-    if arguments.export:
-        source, target = map(Path, arguments.export)
-        save_checkpoint(weights_alone(read_checkpoint(source, phase=2)), target)
-        print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, weights alone")
-        return
     config = load_config(arguments.config, arguments.set)
     print(component_table(build_trainer(config, phase=1).model))
 

@@ -374,8 +374,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--phase1_checkpoint",
         type=expanded,
-        metavar="FILE",
-        help="phase 2 starts from the encoder in this file (default: none)",
+        metavar="PLACE",
+        help="phase 2 starts from this encoder: a file, a folder of export_policy.py, hf://owner/name (default: none)",
     )
     parser.add_argument(
         "--checkpoint",

@@ -27,6 +27,7 @@ from torch import Tensor
 from config import DataConfig
 from demos.checks import check_demo
 from demos.hdf5_errors import (
+    check_link,
     hdf5_problems_named,
     linked_files,
     number_attribute,
@@ -152,6 +153,7 @@ def find_task_files(data_directory: str | Path) -> list[Path]:
 
 def demos_of(path: Path, file: h5py.File) -> tuple[h5py.Group, list[str]]:
     """The group `data` of a file and the names of the demos in it, in the order of their numbers."""
+    check_link(path, "data", file, "data")
     data = object_in(path, "data", file, "data", h5py.Group) if "data" in file else {}
     keys = [key for key in data if re.fullmatch(r"demo_\d+", key)]
     if not keys:
@@ -267,7 +269,7 @@ def _read_demo(
     image_size = demo["obs"][CAMERAS[0]].shape[1]
     groups = {Path(group.file.filename) for group in (demo, demo["obs"])}
     read = ("actions", *(f"obs/{name}" for name in (*CAMERAS, *state_parts)))
-    files = groups.union(*(linked_files(demo[name]) for name in read))
+    files = groups.union(*(linked_files(path, demo[name]) for name in read))
     parts = tuple(sorted({file.resolve() for file in files} - {path.resolve()}))
     return Demo(path, key, f"{path.name}/{key}", parts, task, actions, robot_state, lag, image_size, first_row=0)
 

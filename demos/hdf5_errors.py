@@ -14,6 +14,10 @@ from files import CANNOT_LOCK
 
 HDF5_ERRORS = (OSError, KeyError, RuntimeError)  # h5py's for a file or its data, an object by name, a link's loop
 LFS_POINTER = b"version https://git-lfs"
+PREFIXES = ("HDF5_EXT_PREFIX", "HDF5_VDS_PREFIX", "HDF5_EXTFILE_PREFIX")  # folders in which HDF5 is to look first
+MOST_LINKS = 16  # that lead to each other: HDF5 follows no more either
+MOST_PARTS = 4  # of a dataset's part's part
+LARGEST_DATASET, LARGEST_CHUNK = 2**32, 2**30  # bytes; the longest demo in the largest pictures has fewer
 
 
 @contextmanager
@@ -48,22 +52,32 @@ def hdf5_problem(path: str | Path, problem: BaseException, within: str = "") -> 
     return BadInput(f"{where}: {_meaning(Path(path), problem)}")
 
 
-def linked_files(dataset: h5py.Dataset) -> set[Path]:
-    """The files that hold a dataset's values: the one that a link led to, those of a virtual dataset's parts, raw ones.
+def linked_files(path: Path, dataset: h5py.Dataset, above: tuple[tuple[Path, str], ...] = ()) -> set[Path]:
+    """The files that hold the values of a dataset in the file `path`: the one that a link led to, those of a virtual
+    dataset's parts, raw ones. `above` are the datasets that this one is a part of.
 
-    Raises BadInput for a file that a virtual dataset lacks: HDF5 itself reads zeros there, without a word.
+    Raises BadInput for one outside of the file's folder, for a file that a virtual dataset lacks, where HDF5 itself
+    reads zeros without a word, and for a dataset that is a part of itself, at which HDF5 ends the process.
     """
     own = Path(dataset.file.filename)
-    files = {own}
-    files |= {_located(own, name, "HDF5_EXTFILE_PREFIX", ()) for name, _, _ in dataset.external or ()}
+    files, place = {own}, (own.resolve(), dataset.name)
+    if place in above or len(above) == MOST_PARTS:
+        raise BadInput(f"{path}: {dataset.name} is made of parts of parts without end, or of itself")
+    above = (*above, place)
+    for name, _, _ in dataset.external or ():
+        files.add(raw := _located(own, name, "HDF5_EXTFILE_PREFIX", ()))
+        _check_inside(path, dataset.name, raw)
     if dataset.is_virtual:
         for name, key in {(source.file_name, source.dset_name) for source in dataset.virtual_sources()}:
             if name == ".":
-                files |= linked_files(dataset.file[key])
+                check_link(path, dataset.name, dataset.file, key)
+                files |= linked_files(path, dataset.file[key], above)
                 continue
             source = _located(own, name, "HDF5_VDS_PREFIX", (own.parent, own.resolve().parent))
+            _check_inside(path, dataset.name, source)
             with open_hdf5(source) as file:
-                files |= linked_files(file[key])
+                check_link(path, dataset.name, file, key)
+                files |= linked_files(path, file[key], above)
     return files
 
 
@@ -76,6 +90,39 @@ def _located(own: Path, name: str, prefix: str, folders: tuple[Path, ...]) -> Pa
         if candidate.is_file():
             return candidate
     raise BadInput(f"{own}: takes data from {name}, which is not there")
+
+
+def check_link(path: Path, within: str, group: h5py.Group, name: str, depth: int = MOST_LINKS) -> None:
+    """Raises BadInput where what a group holds as `name` is a link to a file outside of the folder of the file `path`,
+    before HDF5 opens that."""
+    for part in filter(None, name.split("/")):
+        try:
+            link = group.get(part, getlink=True)
+        except (KeyError, TypeError):  # it is not there, or a link of somebody's own making: the caller finds out
+            return
+        if isinstance(link, h5py.ExternalLink):
+            _check_inside(path, within, Path(group.file.filename).parent / link.filename)
+        elif isinstance(link, h5py.SoftLink) and depth:
+            check_link(path, within, group.file if link.path.startswith("/") else group, link.path, depth - 1)
+        try:
+            group = group[part]
+        except HDF5_ERRORS:
+            return
+        if not isinstance(group, h5py.Group):
+            return
+
+
+def _check_inside(path: Path, within: str, place: str | Path) -> None:
+    """A path written in a file stays in that file's folder, or in one that the user gives HDF5. Symbolic links are not
+    followed: they are no part of the file."""
+    given = [folder for name in PREFIXES for folder in os.environ.get(name, "").split(os.pathsep) if folder]
+    resolved = path.parent.resolve(), path.resolve().parent
+    folders = [Path(os.path.abspath(path.parent)), *resolved, *(Path(os.path.abspath(folder)) for folder in given)]
+    if not any(Path(os.path.abspath(place)).is_relative_to(folder) for folder in folders):
+        raise BadInput(
+            f"{path}: {within} leads to {place}, outside of the file's folder; such links are not followed, copy what "
+            "they lead to beside the file"
+        )
 
 
 def _words(problem: BaseException) -> str:
@@ -144,7 +191,8 @@ def _of_another_kind(path: Path) -> str:
 
 def object_in(path: Path, within: str, group: h5py.Group, name: str, kind: type):
     """What a group holds as `name`, an h5py.Group or h5py.Dataset. Raises BadInput where it is missing, of the other
-    kind, or a link that leads nowhere."""
+    kind, or a link that leads nowhere or out of the file's folder."""
+    check_link(path, within, group, name)
     if name not in group:
         raise BadInput(f"{path}: {within} is missing")
     try:
@@ -153,13 +201,14 @@ def object_in(path: Path, within: str, group: h5py.Group, name: str, kind: type)
         link = group.get(name, getlink=True)
         target = f", a link to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
         raise hdf5_problem(path, problem, within + target) from None
+    _check_inside(path, within, found.file.filename)  # where a chain of links has ended
     if not isinstance(found, kind):
         raise BadInput(f"{path}: {within} is a {type(found).__name__.lower()}, expected a {kind.__name__.lower()}")
     return found
 
 
 def open_dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Dataset:
-    """A demo's dataset of numbers, all of whose parts are there."""
+    """A demo's dataset of numbers, all of whose parts are there: as many bytes as its shape announces."""
     within = f"{key}: key {name}"
     *folders, last = name.split("/")
     for folder in folders:
@@ -171,8 +220,26 @@ def open_dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Data
         kind = "?"
     if kind not in "fiub" or dataset.shape is None:
         raise BadInput(f"{path}: {within} holds no array of numbers")
-    linked_files(dataset)
+    linked_files(path, dataset)
+    _check_size(f"{path}: {within}", dataset)
     return dataset
+
+
+def _check_size(where: str, dataset: h5py.Dataset) -> None:
+    """A shape of terabytes costs a file nothing: HDF5 reads what was never written as zeros."""
+    claimed = dataset.size * dataset.dtype.itemsize
+    if claimed > LARGEST_DATASET:
+        raise BadInput(f"{where} claims {claimed:,} bytes {dataset.shape}, more than any demonstration has")
+    if dataset.chunks:
+        if (chunk := math.prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
+            raise BadInput(f"{where} is stored in chunks of {chunk:,} bytes, at most {LARGEST_CHUNK:,} are read")
+        chunks = math.prod(-(-length // step) for length, step in zip(dataset.shape, dataset.chunks, strict=True))
+        if (there := dataset.id.get_num_chunks()) < chunks:
+            raise BadInput(
+                f"{where} has the shape {dataset.shape}, but {chunks - there} of its {chunks} parts are missing"
+            )
+    elif not dataset.is_virtual and not dataset.external and dataset.id.get_storage_size() < claimed:
+        raise BadInput(f"{where} has the shape {dataset.shape}, but holds no data")
 
 
 def text_attribute(attributes: h5py.AttributeManager, name: str, path: str | Path) -> str:

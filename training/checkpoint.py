@@ -2,7 +2,8 @@
 `load_checkpoint` beside the model builds one from what is read here.
 
 A checkpoint is a dictionary of tensors and plain values (`weights_only=True`): the training guide's six keys, and what
-makes an evaluation independent of any other file.
+makes an evaluation independent of any other file. It comes as a file of train.py's, as a folder of export_policy.py, or
+from the hub, as hf://owner/name[@revision].
 """
 
 import copy
@@ -22,6 +23,9 @@ from config import Config, parse_config
 from errors import BadInput, is_out_of_memory
 from files import written_whole
 from observation import MIXED
+from published.folder import read_folder
+from published.hub import downloaded, is_address
+from untrusted import check_archive
 
 SCHEMA = 1  # goes up when an older program could not use what is written; files without a number are of schema 0
 # What zipfile and torch raise for a file that is no archive of torch.save, or a damaged one.
@@ -29,6 +33,7 @@ UNREADABLE = (
     zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError,
 )  # fmt: skip
 GUIDES_KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "loss", "config", "phase")
+MOST_VALUES = 10_000  # in the config or the description of the observations
 FURTHER_KEYS = ("best_loss", "observation", "language", "held_out_demos")
 
 # How the config of an older checkpoint becomes one of today. What came later has the value that does what was done
@@ -65,41 +70,99 @@ REMOVED = {
 }
 
 
-def read_checkpoint(path: str | Path, phase: int | None = None) -> dict:
+def read_checkpoint(source: str | Path, phase: int | None = None) -> dict:
     """A checkpoint's dictionary, its config and the names of its weights as this version has them.
 
-    Raises BadInput where the file is missing, damaged, of a newer version, lacks a key, or belongs to the other phase
-    than `phase`.
+    source: a file, a folder or hf://owner/name[@revision]. Raises BadInput where it is missing, damaged, of a newer
+    version, lacks a key, or belongs to the other phase than `phase`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint; `python train.py --phase 1` and `--phase 2` write them")
-    try:
-        if not zipfile.is_zipfile(path):  # torch.save writes zip archives, whose table of contents stands at the end
-            raise BadInput(f"{path}: not readable as a checkpoint of train.py{_what_it_is(path)}")
-        checkpoint = _load(path)
-    except OSError as problem:
-        raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
-    except UNREADABLE as problem:
-        if is_out_of_memory(problem):
-            raise
-        reason = str(problem).splitlines()[0]
-        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({reason})") from None
+    path = downloaded(str(source)) if is_address(source) else Path(source)
+    checkpoint = read_folder(path) if path.is_dir() else _read_file(path)
     missing = [key for key in GUIDES_KEYS + FURTHER_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise BadInput(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}")
     schema = checkpoint.get("schema", 0)
-    if schema > SCHEMA:
+    if type(schema) is int and schema > SCHEMA:
         raise BadInput(
             f"{path}: was written by a newer version (schema {schema}, this one knows up to {SCHEMA}), of commit "
-            f"{checkpoint.get('code', 'unknown')}"
+            f"{str(checkpoint.get('code', 'unknown'))[:60]}"
         )
+    _check_kinds(checkpoint, path)
     if phase is not None and checkpoint["phase"] != phase:
         raise BadInput(f"{path}: key phase is {checkpoint['phase']}, expected a checkpoint of phase {phase}")
     return checkpoint | {
         "config": _config_of_today(checkpoint["config"], path),
         "model_state_dict": _weights_of_today(checkpoint["model_state_dict"]),
     }
+
+
+def _read_file(path: Path):
+    """What is in a file of torch.save, whatever it is."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint; `python train.py --phase 1` and `--phase 2` write them")
+    try:
+        if not zipfile.is_zipfile(path):  # torch.save writes zip archives, whose table of contents stands at the end
+            raise BadInput(f"{path}: not readable as a checkpoint of train.py{_what_it_is(path)}")
+        return _load(path)
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except UNREADABLE as problem:
+        if is_out_of_memory(problem):
+            raise
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        raise BadInput(f"{path}: not readable as a checkpoint of train.py ({reason})") from None
+
+
+def _check_kinds(checkpoint: dict, path: Path) -> None:
+    """Raises BadInput where a key of a checkpoint holds another kind of thing than train.py writes there."""
+
+    def check(key: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise BadInput(f"{path}: not a checkpoint of train.py, key {key} is not {expected}")
+
+    for key in ("epoch", "phase"):
+        check(key, type(checkpoint[key]) is int and checkpoint[key] >= 0, "a whole number")
+    for key in ("loss", "best_loss"):
+        check(key, type(checkpoint[key]) in (int, float), "a number")
+    check("phase", checkpoint["phase"] in (1, 2), "1 or 2")
+    check("schema", type(checkpoint.get("schema", 0)) is int, "a whole number")
+    check("code", type(checkpoint.get("code", "")) is str, "a text")
+    for key in ("config", "observation"):
+        check(key, isinstance(checkpoint[key], dict) and _is_plain(checkpoint[key], MOST_VALUES), "a section of values")
+    held_out, language, weights = (checkpoint[key] for key in ("held_out_demos", "language", "model_state_dict"))
+    are_names = isinstance(held_out, list) and all(type(name) is str for name in held_out)
+    check("held_out_demos", are_names, "a list of names")
+    check("model_state_dict", _are_tensors(weights), "names with a tensor each")
+    check("optimizer_state_dict", isinstance(checkpoint["optimizer_state_dict"], dict), "an optimizer's state")
+    is_table = isinstance(language, dict) and language.keys() == {"encoder", "embeddings"}
+    check("language", is_table and type(language["encoder"]) is str, "an encoder and its embeddings")
+    embeddings = language["embeddings"]
+    check("language", _are_tensors(embeddings) and len(embeddings) > 0, "instructions with a vector each")
+    are_vectors = all(one.ndim == 1 and one.is_floating_point() for one in embeddings.values())
+    check("language", are_vectors, "vectors of numbers")
+
+
+def _are_tensors(named: object) -> bool:
+    return isinstance(named, dict) and all(
+        type(name) is str and isinstance(value, Tensor) for name, value in named.items()
+    )
+
+
+def _is_plain(tree: object, most: int) -> bool:
+    """Whether dictionaries and lists hold at most so many plain values. A pickle can have one list within itself, or in
+    a thousand places."""
+    waiting = [tree]
+    while waiting and most:
+        value, most = waiting.pop(), most - 1
+        if isinstance(value, dict):
+            if not all(type(key) is str for key in value):
+                return False
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif value is not None and type(value) not in (str, int, float, bool):
+            return False
+    return not waiting
 
 
 def config_of(checkpoint: dict, source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -121,16 +184,6 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
             raise
         reason = getattr(refused, "strerror", None) or problem
         raise BadInput(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
-
-
-def weights_alone(checkpoint: dict) -> dict:
-    """The checkpoint without what only training needs. The EMA target, which nothing reads after phase 1, becomes
-    the encoder itself: torch.save writes weights that are the same tensor once."""
-    weights, encoder = dict(checkpoint["model_state_dict"]), "model.state_encoder."
-    for name in weights:
-        if name.startswith(f"{encoder}target."):
-            weights[name] = weights[name.replace(f"{encoder}target.", encoder)]
-    return checkpoint | {"model_state_dict": weights, "optimizer_state_dict": {}, "last_weights": []}
 
 
 def check_same_run(
@@ -218,13 +271,14 @@ def epoch_and_score(path: Path) -> tuple[int, Score]:
     try:
         checkpoint = _load(path, mmap=True)
         return checkpoint["epoch"], Score(checkpoint.get("success", NO_SCORE.success), checkpoint["loss"])
-    except (OSError, *UNREADABLE):
+    except (OSError, TypeError, *UNREADABLE):
         return 0, NO_SCORE
 
 
 def _load(path: Path, **options):
     """What torch.save wrote, all of it as it was written: torch.load itself does not look at the check sums, and takes
     a block that a disk lost for weights that are 0."""
+    check_archive(path)
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"its part {damaged} is damaged; copy or download it again")
@@ -265,7 +319,8 @@ def _config_of_today(config: dict, path: Path) -> dict:
 def _section(config: dict, key: str) -> tuple[dict, str]:
     *sections, name = key.split(".")
     for section in sections:
-        config = config.get(section, {})
+        found = config.get(section, {})
+        config = found if isinstance(found, dict) else {}
     return config, name
 
 
