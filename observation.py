@@ -51,6 +51,12 @@ def from_simulator(env_obs: dict) -> dict:
     return obs | {"ee_ori": axis_angle(env_obs[SIMULATOR_QUATERNION]).astype(np.float32)}
 
 
+def nothing_seen(image_size: int) -> dict:
+    """An observation to try a policy with: black pictures, zero robot state."""
+    black = {camera: np.zeros((image_size, image_size, 3), np.uint8) for camera in CAMERAS}
+    return black | {name: np.zeros(width, np.float32) for name, width in STATE_WIDTHS.items()}
+
+
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """(x, y, z, w) -> the axis times the angle, 0 to 2 pi rad: (3,) float64, bit for bit what robosuite's
     quat2axisangle gives, which made `ee_ori` in LIBERO's files and makes the state in openpi's LIBERO messages.

@@ -20,10 +20,10 @@ from websockets.sync.client import ClientConnection, connect
 
 from demos.instructions import canonical_instruction
 from errors import BadInput
+from observation import nothing_seen
 from rollouts.delay import steps_of_chunk
 from rollouts.episodes import Episode, Task
 from rollouts.evaluation import Evaluation
-from rollouts.policies import nothing_seen
 from rollouts.pool import NoChunk
 from serving import API_KEY
 from serving.libero_message import OPENPI_IMAGE_SIZE, message_of
