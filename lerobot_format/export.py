@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config import DataConfig
 from demos.frames import source_of
 from demos.hdf5 import Demo, load_demos
-from demos.hdf5_errors import hdf5_problems_named, open_dataset, open_hdf5
+from demos.hdf5_errors import hdf5_problems_named, open_dataset, open_hdf5, text_attribute
 from demos.language import embeddings_file, load_language
 from errors import BadInput
 from files import replaced_whole
@@ -36,6 +36,7 @@ from lerobot_format.layout import (
     INDICES,
     INFO,
     JOINTS,
+    KEPT_ATTRIBUTES,
     LANGUAGE,
     PICTURES,
     STATE,
@@ -122,8 +123,8 @@ class Export:
             "language_encoder": self.language.encoder if self.language else None,
             "code": code_version(),
             "files": [
-                {"name": path.name, "first_episode": first, "task": next(of_file).task}
-                for (path, of_file), first in zip(self._files(), firsts, strict=False)
+                {"name": path.name, "first_episode": first, "attributes": _kept_attributes(path)}
+                for (path, _), first in zip(self._files(), firsts, strict=False)
             ],
         }
 
@@ -306,6 +307,12 @@ def _values(demo: Demo, group: h5py.Group, name: str) -> np.ndarray:
     if values.ndim != 2 or not np.isfinite(values).all():
         raise BadInput(f"{demo.path}: {demo.key}: key {name} is {values.shape} or not finite, expected finite (T, D)")
     return values
+
+
+def _kept_attributes(path: Path) -> dict[str, str]:
+    with open_hdf5(path) as file:
+        found = {name: text_attribute(file["data"].attrs, name, path) for name in KEPT_ATTRIBUTES}
+    return {name: text for name, text in found.items() if text}
 
 
 def made(path: Path) -> Path:

@@ -44,6 +44,7 @@ NAMES = {
 INDICES = ("frame_index", "episode_index", "index", "task_index")  # int64, and one float32, the timestamp in seconds
 TIMESTAMP = "timestamp"
 OWN = "statevla"  # key of info.json that only this project reads
+KEPT_ATTRIBUTES = ("problem_info", "bddl_file_name")  # of an HDF5 file's `data`, kept there
 
 
 def place_of(file: int) -> dict[str, int]:
