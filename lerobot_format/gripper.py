@@ -11,7 +11,7 @@ import numpy as np
 
 from errors import BadInput
 
-STEPS = 5  # after which the fingers have answered: they need about ten to open or close at 20 Hz
+STILL = 0.01  # share of an episode's range of opening; what is less in a step is a tremble
 CLEAR = 0.5  # share of all finger movement that must agree on more than goes against it
 
 
@@ -31,9 +31,10 @@ class GripperConvention:
         """commands (N,) as stored; fingers (N, 2), metres, recorded before each command."""
         self.low, self.high = min(self.low, float(commands.min())), max(self.high, float(commands.max()))
         opening = np.abs(fingers).sum(axis=1)
-        change = opening[STEPS:] - opening[:-STEPS]
+        change = np.diff(opening)  # after commands[:-1]
+        change[np.abs(change) < STILL * np.ptp(opening)] = 0
         for middle in self.opened:
-            self.opened[middle] += float((change * np.sign(commands[: len(change)] - middle)).sum())
+            self.opened[middle] += float((change * np.sign(commands[:-1] - middle)).sum())
         self.moved += float(np.abs(change).sum())
         self.between += int((~np.isin(commands, (-1, 0, 1))).sum())
 

@@ -130,9 +130,10 @@ class Import:
 
     def _look_at_grippers(self) -> GripperConvention:
         convention = GripperConvention()
-        for episode in tqdm(self.dataset.episodes, unit="episode", desc="looking at grippers", leave=False):
-            vectors = self._vectors(episode, ["actions", "gripper_states"], as_stored=True)
-            convention.add(vectors["actions"][:, 6], vectors["gripper_states"])
+        with tqdm(self.dataset.episodes, unit="episode", desc="looking at grippers", leave=False) as episodes:
+            for episode in episodes:
+                vectors = self._vectors(episode, ["actions", "gripper_states"], as_stored=True)
+                convention.add(vectors["actions"][:, 6], vectors["gripper_states"])
         return convention
 
     def _task_files(self) -> dict[str, list[EpisodePlace]]:
@@ -233,11 +234,13 @@ def convert(work: Import, out: Path) -> None:
     with becomes_whole(out, work.plan()) as folder:
         parts, result = folder / "episodes", folder / "result"
         parts.mkdir(exist_ok=True)
-        for episode in tqdm(work.dataset.episodes, unit="episode", desc="importing"):
-            if not part_of(parts, episode).exists() and not (result / file_of[episode.number]).exists():
-                work.write_episode(episode, part_of(parts, episode))
-        for name, of_task in tqdm(work.files.items(), unit="file", desc="putting together"):
-            if not (result / name).exists():
-                work.write_task_file(result / name, of_task, parts)
-            for episode in of_task:
-                part_of(parts, episode).unlink(missing_ok=True)
+        with tqdm(work.dataset.episodes, unit="episode", desc="importing") as episodes:
+            for episode in episodes:
+                if not part_of(parts, episode).exists() and not (result / file_of[episode.number]).exists():
+                    work.write_episode(episode, part_of(parts, episode))
+        with tqdm(work.files.items(), unit="file", desc="putting together") as files:
+            for name, of_task in files:
+                if not (result / name).exists():
+                    work.write_task_file(result / name, of_task, parts)
+                for episode in of_task:
+                    part_of(parts, episode).unlink(missing_ok=True)
