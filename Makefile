@@ -1,7 +1,8 @@
 # Two commands do all the set-up they need on a fresh Debian or Ubuntu machine with Python 3.10 to 3.13:
 #
 #   make demo    real LIBERO demonstrations -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
-#   make test    the tests; make test-fast those without simulator and other processes, in less than a minute
+#   make test    the tests; make test-fast those without simulator and other processes, in less than a minute;
+#                make test-interop those with other projects' programs, which get environments of their own
 #
 # make lint checks style and types, make bench measures how fast all of it is, make table prints the component table,
 # make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks.
@@ -11,7 +12,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo libero-object-cpu libero-object-gpu test test-fast lint bench table clean-demo install system-packages
+.PHONY: help demo libero-object-cpu libero-object-gpu test test-fast test-interop lint bench table clean-demo install
+.PHONY: system-packages
 
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -37,7 +39,7 @@ PHASE2 := $(RUNS)/phase2_flow_matching
 ROLLOUTS := $(RUNS)/rollouts
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
 
 demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
 	@echo
@@ -105,6 +107,20 @@ test: install $(VENV)/reference/.installed
 test-fast: install
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not simulator and not slow"
 
+# Other projects' programs, with versions of packages that are not ours: test-interop-NAME is for one of them.
+INTEROP := $(patsubst tests/interop/requirements-%.txt,%,$(wildcard tests/interop/requirements-*.txt))
+.PHONY: $(INTEROP:%=test-interop-%)
+
+test-interop: $(INTEROP:%=test-interop-%)
+
+$(INTEROP:%=test-interop-%): test-interop-%: install $(VENV)/interop-%/.installed
+	@OMP_NUM_THREADS=1 INTEROP=$(abspath $(VENV)) $(RUN) -m pytest tests/interop/test_$**.py
+
+$(VENV)/interop-%/.installed: tests/interop/requirements-%.txt | install
+	@$(RUN) -m venv --clear $(VENV)/interop-$*
+	@$(VENV)/interop-$*/bin/pip install --quiet $(CPU_BUILD) -r $<
+	@touch $@
+
 lint: install
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -119,7 +135,7 @@ table: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt | system-packages
+$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-interop.txt | system-packages
 	@echo "== installing into $(VENV)"
 	@$(if $(IS_SOUND),,$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV))
 	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH) $(CPU_BUILD)

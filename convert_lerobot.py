@@ -19,7 +19,8 @@ from files import expanded
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    whole = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=whole)
     directions = parser.add_subparsers(dest="direction", required=True)
     # fmt: off
     add = directions.add_parser("export", help="LIBERO's HDF5 files -> a LeRobot dataset v3.0").add_argument
@@ -43,6 +44,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--closes", choices=("high", "low"),
         help="whether the higher or the lower gripper command closes (default: found out from the fingers)")
     # fmt: on
+    parser.epilog = "\n".join(direction.format_help() for direction in directions.choices.values())
     return parser.parse_args(arguments)
 
 

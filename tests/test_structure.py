@@ -10,15 +10,9 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = {
-    "train",
-    "eval",
-    "run_libero_eval",
-    "collect_demos",
-    "embed_language",
-    "plot_curves",
-    "simulator_check",
+    "train", "eval", "run_libero_eval", "collect_demos", "embed_language", "plot_curves", "simulator_check",
     "convert_lerobot",
-}
+}  # fmt: skip
 WORKERS = ("rollouts.worker", "collection.demonstrator")  # without torch they start sooner and hold less memory
 FILE_LINES, FUNCTION_LINES = 500, 80
 STORIES = {"train.py: main"}  # the training loop is read from top to bottom in one sitting
