@@ -24,7 +24,7 @@ from config import DataConfig
 from demos.frames import source_of
 from demos.hdf5 import Demo, load_demos
 from demos.hdf5_errors import hdf5_problems_named, open_dataset, open_hdf5, text_attribute
-from demos.language import embeddings_file, load_language
+from demos.language import EMBEDDINGS_FILE, load_language
 from errors import BadInput
 from files import replaced_whole
 from lerobot_format.layout import (
@@ -88,7 +88,8 @@ class Export:
         if pictures == "video" and self.image_size % 2:
             raise BadInput(f"--pictures video: the pictures are {self.image_size} px, expected an even number")
         self.tasks = list(dict.fromkeys(demo.task for demo in demos))
-        self.language = load_language(embeddings_file(data), self.tasks, LANGUAGE_WIDTH) if with_language else None
+        embeddings = Path(data.data_directory) / EMBEDDINGS_FILE
+        self.language = load_language(embeddings, self.tasks, LANGUAGE_WIDTH) if with_language else None
         firsts = itertools.accumulate((len(demo) - demo.lag for demo in demos), initial=0)
         self.episodes = [
             Episode(number, demo, first, self.tasks.index(demo.task))
