@@ -107,13 +107,18 @@ test: install $(VENV)/reference/.installed
 test-fast: install
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not simulator and not slow"
 
-# Other projects' programs, with versions of packages that are not ours.
-test-interop: install $(VENV)/interop-openpi/.installed
-	@OMP_NUM_THREADS=1 INTEROP=$(abspath $(VENV)) $(RUN) -m pytest tests/interop
+# Other projects' programs, with versions of packages that are not ours: test-interop-NAME is for one of them.
+INTEROP := $(patsubst tests/interop/requirements-%.txt,%,$(wildcard tests/interop/requirements-*.txt))
+.PHONY: $(INTEROP:%=test-interop-%)
 
-$(VENV)/interop-openpi/.installed: tests/interop/requirements-openpi.txt | install
-	@$(RUN) -m venv --clear $(VENV)/interop-openpi
-	@$(VENV)/interop-openpi/bin/pip install --quiet -r $<
+test-interop: $(INTEROP:%=test-interop-%)
+
+$(INTEROP:%=test-interop-%): test-interop-%: install $(VENV)/interop-%/.installed
+	@OMP_NUM_THREADS=1 INTEROP=$(abspath $(VENV)) $(RUN) -m pytest tests/interop/test_$**.py
+
+$(VENV)/interop-%/.installed: tests/interop/requirements-%.txt | install
+	@$(RUN) -m venv --clear $(VENV)/interop-$*
+	@$(VENV)/interop-$*/bin/pip install --quiet $(CPU_BUILD) -r $<
 	@touch $@
 
 lint: install

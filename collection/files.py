@@ -1,7 +1,6 @@
 """The files of collect_demos.py: HDF5 files written whole, the settings that each carries, and who may write them."""
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +8,9 @@ from pathlib import Path
 
 import h5py
 
+from demos.hdf5_writing import new_hdf5
 from errors import BadInput
-from files import Lock, replaced_whole, unwritable_named
+from files import Lock
 
 UNFINISHED = ".unfinished"  # folder of the demos whose task is not complete yet
 CONTINUES = "finished demos are kept, and the same command continues"
@@ -30,46 +30,11 @@ class DemoSettings:
     layouts: str = "libero"  # written only where it is another, so that files of LIBERO's layouts are what they were
 
 
-class HDF5Target(io.FileIO):
-    """The file that HDF5 writes to. HDF5 cannot close a file that the disk has no room for, prints tracebacks and ends
-    the process with a segmentation fault: so it never hears of a failed write, which is kept as `problem` instead."""
-
-    problem: OSError | None = None
-
-    def write(self, content) -> int:
-        rest = memoryview(content).cast("B")
-        size = len(rest)
-        try:
-            while self.problem is None and len(rest):
-                rest = rest[super().write(rest) :]
-        except OSError as problem:
-            self.problem = problem
-        return size
-
-    def truncate(self, size: int | None = None) -> int:
-        end = self.tell() if size is None else size
-        try:
-            if self.problem is None:
-                super().truncate(end)
-        except OSError as problem:
-            self.problem = problem
-        return end
-
-
 @contextlib.contextmanager
 def written_hdf5(path: Path, scratch: Path) -> Iterator[h5py.File]:
     """An HDF5 file in folder `scratch`, open for writing, that takes the place of `path` in one step when complete."""
-    with (
-        unwritable_named(path, f"; {CONTINUES}"),
-        replaced_whole(path, scratch) as part,
-        HDF5Target(part, "w+") as target,
-    ):
-        try:
-            with h5py.File(target, "w") as file:
-                yield file
-        finally:
-            if target.problem:  # whatever else came of it
-                raise target.problem
+    with new_hdf5(path, scratch, f"; {CONTINUES}") as file:
+        yield file
 
 
 @contextlib.contextmanager

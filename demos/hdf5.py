@@ -229,7 +229,10 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[l
                     path, key, group, has_attributes, config.max_len_data, config.cache == "none", config.robot_state
                 )
         forced = config.obs_alignment
-        alignment = _detect_alignment(path, groups) if forced == "auto" else forced
+        told = text_attribute(data.attrs, "obs_alignment", path)
+        if told not in ("", "before", "after"):
+            raise BadInput(f"{path}: attribute obs_alignment is {told!r}, expected before or after")
+        alignment = (told or _detect_alignment(path, groups)) if forced == "auto" else forced
         lag = {"before": 0, "after": 1}[alignment]
         demos = []
         for key, group in groups.items():

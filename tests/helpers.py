@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import convert_lerobot
 import embed_language
 import eval as offline_evaluation
 import jepa.mamba
@@ -47,7 +48,12 @@ SMALL = {
     "training.phase2.learning_rate": "null",
     "training.device": "cpu",
 }
-HERE = {"train.py": train.main, "eval.py": offline_evaluation.main, "embed_language.py": embed_language.main}
+HERE = {
+    "train.py": train.main,
+    "eval.py": offline_evaluation.main,
+    "embed_language.py": embed_language.main,
+    "convert_lerobot.py": convert_lerobot.main,
+}
 
 
 def run(*command: object, expect: int = 0, **variables: str) -> subprocess.CompletedProcess:

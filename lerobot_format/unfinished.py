@@ -1,0 +1,58 @@
+"""A conversion that may be interrupted: what is done lies in OUT.part, which becomes OUT when all of it is done."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from errors import BadInput
+from files import Lock, unwritable_named, written_whole
+
+PLAN = "plan.json"
+
+
+@contextmanager
+def becomes_whole(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """The folder OUT.part for the block's work, whose `result/` becomes `out` when the block ends without an error.
+
+    `plan` is all that decides the result. Raises BadInput where `out` is there already, where OUT.part was begun by
+    another plan or another process is at it, and where OUT.part
+    cannot be made.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise BadInput(f"{out}: is there already; delete it or choose another place")
+    work = out.with_name(f"{out.name}.part")
+    with unwritable_named(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = Lock(work / "lock", f"{work}: another process is converting into it")
+    with lock:
+        _same_plan(work / PLAN, json.loads(json.dumps(plan)))
+        (work / "result").mkdir(exist_ok=True)
+        lock.forget_parts(work, "**/*")
+        yield work
+        os.rename(work / "result", out)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _same_plan(path: Path, plan: dict[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())
+    except FileNotFoundError:
+        write_json(path, plan)
+        return
+    except ValueError:
+        before = {}
+    for key, value in plan.items():
+        if before.get(key) != value:
+            raise BadInput(
+                f"{path.parent}: an interrupted conversion with another {key} is there; go on with the command and the "
+                "files that it had, or delete it"
+            )
+
+
+def write_json(path: Path, content: Any) -> None:
+    with written_whole(path) as stream:
+        stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
