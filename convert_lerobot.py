@@ -28,6 +28,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("out", metavar="OUT", type=expanded, help="the dataset's folder, which must not be there yet")
     add("--pictures", choices=("image", "video"), default="image",
         help="image: PNG, equal in every pixel; video: mp4 (h264), smaller and not exact (default: %(default)s)")
+    add("--image_size", type=int, metavar="PIXELS", help="makes the pictures smaller (default: as they are)")
     add("--language", action="store_true",
         help="adds the instruction's embedding as observation.environment_state, for policies that read no text")
     add = directions.add_parser("import", help="a LeRobot dataset v3.0 or v2.1 -> LIBERO's HDF5 files").add_argument
@@ -52,7 +53,7 @@ def export_demos(args: argparse.Namespace) -> None:
     from lerobot_format.export import export
 
     data = replace(load_config().data, data_directory=args.source, demos_per_task=LARGEST, max_len_data=LARGEST)
-    done = export(data, Path(args.out), args.pictures, args.language)
+    done = export(data, Path(args.out), args.pictures, args.language, args.image_size)
     print(f"{args.out}: {len(done.episodes)} episodes, {done.num_frames} frames, {len(done.tasks)} tasks")
 
 

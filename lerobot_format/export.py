@@ -49,7 +49,7 @@ from lerobot_format.layout import (
     info_of,
     place_of,
 )
-from lerobot_format.pictures import png_of, turned, written_video
+from lerobot_format.pictures import png_of, resized, turned, written_video
 from lerobot_format.statistics import picture_counts, picture_statistics, vector_statistics
 from lerobot_format.unfinished import becomes_whole, write_json
 from observation import CAMERAS, ORIENTATION
@@ -75,11 +75,16 @@ class Episode:
 class Export:
     """Everything that decides the dataset, and how it is written."""
 
-    def __init__(self, data: DataConfig, pictures: str, with_language: bool):
-        """`pictures` is "image" or "video". Raises BadInput where `load_demos` does, where end-effector poses or
-        embeddings are missing, and for videos of an odd size, which h264 does not take."""
+    def __init__(self, data: DataConfig, pictures: str, with_language: bool, image_size: int | None = None):
+        """`pictures` is "image" or "video". With an `image_size` they are made that small.
+
+        Raises BadInput where `load_demos` does, where end-effector poses or embeddings are missing, for pictures that
+        would have to grow, and for videos of an odd size, which h264 does not take."""
         demos, self.description = load_demos(data, min_actions=1)
-        self.pictures, self.image_size = pictures, self.description["image_size"]
+        recorded = self.description["image_size"]
+        self.pictures, self.image_size = pictures, image_size or recorded
+        if not 1 <= self.image_size <= recorded:
+            raise BadInput(f"--image_size {image_size}: expected 1 to {recorded}, the pictures' own size")
         if self.description["image_orientation"] != ORIENTATION:
             raise BadInput(
                 f"{data.data_directory}: its pictures are said to be {self.description['image_orientation']}, expected "
@@ -234,7 +239,10 @@ class Export:
                 for feature in self.widths
                 if feature in VECTORS
             }
-            films = {feature: turned(group["obs"][camera][:steps]) for camera, feature in PICTURES.items()}
+            films = {
+                feature: turned(resized(group["obs"][camera][:steps], self.image_size))
+                for camera, feature in PICTURES.items()
+            }
         vectors[ACTION] = demo.actions.numpy()[demo.lag :]
         if self.language:
             vectors[LANGUAGE] = np.tile(self.language[demo.task].numpy(), (steps, 1))
@@ -285,10 +293,10 @@ class Export:
         return row
 
 
-def export(data: DataConfig, out: Path, pictures: str, with_language: bool) -> Export:
+def export(data: DataConfig, out: Path, pictures: str, with_language: bool, image_size: int | None = None) -> Export:
     """Writes the dataset `out` from a data directory and returns what it is of. Raises BadInput as `Export` and
     `becomes_whole` do."""
-    work = Export(data, pictures, with_language)
+    work = Export(data, pictures, with_language, image_size)
     with becomes_whole(out, work.plan()) as folder, tqdm(total=work.num_frames, unit="frame", desc="exporting") as bar:
         (folder / "finished").mkdir(exist_ok=True)
         shards = []

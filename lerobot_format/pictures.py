@@ -11,9 +11,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 
 from errors import BadInput
+from jepa.tokenizer import resize_images
 
 LARGEST_SIDE = 4096  # pixels; what claims to be larger is no camera of a robot
 
@@ -21,6 +23,11 @@ LARGEST_SIDE = 4096  # pixels; what claims to be larger is no camera of a robot
 def turned(pictures: np.ndarray) -> np.ndarray:
     """(..., H, W, 3) turned by 180 degrees, which is its own reverse."""
     return pictures[..., ::-1, ::-1, :]
+
+
+def resized(pictures: np.ndarray, size: int) -> np.ndarray:
+    """(N, H, W, 3) uint8 -> (N, size, size, 3), as every model here resizes them."""
+    return resize_images(torch.from_numpy(pictures), size).permute(0, 2, 3, 1).numpy()
 
 
 def png_of(picture: np.ndarray) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import load, one_sentence, run
 from libero_files import TASK, write_task_file
 from PIL import Image
@@ -23,6 +24,7 @@ import lerobot_format.export
 import lerobot_format.to_hdf5
 from demos.language import EMBEDDINGS_FILE
 from errors import BadInput
+from jepa.tokenizer import resize_images
 from lerobot_format.gripper import GripperConvention
 from lerobot_format.statistics import picture_counts, picture_statistics
 
@@ -215,6 +217,18 @@ def test_counts_of_pictures_give_their_statistics():
     for name, percent in (("q01", 1), ("q50", 50), ("q99", 99)):
         expected = np.percentile(flat, percent, axis=0, method="inverted_cdf")
         np.testing.assert_allclose(np.ravel(found[name]), expected, atol=1e-12)
+
+
+def test_smaller_pictures_are_those_that_a_model_of_that_size_sees(demos, tmp_path):
+    export = "convert_lerobot.py", "export", demos, tmp_path / "dataset", "--image_size"
+    run(*export, 16)
+    table = pq.read_table(tmp_path / "dataset/data/chunk-000/file-000.parquet")
+    with h5py.File(demos / f"{OTHER_TASK}_demo.hdf5") as file:
+        recorded = torch.from_numpy(file["data/demo_0/obs/agentview_rgb"][2][None])
+    seen = resize_images(recorded, 16).squeeze(0).permute(1, 2, 0).numpy()
+    picture = np.asarray(Image.open(io.BytesIO(table["observation.images.image"][2]["bytes"].as_py())))
+    assert np.array_equal(picture, np.rot90(seen, 2))
+    assert "--image_size 64: expected 1 to 32" in one_sentence(run(*export, 64, expect=2))
 
 
 def test_language_becomes_the_state_of_the_environment(demos, tmp_path):
