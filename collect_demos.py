@@ -236,7 +236,11 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
 def main() -> None:
     args = parse_arguments()
     data = load_config(args.config, args.set).data
-    folder = Path(expanded(getattr(args, "data_directory", data.data_directory)))
+    if len(data.folders) > 1 and "data_directory" not in args:
+        raise BadInput(
+            f"data.data_directory lists {len(data.folders)} folders; say with --data_directory which of them to fill"
+        )
+    folder = Path(expanded(args.data_directory)) if "data_directory" in args else data.folders[0]
     wanted = getattr(args, "demos_per_task", data.demos_per_task)
     check_arguments(args, folder, wanted)
     settings = DemoSettings(

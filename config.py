@@ -18,6 +18,7 @@ import yaml
 
 from errors import BadInput
 from files import expanded
+from observation import ROBOT_STATES
 
 DEFAULTS = Path(__file__).parent / "conf/config.yaml"
 LARGEST = 2**63 - 1  # whole number, that every generator and tensor takes
@@ -58,7 +59,8 @@ FilePath = Annotated[str, PathText]
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_directory: FilePath
+    data_directory: FilePath | list[FilePath]
+    robot_state: Literal["joints", "end_effector"]
     demos_per_task: Count
     max_len_data: Count
     train_split: Annotated[float, Range(0, 1, open=True)]
@@ -67,6 +69,12 @@ class DataConfig:
     cache: Literal["disk", "ram", "gpu", "none"]
     cache_directory: FilePath | None
     language_embeddings: FilePath | None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of data_directory, one or several."""
+        directories = [self.data_directory] if isinstance(self.data_directory, str) else self.data_directory
+        return [Path(directory) for directory in directories]
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class ModelConfig:
     patch_size: Count
     embed_dim: Count  # D
     lang_emb_dim: Count
-    robot_state_dim: Count  # 9: 7 joints + 2 fingers
+    robot_state_dim: Count  # the width of data.robot_state
     encoder_depth: Count
     d_state: Count  # N
     d_conv: Count
@@ -182,7 +190,9 @@ def load_config(paths: str | Path | typing.Sequence[str | Path] = (), overrides:
     tree = _read_yaml(DEFAULTS)
     config = parse_config(tree, str(DEFAULTS))
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        _change(tree, _read_yaml(Path(path)), "", str(path))
+        changes = _read_yaml(Path(path))
+        _change(tree, changes, "", str(path))
+        _follow_robot_state(tree, _leaves(changes))
         config = parse_config(tree, str(path))
     return parse_config(tree, "--set", overrides) if overrides else config
 
@@ -191,8 +201,10 @@ def parse_config(tree: dict, source: str, overrides: typing.Sequence[str] = ()) 
     """Builds a Config from a nested dictionary that has every key. `source` is the file that errors name."""
     tree = copy.deepcopy(tree)
     config = _build(Config, tree, "", source)
+    keys = [override.partition("=")[0] for override in overrides]
     for override in overrides:
         _override(tree, override)
+        _follow_robot_state(tree, keys)
         source = f"--set {override}"
         config = _build(Config, tree, "", source)
     _check_consistency(config, source)
@@ -232,8 +244,17 @@ def _change(tree: dict, changes: dict, prefix: str, source: str) -> None:
             tree[key] = value
 
 
+def _follow_robot_state(tree: dict, keys: typing.Sequence[str]) -> None:
+    """model.robot_state_dim becomes the width of data.robot_state where, of the two, only this is among the `keys` that
+    a file or the command line sets."""
+    name = tree["data"]["robot_state"]
+    if "data.robot_state" in keys and "model.robot_state_dim" not in keys and name in list(ROBOT_STATES):
+        tree["model"]["robot_state_dim"] = sum(ROBOT_STATES[name].values())
+
+
 def _override(tree: dict, override: str) -> None:
-    """Applies one --set. A text stays as it was typed, with every # and colon that a path may have."""
+    """Applies one --set. A text stays as it was typed, with every # and colon that a path may have; [a, b] is a list
+    where one may stand."""
     key, separator, text = override.partition("=")
     if not separator:
         raise BadInput(f"--set {override}: expected section.key=value, for example training.phase1.num_epochs=5")
@@ -246,7 +267,7 @@ def _override(tree: dict, override: str) -> None:
     if not isinstance(node, dict) or name not in node or isinstance(node[name], dict):
         raise BadInput(f"--set {override}: no such key{_suggestion(key, _leaves(tree))}")
     accepted, _ = _unpacked(typing.get_type_hints(kind, include_extras=True)[name])
-    if str in accepted:
+    if str in accepted and not (list in accepted and text[:1] == "[" and text[-1:] == "]"):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         is_null = types.NoneType in accepted and text == "null"
         node[name] = text[1:-1] if quoted else None if is_null else text
@@ -283,6 +304,11 @@ def _value(value, expected, key: str, source: str):
             value = float(value)
         except ValueError:
             pass
+    if type(value) is list and list in accepted:
+        if not value:
+            raise BadInput(f"{source}: key {key} is an empty list")
+        (part,) = get_args(next(kind for kind in get_args(expected) if get_origin(kind) is list))
+        return [_value(one, part, f"{key}[{index}]", source) for index, one in enumerate(value)]
     if type(value) not in accepted:
         names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
         raise BadInput(f"{source}: key {key} is {value!r}, expected {names}")
@@ -306,6 +332,8 @@ def _unpacked(expected) -> tuple[tuple[type, ...], tuple]:
     if get_origin(expected) is Annotated:
         kind, *notes = get_args(expected)
         return (kind,), tuple(notes)
+    if get_origin(expected) is list:  # its parts are looked at one by one
+        return (list,), ()
     if get_origin(expected) in (types.UnionType, typing.Union):
         parts = [_unpacked(part) for part in get_args(expected)]
         return tuple(kind for kinds, _ in parts for kind in kinds), tuple(note for _, notes in parts for note in notes)
@@ -320,8 +348,14 @@ def _check_consistency(config: Config, source: str) -> None:
         )
     if model.action_dim != 7:
         raise BadInput(f"{source}: model.action_dim is {model.action_dim}, expected 7 (6 pose deltas + gripper)")
-    if model.robot_state_dim != 9:
-        raise BadInput(f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected 9 (7 joints + 2 fingers)")
+    robot_state = config.data.robot_state
+    parts = ROBOT_STATES[robot_state]
+    if model.robot_state_dim != sum(parts.values()):
+        told = " + ".join(f"{width} {name}" for name, width in parts.items())
+        raise BadInput(
+            f"{source}: model.robot_state_dim is {model.robot_state_dim}, expected {sum(parts.values())}, since "
+            f"data.robot_state is {robot_state} ({told}); it follows where data.robot_state alone is set"
+        )
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:

@@ -21,7 +21,8 @@ from demos.frames import DeviceFrames, Frames
 from demos.hdf5 import Demo
 from demos.language import LanguageTable
 from errors import BadInput
-from observation import CAMERAS, FINGER_TRAVEL, STATE_WIDTHS
+from jepa.tokenizer import robot_state_vector
+from observation import CAMERAS
 from seeds import mixed_seed
 
 
@@ -47,9 +48,12 @@ class LowDimensional:
         instructions = {demo.path: demo.task for demo in demos}
         number = {path: index for index, path in enumerate(instructions)}
         task = torch.cat([torch.full((len(demo),), number[demo.path]) for demo in demos])
-        self.device, self.lag = device, demos[0].lag  # load_demos has made sure that all agree
+        self.device = device
+        self.lag = torch.cat([torch.full((len(demo),), demo.lag) for demo in demos]).to(device)  # (N,)
         self.actions = torch.cat([demo.actions for demo in demos]).to(device)  # (N, 7)
-        self.robot_state = {key: torch.cat([getattr(demo, key) for demo in demos]).to(device) for key in STATE_WIDTHS}
+        self.robot_state = {  # name -> (N, width)
+            name: torch.cat([demo.robot_state[name] for demo in demos]).to(device) for name in demos[0].robot_state
+        }
         self.task = task.to(device)  # (N,) of each row's file
         last_rows = [torch.full((len(demo),), demo.first_row + len(demo) - 1) for demo in demos]
         self.last_row = torch.cat(last_rows).to(device)  # (N,) of each row's demo
@@ -60,16 +64,16 @@ class LowDimensional:
         return {key: v[rows] for key, v in self.robot_state.items()} | {"language": self.language[self.task[rows]]}
 
     def robot_ahead(self, rows: Tensor, frames: Sequence[int]) -> Tensor:
-        """The robot state `frames` after each row, at most at the demo's end: (B, frames, 9) in rad and shares of the
-        fingers' travel."""
+        """The robot state `frames` after each row, at most at the demo's end: (B, frames, 9 or 8) in the units in which
+        a model reads it."""
         later = rows[:, None] + torch.tensor(frames, device=self.device)
         later = torch.minimum(later, self.last_row[rows][:, None])
-        fingers = self.robot_state["gripper_states"][later] / FINGER_TRAVEL
-        return torch.cat([self.robot_state["joint_states"][later], fingers], dim=-1)
+        return robot_state_vector({name: values[later] for name, values in self.robot_state.items()}, self.robot_state)
 
     def actions_from(self, rows: Tensor, count: int) -> Tensor:
         """The `count` actions that follow each row: (B, count, 7)."""
-        return self.actions[rows[:, None] + self.lag + torch.arange(count, device=self.device)]
+        first = rows + self.lag[rows]
+        return self.actions[first[:, None] + torch.arange(count, device=self.device)]
 
 
 class RowOrder:
@@ -188,7 +192,7 @@ class Batches:
 
     Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
     with `frames`: `obs`, equal to observation.from_simulator's; with a `gap` also `next_obs`, as many rows later, and
-    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9);
+    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8);
     with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
     Raises BadInput as `RowOrder`.

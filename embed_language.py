@@ -1,4 +1,5 @@
-"""Instructions -> 512-D sentence embeddings, written as language_embeddings.npz beside the demonstrations.
+"""Instructions -> 512-D sentence embeddings, written as language_embeddings.npz beside the demonstrations, in each of
+several folders its own.
 
 python embed_language.py --data_directory /path/to/libero_object
 python embed_language.py --config conf/quickstart.yaml --encoder offline
@@ -13,7 +14,7 @@ from config import add_config_flags, load_config
 from demos.hdf5 import demos_of, find_task_files
 from demos.hdf5_errors import open_hdf5
 from demos.instructions import task_instruction
-from demos.language import embeddings_file, write_embeddings
+from demos.language import embeddings_files, write_embeddings
 from errors import exits_on_bad_input
 from files import expanded
 
@@ -38,13 +39,17 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_config(arguments.config, arguments.set).data
     data = replace(data, data_directory=arguments.data_directory or data.data_directory)
-    directory, target = data.data_directory, Path(arguments.output or embeddings_file(data))
-
-    texts = set()
-    for path in find_task_files(directory):
-        with open_hdf5(path) as file:
-            texts.add(task_instruction(path, demos_of(path, file)[0]))
-    write_embeddings(target, sorted(texts), arguments.encoder)
+    data = replace(data, language_embeddings=arguments.output or data.language_embeddings)
+    texts: dict[Path, set[str]] = {}
+    for folder in data.folders:
+        texts[folder] = set()
+        for path in find_task_files(folder):
+            with open_hdf5(path) as file:
+                texts[folder].add(task_instruction(path, demos_of(path, file)[0]))
+    targets = embeddings_files(data)
+    of_targets = list(texts.values()) if len(targets) > 1 else [set.union(*texts.values())]
+    for target, found in zip(targets, of_targets, strict=True):
+        write_embeddings(target, sorted(found), arguments.encoder)
 
 
 if __name__ == "__main__":

@@ -69,12 +69,11 @@ def main() -> None:
         write_result(evaluate_turning(model, checkpoint, arguments), checkpoint, arguments.output)
         return
     demos, observation = load_demos(config.data, config.model.action_seq_len)
+    folders = ", ".join(map(str, config.data.folders))
     for key, value in checkpoint["observation"].items():
         if observation.get(key) != value:
-            raise BadInput(
-                f"{config.data.data_directory}: {key} is {observation.get(key)}, the checkpoint expects {value}"
-            )
-    held_out = held_out_demos(demos, checkpoint["held_out_demos"], config.data.data_directory)
+            raise BadInput(f"{folders}: {key} is {observation.get(key)}, the checkpoint expects {value}")
+    held_out = held_out_demos(demos, checkpoint["held_out_demos"], folders)
     of_encoder = checkpoint["phase"] == 1 or arguments.representation
     batch_size = config.training.batch_size
     with out_of_memory_named(f"out of memory with batch_size {batch_size}; use a smaller --batch_size"):
@@ -132,7 +131,7 @@ def evaluate_actions(
         LowDimensional(held_out, LanguageTable(**checkpoint["language"]), device),
         config.model.action_seq_len,
         config.training.batch_size,
-        frames=HDF5Frames(held_out),  # each is read once
+        frames=HDF5Frames(held_out, config.model.image_size),  # each is read once
     )
     start = time.perf_counter()
     predicted, demonstrated = predict_all(model, batches, arguments)
@@ -157,7 +156,7 @@ def evaluate_representation(
     language, unseen = LanguageTable(**checkpoint["language"]), {demo.name for demo in held_out}
     train = [demo for demo in demos if demo.name not in unseen and demo.task in language.embeddings]
     numbered = numbered_alone([*train, *held_out])
-    frames = HDF5Frames(numbered)
+    frames = HDF5Frames(numbered, config.model.image_size)
     figures, drawn = representation_report(
         model, numbered[: len(train)], numbered[len(train) :], language, frames, config.training.batch_size, device
     )
@@ -202,13 +201,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def held_out_demos(demos: list[Demo], names: list[str], data_directory: str) -> list[Demo]:
+def held_out_demos(demos: list[Demo], names: list[str], folders: str) -> list[Demo]:
     """Exactly the demos that training held out, by name."""
     by_name = {demo.name: demo for demo in demos}
     missing = [name for name in names if name not in by_name]
     if missing:
         raise BadInput(
-            f"{data_directory}: lacks {len(missing)} of the checkpoint's {len(names)} held-out demos, e.g. {missing[0]}"
+            f"{folders}: lacks {len(missing)} of the checkpoint's {len(names)} held-out demos, e.g. {missing[0]}"
         )
     return [by_name[name] for name in names]
 

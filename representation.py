@@ -33,7 +33,6 @@ from demos.states import encode_all
 from errors import BadInput
 from files import replaced_whole
 from jepa.temporal_predictor import representation_health
-from observation import STATE_WIDTHS
 from statevla_model import StateVLA
 
 POSITION_SIZE = {"free": 7, "ball": 4, "slide": 1, "hinge": 1}  # numbers that a MuJoCo joint has in qpos
@@ -81,7 +80,7 @@ def simulator_truth(demo: Demo) -> dict[str, Tensor]:
                     f"{demo.path}: {demo.key}: key states has {states.shape[1]} columns, too few for {thing}"
                 )
             truth[name] = later[:, first : first + 3]
-    truth["gripper"] = demo.gripper_states.abs().sum(dim=1, keepdim=True)
+    truth["gripper"] = demo.robot_state["gripper_states"].abs().sum(dim=1, keepdim=True)
     return truth
 
 
@@ -174,8 +173,9 @@ def _without_proprioception(low_dimensional: LowDimensional) -> LowDimensional:
     """The same frames with every robot state replaced by the mean one."""
     masked = object.__new__(LowDimensional)
     masked.__dict__.update(low_dimensional.__dict__)
-    masked.robot_state = {key: low_dimensional.robot_state[key].mean(0).expand_as(low_dimensional.robot_state[key])
-                          for key in STATE_WIDTHS}  # fmt: skip
+    masked.robot_state = {
+        name: values.mean(0).expand_as(values) for name, values in low_dimensional.robot_state.items()
+    }
     return masked
 
 
@@ -185,7 +185,7 @@ def spread_within(z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
     total = float(z.var(dim=0, correction=0).sum())
     lengths = [len(demo) for demo in demos]
     shares = {}
-    for name, groups in (("task", [demo.path.name for demo in demos]), ("episode", [demo.name for demo in demos])):
+    for name, groups in (("task", [str(demo.path) for demo in demos]), ("episode", [demo.name for demo in demos])):
         labels = np.repeat(groups, lengths)
         within = sum(
             float((z[labels == group] - z[labels == group].mean(0)).square().sum()) for group in dict.fromkeys(groups)

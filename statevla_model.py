@@ -3,7 +3,7 @@
     python statevla_model.py --config conf/config.yaml      prints the component table with the counts of a built model
     python statevla_model.py --export CHECKPOINT OUTPUT     a checkpoint's weights alone, to be handed on
 
-Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F frames of foresight.
+Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F frames of foresight, R robot_state_dim.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from jepa.temporal_predictor import (
     representation_health,
     variance_loss,
 )
-from observation import OBS_KEYS
+from observation import CAMERAS, state_of_width
 from state_encoder import JEPAStateEncoder
 from training.checkpoint import read_checkpoint, save_checkpoint, weights_alone
 
@@ -40,12 +40,14 @@ class StateVLA(nn.Module):
     """Observation -> z_t -> a chunk of ten actions.
 
     An observation is a dict: agentview_rgb and eye_in_hand_rgb (B, h, w, 3) uint8 in LIBERO's raw orientation,
-    joint_states (B, 7) in rad, gripper_states (B, 2) in metres, language (B, lang_emb_dim).
+    language (B, lang_emb_dim) and the parts of the robot state that the model reads, `robot_state`: joint_states (B, 7)
+    in rad and gripper_states (B, 2) in metres, or ee_pos (B, 3) in metres, ee_ori (B, 3) in rad and gripper_states.
     """
 
     def __init__(self, config: ModelConfig, predictor_hidden_dim: int = 512):
         super().__init__()
         self.config = config
+        self.robot_state = state_of_width(config.robot_state_dim)  # names and widths of its parts
         self.state_encoder = JEPAStateEncoder(config, predictor_hidden_dim)
         self.state_scaling = StateScaling(config.state_dim)
         self.policy = FlowMatchingPolicy(config)
@@ -60,11 +62,15 @@ class StateVLA(nn.Module):
         """One frame's observation (observation.py) and what the robot is told -> actions (H, 7), as `predict`, whose
         other arguments are `sampling`.
 
-        Raises BadInput where the model came without a language table or its table lacks the instruction.
+        Raises BadInput where the model came without a language table, its table lacks the instruction, or the
+        observation lacks a camera or a part of the robot state.
         """
         if self.language is None:
             raise BadInput("this model knows no instruction; `load_checkpoint` brings those that it was trained on")
-        frame = {name: torch.from_numpy(np.ascontiguousarray(obs[name])) for name in OBS_KEYS}
+        names = (*CAMERAS, *self.robot_state)
+        if missing := [name for name in names if name not in obs]:
+            raise BadInput(f"the observation lacks {', '.join(missing)}; this model reads {', '.join(names)}")
+        frame = {name: torch.from_numpy(np.ascontiguousarray(obs[name])) for name in names}
         frame["language"] = self.language[canonical_instruction(instruction)]
         device = self.policy.positions.device
         batch = {name: value.unsqueeze(0).to(device) for name, value in frame.items()}
@@ -196,7 +202,7 @@ class StateVLATrainer(nn.Module):
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Phase 1: batch has obs, next_obs (K frames later), actions (B, K, 7) between them and, for foresight,
-        robot_ahead (B, F, 9). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
+        robot_ahead (B, F, 9 or 8). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
         return self.phase1_losses([batch]) if self.phase == 1 else self.phase2_losses(batch)
 
     def phase1_losses(self, batches: Iterable[dict]) -> dict[str, Tensor]:
@@ -211,7 +217,7 @@ class StateVLATrainer(nn.Module):
             part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]))}  # (B, D)
             part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
             part["z_next_target"] = encoder.target(batch["next_obs"])  # (B, D), the EMA copy's, no gradient
-            part |= {name: batch[name] for name in ("actions", "robot_ahead") if name in batch}  # (B, K, 7), (B, F, 9)
+            part |= {name: batch[name] for name in ("actions", "robot_ahead") if name in batch}  # (B, K, 7), (B, F, R)
             parts.append(part)
         with torch.autocast(parts[0]["actions"].device.type, enabled=False):  # covariances in bfloat16 would be noise
             rows = {name: rows_of_all_ranks(in_float32([part[name] for part in parts])) for name in parts[0]}
@@ -226,7 +232,7 @@ class StateVLATrainer(nn.Module):
                 told = self.inverse_dynamics(z_t, z_next_target)  # (B, K * 7)
                 losses["inverse_dynamics"] = F.mse_loss(told, rows["actions"].flatten(1))
             if self.foresight is not None:
-                foreseen = self.foresight(z_t)  # (B, F, 9)
+                foreseen = self.foresight(z_t)  # (B, F, R)
                 losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
             weighted = (self.weights[name] * value for name, value in losses.items())
             losses["loss"] = sum(weighted, start=torch.zeros_like(losses["jepa_mse"]))
@@ -335,7 +341,11 @@ def component_table(model: StateVLA) -> str:
             count_parameters(tokenizer.language),
             f"Linear {config.lang_emb_dim} -> {config.embed_dim}",
         ),
-        ("Robot State Tokenizer", count_parameters(tokenizer.robot_state), "joint(7) + gripper(2) -> 1 token"),
+        (
+            "Robot State Tokenizer",
+            count_parameters(tokenizer.robot_state),
+            " + ".join(f"{name}({width})" for name, width in model.robot_state.items()) + " -> 1 token",
+        ),
         ("CLS token", tokenizer.cls.numel(), "last position, z_t is read here"),
         ("Context Encoder", count_parameters(encoder.encoder), f"Mamba x {config.encoder_depth}"),
         ("Target Encoder", 0, f"EMA copy, no gradient ({count_parameters(encoder.target):,} values)"),

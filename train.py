@@ -39,7 +39,7 @@ from config import Config, add_config_flags, load_config
 from dataloader import Batches, LowDimensional, chunk_rows, every_frame, frame_rows, shift_pictures, transition_rows
 from demos.frames import DeviceFrames, Frames, open_frames
 from demos.hdf5 import SPLIT_RULE, Demo, load_demos, split_demos
-from demos.language import LanguageTable, embeddings_file, load_language, same_language
+from demos.language import LanguageTable, embeddings_files, load_languages, same_language
 from demos.states import encode_all, frozen_states
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
@@ -96,7 +96,8 @@ def main() -> None:
                 report(f"note: {note}")
             if resumed and resumed.get("precision", precision) != precision:
                 report(f"note: it was trained in {resumed['precision']} so far, and goes on in {precision}")
-            same_language(data.language, LanguageTable(**source["language"]), str(embeddings_file(config.data)))
+            where = ", ".join(map(str, embeddings_files(config.data)))
+            same_language(data.language, LanguageTable(**source["language"]), where)
         if resumed:
             load_weights(trainer, resumed["model_state_dict"], source_path)
         elif source:
@@ -267,11 +268,14 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
     min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
     demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed, held_out)
-    tasks = sorted({demo.task for demo in demos})
-    language = load_language(embeddings_file(config.data), tasks, config.model.lang_emb_dim)
-    forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
+    of_folders = {folder: [demo for demo in demos if demo.path.parent == folder] for folder in config.data.folders}
+    language = load_languages(config.data, demos, config.model.lang_emb_dim)
+    tasks = {demo.task for demo in demos}
     report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
-    report(f"data: obs[t] was recorded {observation['obs_alignment']} actions[t]{forced}")
+    forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
+    for folder, found in of_folders.items():
+        which = f"{folder}: {len(found)} demos, {found[0].image_size} px, " if len(of_folders) > 1 else ""
+        report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}")
     low_dimensional = LowDimensional(demos, language, device)
     return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional)
 

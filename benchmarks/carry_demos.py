@@ -3,10 +3,10 @@
     python benchmarks/carry_demos.py pack data/libero_object packed           1 KB a step instead of 90
     python benchmarks/carry_demos.py unpack packed data/libero_object
 
-What training reads is kept: pictures, joints, fingers and actions. The pictures become H.264 (4:4:4, 35 dB and better):
-close to the original, but not the same bytes, so a result got from them says so. Without the simulator's states nothing
-tells when pictures were recorded (data.obs_alignment is to be before or after) or where objects are (no probes). pack
-wants PyAV, unpack PyAV or OpenCV. Files already there stay.
+What training reads is kept: pictures, both robot states and actions. The pictures become H.264 (4:4:4, 35 dB and
+better): close to the original, but not the same bytes, so a result got from them says so. Without the simulator's
+states nothing tells when pictures were recorded (data.obs_alignment is to be before or after) or where objects are (no
+probes). pack wants PyAV, unpack PyAV or OpenCV. Files already there stay.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 CAMERAS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
-NUMBERS = ("actions", "obs/joint_states", "obs/gripper_states")
+NUMBERS = ("actions", "obs/joint_states", "obs/gripper_states", "obs/ee_pos", "obs/ee_ori")  # of them what is there
 QUALITY = 22  # x264's constant rate factor; 0 would lose nothing
 LANGUAGE = "language_embeddings.npz"
 
@@ -57,7 +57,7 @@ def convert(packing: bool, folder: Path, path: Path) -> Path:
         for name, demo in before["data"].items():
             copied = data.create_group(name)
             copied.attrs["num_samples"] = demo.attrs["num_samples"]
-            for key in NUMBERS:
+            for key in filter(demo.__contains__, NUMBERS):
                 copied.create_dataset(key, data=demo[key][:].astype(np.float32), compression="gzip", shuffle=True)
             for key in CAMERAS:
                 if packing:

@@ -30,7 +30,7 @@ from config import load_config
 from dataloader import Batches, LowDimensional, transition_rows
 from demos.frames import open_frames
 from demos.hdf5 import load_demos
-from demos.language import embeddings_file, load_language
+from demos.language import load_languages
 
 BATCH = 32
 
@@ -122,9 +122,7 @@ def ours(directory: Path, size: int, cache: str) -> Batches:
         [f"data.data_directory={directory}", f"data.cache={cache}", f"model.image_size={size}"],
     )
     demos, _ = load_demos(config.data, 1)
-    language = load_language(
-        embeddings_file(config.data), sorted({demo.task for demo in demos}), config.model.lang_emb_dim
-    )
+    language = load_languages(config.data, demos, config.model.lang_emb_dim)
     frames = open_frames(demos, config.data, size, torch.device("cpu"))
     low_dimensional = LowDimensional(demos, language, torch.device("cpu"))
     return Batches(transition_rows(demos, 1), low_dimensional, 1, BATCH, frames=frames, gap=1, seed=0)

@@ -20,7 +20,7 @@ from config import load_config
 from dataloader import Batches, LowDimensional, chunk_rows, every_frame
 from demos.frames import open_frames
 from demos.hdf5 import load_demos
-from demos.language import embeddings_file, load_language
+from demos.language import load_languages
 from demos.states import encode_all
 from jepa.mamba import choose_mamba_backend
 from statevla_model import build_trainer
@@ -70,9 +70,7 @@ def measured(folder: Path, quick: bool) -> list[dict]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     demos, _ = load_demos(config.data, config.model.action_seq_len)
-    language = load_language(
-        embeddings_file(config.data), sorted({demo.task for demo in demos}), config.model.lang_emb_dim
-    )
+    language = load_languages(config.data, demos, config.model.lang_emb_dim)
     low_dimensional = LowDimensional(demos, language, device)
     frames = open_frames(demos, config.data, config.model.image_size, device)
     trainer = build_trainer(config, phase=2).to(device)

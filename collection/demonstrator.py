@@ -19,7 +19,7 @@ import numpy as np
 
 from collection.files import CONTINUES, DemoSettings, settings_text, written_hdf5
 from errors import BadInput, is_out_of_memory
-from observation import CAMERAS, SIMULATOR_KEYS
+from observation import CAMERAS, SIMULATOR_KEYS, SIMULATOR_QUATERNION, axis_angle
 from provenance import code_version
 from simulator.env import LiberoEnv, SimulatorError, make_env
 from simulator.layouts import ShuffledTask, graspable, training_layout
@@ -112,17 +112,15 @@ def begins_after_a_miss(attempt: int, share: float, offset: float = 0.0) -> bool
 
 def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, obs_alignment: str) -> None:
     """Draws a demonstration and writes it in LIBERO's layout."""
-    from robosuite.utils.transform_utils import quat2axisangle
-
     steps = range(len(demonstration.actions))
     frames = [t + 1 if obs_alignment == "after" else t for t in steps]
     env_obs = [demonstration.proprioception[t] for t in frames]
-    ee_pos = np.stack([o["robot0_eef_pos"] for o in env_obs])
-    ee_ori = np.stack([quat2axisangle(o["robot0_eef_quat"].copy()) for o in env_obs])
-    joints, fingers = (
-        np.stack([o[SIMULATOR_KEYS[name]] for o in env_obs]) for name in ("joint_states", "gripper_states")
+    joints, fingers, ee_pos = (
+        np.stack([o[SIMULATOR_KEYS[name]] for o in env_obs]) for name in ("joint_states", "gripper_states", "ee_pos")
     )
-    robot_states = np.hstack([fingers, ee_pos, np.stack([o["robot0_eef_quat"] for o in env_obs])])
+    ee_quat = np.stack([o[SIMULATOR_QUATERNION] for o in env_obs])
+    ee_ori = np.stack([axis_angle(quaternion) for quaternion in ee_quat])
+    robot_states = np.hstack([fingers, ee_pos, ee_quat])
     only_the_last = np.zeros(len(steps), dtype=np.uint8)
     only_the_last[-1] = 1
 

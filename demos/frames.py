@@ -2,7 +2,7 @@
 
 HDF5 looks up and, in compressed files, unpacks a frame every time it is asked for; a GPU trains faster. So each file is
 converted once, at the smaller of its own picture size and the model's, and mapped into memory from then on: reading a
-frame is a copy.
+frame is a copy. Pictures of several sizes all come to the model's.
 
     data.cache: disk   the operating system keeps in memory what fits, and all processes of a machine share it
                 ram    disk, then read into the memory of this process at the start
@@ -62,11 +62,26 @@ class Frames(ABC):
         """Copies one frame into `out` (2, S, S, 3)."""
 
 
-class HDF5Frames(Frames):
-    """data.cache none: frames as the files hold them, at the files' own picture size."""
+def common_size(demos: Sequence[Demo], image_size: int) -> int:
+    """The size of all frames for a model of `image_size`: the smaller of the pictures' and the model's. Raises BadInput
+    where pictures are of several sizes and some are smaller than the model's: all are read into one array, and enlarged
+    by different factors they would look different."""
+    smallest, largest = min(demos, key=lambda demo: demo.image_size), max(demos, key=lambda demo: demo.image_size)
+    if smallest.image_size < largest.image_size and smallest.image_size < image_size:
+        raise BadInput(
+            f"{smallest.path.parent}: images are {smallest.image_size} px, those of {largest.path.parent} "
+            f"{largest.image_size} px; sizes may differ where none is smaller than model.image_size, {image_size}"
+        )
+    return min(smallest.image_size, image_size)
 
-    def __init__(self, demos: Sequence[Demo]):
-        size = demos[0].image_size
+
+class HDF5Frames(Frames):
+    """data.cache none: frames as the files hold them, at the files' own picture size or, where there are several, that
+    of the model, `image_size`."""
+
+    def __init__(self, demos: Sequence[Demo], image_size: int):
+        sizes = {demo.image_size for demo in demos}
+        size = sizes.pop() if len(sizes) == 1 else common_size(demos, image_size)
         super().__init__(demos, (len(CAMERAS), size, size, 3))
 
     @cached_property
@@ -82,7 +97,9 @@ class HDF5Frames(Frames):
         with hdf5_problems_named(demo.path, demo.key):
             obs = self._files[demo.path]["data"][demo.key]["obs"]
             for picture, camera in zip(out, CAMERAS, strict=True):
-                picture[:] = obs[camera][t]
+                stored = obs[camera][t]
+                same_size = stored.shape == picture.shape
+                picture[:] = stored if same_size else _resized(torch.from_numpy(stored[None]), len(picture))[0]
 
 
 class FlatFrames(Frames):
@@ -121,14 +138,14 @@ def open_frames(
     or a picture of the demos shows nothing.
     """
     if config.cache == "none":
-        return HDF5Frames(demos)
+        return HDF5Frames(demos, image_size)
     if config.cache == "gpu" and device.type != "cuda":
         raise BadInput(f"data.cache is gpu, but the device is {device.type}; use disk or ram")
-    size = min(demos[0].image_size, image_size)
-    directory = Path(config.cache_directory or Path(config.data_directory) / "frame_cache")
+    size = common_size(demos, image_size)
     arrays = []
     for path, group in itertools.groupby(demos, key=lambda demo: demo.path):
         of_file = list(group)
+        directory = Path(config.cache_directory or path.parent / "frame_cache")
         try:
             flat = _map(_converted(path, of_file, size, directory), of_file, size)
         except OSError as problem:
@@ -191,10 +208,11 @@ def _convert(path: Path, demos: list[Demo], size: int, target: Path) -> None:
         )
     with open_hdf5(path) as file, written_whole(target) as stream:
         for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
+            robot_state = {name: part.numpy() for name, part in demo.robot_state.items()}
             with hdf5_problems_named(path, demo.key):
                 films = {camera: file["data"][demo.key]["obs"][camera][()] for camera in CAMERAS}  # (T, h, w, 3) each
             for camera, film in films.items():
-                check_pictures(f"{path}: {demo.key}", camera, film, range(len(film)), demo.joint_states.numpy())
+                check_pictures(f"{path}: {demo.key}", camera, film, range(len(film)), robot_state)
             cameras = [_resized(torch.from_numpy(film), size) for film in films.values()]  # (T, S, S, 3) each
             stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
 

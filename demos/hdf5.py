@@ -1,7 +1,7 @@
 """Demonstrations read from HDF5 files in LIBERO's layout, checked, aligned and split into training and held-out demos.
 
 A folder holds one `<task>_demo.hdf5` a task (LIBERO's official files or OpenVLA's regenerated ones). Low-dimensional
-data is read here, once; frames stay on disk (frames.py). A row is one frame: the frames of all demos of a folder are
+data is read here, once; frames stay on disk (frames.py). A row is one frame: the frames of all demos of all folders are
 numbered from 0 to N - 1.
 
 LIBERO stores obs[t] as recorded AFTER actions[t]; OpenVLA's files store it BEFORE. With `lag` 1 or 0, the action that
@@ -11,10 +11,11 @@ Letters: T steps of a demo, N rows.
 """
 
 import hashlib
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,12 +37,15 @@ from demos.hdf5_errors import (
 )
 from demos.instructions import task_instruction
 from errors import BadInput
-from observation import ARM_JOINTS, CAMERAS, OBS_KEYS, ORIENTATION, STATE_WIDTHS
+from observation import ARM_JOINTS, CAMERAS, MIXED, ORIENTATION, ROBOT_STATES
 from seeds import mixed_seed
 
 # Goes up when the same files would be split otherwise. 1: one seed for all files, so that the demos held out had the
 # same numbers in every task; 2: a seed for each.
 SPLIT_RULE = 2
+# What need not be the same in all folders of a run. A checkpoint describes the first folder's pictures, which is how
+# the simulator then draws; where alignments differ it keeps MIXED, since each demo's own is its lag.
+MAY_DIFFER = ("image_size", "visual_mesh_ratio", "obs_alignment")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +54,11 @@ class Demo:
 
     path: Path
     key: str  # demo_0, demo_1, ...
+    name: str  # file and key, after the folder where there are several: what a checkpoint lists
     parts: tuple[Path, ...]  # other files that its data is read from, through links
     task: str  # instruction as `canonical_instruction` writes it
     actions: Tensor  # (T, 7) float32 in robot units, as stored
-    joint_states: Tensor  # (T, 7) float32
-    gripper_states: Tensor  # (T, 2) float32
+    robot_state: dict[str, Tensor]  # (T, width) float32 of each part of data.robot_state
     lag: int  # actions[t + lag] leads from obs[t] to obs[t + 1]
     image_size: int
     first_row: int  # obs[t] is row first_row + t
@@ -62,47 +66,70 @@ class Demo:
     def __len__(self) -> int:
         return len(self.actions)
 
-    @property
-    def name(self) -> str:
-        return f"{self.path.name}/{self.key}"
-
 
 def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
-    """Reads and checks every demo of a folder.
+    """Reads and checks every demo of a folder, or of several, one folder after the other.
 
     Returns the demos and the description of their observations, which a checkpoint keeps so that an evaluation can
     reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_actions` is how
     many actions must follow a demo's first observation for one sample: the chunk, or the prediction gap.
     """
-    demos, descriptions, rows = [], {}, 0
-    for path in find_task_files(config.data_directory):
-        found, descriptions[path] = _read_task_file(path, config, min_actions, rows)
-        demos += found
-        rows += sum(len(demo) for demo in found)
-    first = next(iter(descriptions))
-    for path, description in descriptions.items():
-        for key, value in description.items():
-            if value != descriptions[first][key]:
-                raise BadInput(
-                    f"{path}: {key} is {value}, but {first.name} has {descriptions[first][key]}; "
-                    "all files of a data directory must agree"
-                )
+    demos: list[Demo] = []
+    of_folders: dict[Path, dict] = {}
+    for folder, prefix in folder_prefixes(config.folders).items():
+        of_files = {}
+        for path in find_task_files(folder):
+            found, of_files[path] = _read_task_file(path, config, min_actions)
+            demos += [replace(demo, name=prefix + demo.name) for demo in found]
+        of_folders[folder] = _common_description(of_files, (), "all files of a data directory must agree")
     _refuse_copies(demos)
-    return demos, descriptions[first]
+    description = _common_description(of_folders, MAY_DIFFER, "all folders of data.data_directory must agree in that")
+    if len({demo.lag for demo in demos}) > 1:
+        description["obs_alignment"] = MIXED
+    return numbered_alone(demos), description
+
+
+def _common_description(descriptions: Mapping[Path, dict], may_differ: Collection[str], rule: str) -> dict:
+    """The first one, a copy. Raises BadInput where another differs from it and may not."""
+    first, *others = descriptions
+    for path in others:
+        for key, value in descriptions[path].items():
+            if value != descriptions[first][key] and key not in may_differ:
+                there = first.name if first.parent == path.parent else first
+                advice = ", and data.data_directory may list several" if key in MAY_DIFFER else ""
+                raise BadInput(f"{path}: {key} is {value}, but {there} has {descriptions[first][key]}; {rule}{advice}")
+    return dict(descriptions[first])
+
+
+def folder_prefixes(folders: Sequence[Path]) -> dict[Path, str]:
+    """Folder -> what stands before the names of its demos: nothing where it is alone, else as many of its path's last
+    names as tell all folders apart. Raises BadInput for a folder that is there twice."""
+    real = [os.path.realpath(folder) for folder in folders]
+    for folder, path in zip(folders, real, strict=True):
+        if real.count(path) > 1:
+            raise BadInput(f"data.data_directory: {folder} is there twice")
+    if len(folders) == 1:
+        return {folders[0]: ""}
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    count = next(count for count in itertools.count(1) if len({part[-count:] for part in parts}) == len(parts))
+    return {folder: "/".join(part[-count:]) + "/" for folder, part in zip(folders, parts, strict=True)}
 
 
 def _refuse_copies(demos: Sequence[Demo]) -> None:
-    """A demo that is there twice would be trained on and held out."""
+    """A demo that is there twice would be trained on and held out. States are compared with the actions that follow
+    them, so that a copy which is aligned the other way is one, too."""
     seen: dict[bytes, Demo] = {}
     for demo in demos:
-        motion = torch.cat([demo.actions, demo.joint_states, demo.gripper_states], dim=1)
+        states = [part[: len(demo) - demo.lag] for part in demo.robot_state.values()]
+        motion = torch.cat([demo.actions[demo.lag :], *states], dim=1)
         digest = hashlib.sha256(motion.numpy().tobytes()).digest()
-        if digest in seen:
+        first = seen.setdefault(digest, demo)
+        if first is not demo:
+            there = first.path.name if first.path.parent == demo.path.parent else first.path
             raise BadInput(
-                f"{demo.path}: {demo.key} is a copy of {seen[digest].key} in {seen[digest].path.name}, it has the same "
-                "actions and joints; a demo must not be there twice, since one of the two may be held out: delete one"
+                f"{demo.path}: {demo.key} is a copy of {first.key} in {there}, it has the same actions and robot "
+                "states; a demo must not be there twice, since one of the two may be held out: delete one"
             )
-        seen[digest] = demo
 
 
 def find_task_files(data_directory: str | Path) -> list[Path]:
@@ -133,7 +160,7 @@ def demos_of(path: Path, file: h5py.File) -> tuple[h5py.Group, list[str]]:
 
 
 def numbered_alone(demos: Sequence[Demo]) -> list[Demo]:
-    """Some of a directory's demos as if they were all of it: rows count from 0."""
+    """The demos as if they were all that there are: rows count from 0."""
     first_rows = np.cumsum([0] + [len(demo) for demo in demos]).tolist()
     return [replace(demo, first_row=first_row) for demo, first_row in zip(demos, first_rows, strict=False)]
 
@@ -141,14 +168,14 @@ def numbered_alone(demos: Sequence[Demo]) -> list[Demo]:
 def split_demos(
     demos: Sequence[Demo], train_split: float, seed: int, held_out: Collection[str] = ()
 ) -> tuple[list[Demo], list[Demo]]:
-    """Training demos and held-out demos, whole demos of each task by a draw that its file's name seeds too; at least
-    one of each. Where `held_out`, a checkpoint's list of names, names demos of a file, exactly those are held out.
+    """Training demos and held-out demos, whole demos of each file by a draw that its name seeds too; at least one of
+    each. Where `held_out`, a checkpoint's list of names, names demos of a file, exactly those are held out.
 
     Raises BadInput for a file that would have none to train on or none to hold out.
     """
     train: list[Demo] = []
     unseen: list[Demo] = []
-    listed = set(held_out)
+    listed = listed_names((demo.name for demo in demos), held_out)
     for path in dict.fromkeys(demo.path for demo in demos):
         of_task = [demo for demo in demos if demo.path == path]
         if len(of_task) < 2:
@@ -167,10 +194,28 @@ def split_demos(
     return train, unseen
 
 
+def listed_names(names: Iterable[str], held_out: Collection[str]) -> set[str]:
+    """Those of the names that a checkpoint's list has. Of two names of which one has no folder, as in a run on a single
+    folder, file and key alone are compared: rather is a demo too many held out than one too few."""
+    listed = set(held_out)
+    short_names = {_without_folder(name) for name in listed}
+
+    def is_listed(name: str) -> bool:
+        short = _without_folder(name)
+        return name in listed or short in listed or (name == short and name in short_names)
+
+    return {name for name in names if is_listed(name)}
+
+
+def _without_folder(name: str) -> str:
+    return "/".join(name.split("/")[-2:])
+
+
 # ---------------------------------------------------------------------------------------------------- one file's demos
 
 
-def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row: int) -> tuple[list[Demo], dict]:
+def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
+    """The demos of a file, not yet numbered, and the description of their observations."""
     with open_hdf5(path) as file:
         data, keys = demos_of(path, file)
         task, has_attributes = task_instruction(path, data), bool(len(data.attrs))
@@ -178,7 +223,9 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
         groups = {key: object_in(path, key, data, key, h5py.Group) for key in keys}
         for key, group in groups.items():
             with hdf5_problems_named(path, key):
-                check_demo(path, key, group, has_attributes, config.max_len_data, config.cache == "none")
+                check_demo(
+                    path, key, group, has_attributes, config.max_len_data, config.cache == "none", config.robot_state
+                )
         forced = config.obs_alignment
         told = text_attribute(data.attrs, "obs_alignment", path)
         if told not in ("", "before", "after"):
@@ -188,8 +235,7 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
         demos = []
         for key, group in groups.items():
             with hdf5_problems_named(path, key):
-                demos.append(_read_demo(path, key, task, group, lag, min_actions, first_row))
-            first_row += len(demos[-1])
+                demos.append(_read_demo(path, key, task, group, lag, min_actions, config.robot_state))
         orientation = text_attribute(data.attrs, "macros_image_convention", path) or ORIENTATION
         mesh_ratio = (
             number_attribute(data.attrs, "visual_mesh_ratio", path) if "visual_mesh_ratio" in data.attrs else 1.0
@@ -201,7 +247,7 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
             )
     description = {
         "cameras": list(CAMERAS),
-        "robot_state": list(STATE_WIDTHS),
+        "robot_state": list(ROBOT_STATES[config.robot_state]),
         "image_orientation": orientation,
         "image_size": demos[0].image_size,
         "visual_mesh_ratio": mesh_ratio,
@@ -210,19 +256,23 @@ def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row:
     return demos, description
 
 
-def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int, first_row: int) -> Demo:
+def _read_demo(
+    path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int, robot_state_name: str
+) -> Demo:
     actions = torch.from_numpy(demo["actions"][()].astype(np.float32))
     if len(actions) < min_actions + lag:
         raise BadInput(
             f"{path}: {key}: has {len(actions)} steps, expected at least {min_actions + lag} "
             "(model.action_seq_len or model.prediction_gap, and what the alignment takes)"
         )
-    robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in STATE_WIDTHS}
+    state_parts = ROBOT_STATES[robot_state_name]
+    robot_state = {name: torch.from_numpy(demo["obs"][name][()].astype(np.float32)) for name in state_parts}
     image_size = demo["obs"][CAMERAS[0]].shape[1]
     groups = {Path(group.file.filename) for group in (demo, demo["obs"])}
-    files = groups.union(*(linked_files(demo[name]) for name in ("actions", *(f"obs/{name}" for name in OBS_KEYS))))
+    read = ("actions", *(f"obs/{name}" for name in (*CAMERAS, *state_parts)))
+    files = groups.union(*(linked_files(demo[name]) for name in read))
     parts = tuple(sorted({file.resolve() for file in files} - {path.resolve()}))
-    return Demo(path, key, parts, task, actions, **robot_state, lag=lag, image_size=image_size, first_row=first_row)
+    return Demo(path, key, f"{path.name}/{key}", parts, task, actions, robot_state, lag, image_size, first_row=0)
 
 
 def _detect_alignment(path: Path, demos: dict[str, h5py.Group]) -> str:
@@ -237,7 +287,8 @@ def _detect_alignment(path: Path, demos: dict[str, h5py.Group]) -> str:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise BadInput(
             f"{path}: obs[t] was recorded {found[others[0]]} actions[t] in {shown}, but {usual} it in the other "
-            f"{len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of its own"
+            f"{len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of its own "
+            "(data.data_directory may list both)"
         )
     return usual
 
@@ -246,12 +297,14 @@ def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
     """joint_states[t] equals the simulator's states[t + 1, 1:8] if recorded after actions[t], states[t, 1:8] if before
     (states[:, 0] is the time)."""
     states = open_dataset(path, key, demo, "states") if "states" in demo else None
-    if states is None or states.ndim != 2 or states.shape[1] < 8:
+    has_joints = "joint_states" in demo["obs"]  # those of the end effector alone say nothing about `states`
+    if states is None or states.ndim != 2 or states.shape[1] < 8 or not has_joints:
+        found = "states is missing" if states is None else f"states is {states.shape}"
         raise BadInput(
-            f"{path}: {key}: key states is {'missing' if states is None else states.shape}, so whether obs[t] was "
+            f"{path}: {key}: key {found if has_joints else 'obs/joint_states is missing'}, so whether obs[t] was "
             "recorded before or after actions[t] cannot be found out; set data.obs_alignment to before or after"
         )
-    simulated, observed = states[:, ARM_JOINTS], demo["obs"]["joint_states"][()]
+    simulated, observed = states[:, ARM_JOINTS], open_dataset(path, key, demo, "obs/joint_states")[()]
     if simulated.shape != observed.shape or not np.isfinite(simulated).all():
         raise BadInput(
             f"{path}: {key}: key states is {states.shape} or holds NaN, expected finite values of {len(observed)} steps"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from config import DataConfig
+from demos.hdf5 import Demo
 from demos.instructions import canonical_instruction
 from errors import BadInput, is_out_of_memory
 from files import Lock, unwritable_named, written_whole
@@ -43,9 +44,28 @@ class LanguageTable:
         return self.embeddings[task]
 
 
-def embeddings_file(config: DataConfig) -> Path:
-    """Where the embeddings of a data directory's instructions are."""
-    return Path(config.language_embeddings or Path(config.data_directory) / EMBEDDINGS_FILE)
+def embeddings_files(config: DataConfig) -> list[Path]:
+    """Where the embeddings of the data directories' instructions are: in one file, or in one of each."""
+    if config.language_embeddings:
+        return [Path(config.language_embeddings)]
+    return [folder / EMBEDDINGS_FILE for folder in config.folders]
+
+
+def load_languages(config: DataConfig, demos: Sequence[Demo], lang_emb_dim: int) -> LanguageTable:
+    """The embeddings of all data directories as one table, which has those of the demos' instructions.
+
+    Raises BadInput as `load_language`, and where two folders have two encoders or two vectors of one instruction.
+    """
+    paths = embeddings_files(config)
+    tables = {}
+    for path in paths:
+        told = {demo.task for demo in demos if len(paths) == 1 or demo.path.parent == path.parent}
+        tables[path] = load_language(path, sorted(told), lang_emb_dim)
+    joined = tables[paths[0]]
+    for path in paths[1:]:
+        same_language(tables[path], joined, str(path), str(paths[0]))
+        joined = LanguageTable(joined.encoder, joined.embeddings | tables[path].embeddings)
+    return joined
 
 
 def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> LanguageTable:
@@ -79,17 +99,18 @@ def load_language(path: Path, tasks: Sequence[str], lang_emb_dim: int) -> Langua
     return table
 
 
-def same_language(first: LanguageTable, second: LanguageTable, where: str) -> None:
-    """Raises BadInput unless both tables give their common tasks the same vectors from the same encoder."""
+def same_language(first: LanguageTable, second: LanguageTable, where: str, other: str = "the checkpoint") -> None:
+    """Raises BadInput unless both tables give their common tasks the same vectors from the same encoder. `where` and
+    `other` say what they are of."""
     if first.encoder != second.encoder:
         raise BadInput(
-            f"{where}: language encoder is '{first.encoder}', but the checkpoint was trained with '{second.encoder}'; "
+            f"{where}: language encoder is '{first.encoder}', but that of {other} is '{second.encoder}'; "
             "run `python embed_language.py` with that encoder"
         )
     for task in first.embeddings.keys() & second.embeddings.keys():
         if not torch.allclose(first.embeddings[task], second.embeddings[task], atol=1e-3):
             raise BadInput(
-                f"{where}: the embedding of '{task}' differs from the checkpoint's; embed with the same version"
+                f"{where}: the embedding of '{task}' differs from that of {other}; embed with the same version"
             )
 
 

@@ -52,7 +52,7 @@ class Foresight(nn.Module):
         )
 
     def forward(self, z_t: Tensor) -> Tensor:
-        """z_t (B, D) -> (B, F, 9), standardised per dimension."""
+        """z_t (B, D) -> (B, F, robot_state_dim), standardised per dimension."""
         return self.mlp(z_t).unflatten(1, (len(FORESIGHT), -1))
 
 

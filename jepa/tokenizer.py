@@ -6,13 +6,15 @@ CLS, the last token, has seen everything.
 Letters: B batch, h x w source image, S image_size, P patches of one image (196 at 224 px), L = 2P + 3 tokens, D width.
 """
 
+from collections.abc import Iterable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa import bf16
 from jepa.mamba import backend
-from observation import FINGER_TRAVEL
+from observation import UNITS, state_of_width
 
 
 def resize_images(images: Tensor, image_size: int) -> Tensor:
@@ -48,23 +50,30 @@ class ImageTokenizer(nn.Module):
         return self.patchify(images).flatten(2).transpose(1, 2) + self.positions  # (B, P, D)
 
 
+def robot_state_vector(obs: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """The parts (..., width) of the robot state that are named, each in its UNITS, as one vector (..., 9 or 8)."""
+    parts = ((name, obs[name]) for name in names)
+    return torch.cat([part / UNITS[name] if name in UNITS else part for name, part in parts], dim=-1)
+
+
 class RobotStateTokenizer(nn.Module):
-    """joint_states (B, 7) in rad and gripper_states (B, 2) in metres -> one token (B, 1, D)."""
+    """The robot state that is `robot_state_dim` wide -> one token (B, 1, D)."""
 
     def __init__(self, robot_state_dim: int, embed_dim: int):
         super().__init__()
+        self.names = tuple(state_of_width(robot_state_dim))
         self.mlp = nn.Sequential(nn.Linear(robot_state_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
 
-    def forward(self, joint_states: Tensor, gripper_states: Tensor) -> Tensor:
-        robot_state = torch.cat([joint_states, gripper_states / FINGER_TRAVEL], dim=-1)  # (B, 9)
-        return self.mlp(robot_state).unsqueeze(1)
+    def forward(self, robot_state: Mapping[str, Tensor]) -> Tensor:
+        """robot_state: its parts (B, width), by name."""
+        return self.mlp(robot_state_vector(robot_state, self.names)).unsqueeze(1)
 
 
 class Tokenizer(nn.Module):
     """Observation -> tokens (B, L, D) in the causal order of the guide.
 
     An observation is a dict: agentview_rgb and eye_in_hand_rgb (B, h, w, 3) uint8 in LIBERO's raw (OpenGL) orientation,
-    joint_states (B, 7), gripper_states (B, 2), language (B, lang_emb_dim).
+    the parts of the robot state (B, width), language (B, lang_emb_dim).
     """
 
     def __init__(self, image_size: int, patch_size: int, embed_dim: int, lang_emb_dim: int, robot_state_dim: int):
@@ -79,7 +88,7 @@ class Tokenizer(nn.Module):
     def forward(self, obs: dict[str, Tensor], masked: Tensor | None = None) -> Tensor:
         """masked (B,) bool: samples whose robot token is left at zero, so that the arm must be seen."""
         dtype = self.cls.dtype
-        robot_state = self.robot_state(obs["joint_states"].to(dtype), obs["gripper_states"].to(dtype))  # (B, 1, D)
+        robot_state = self.robot_state({name: obs[name].to(dtype) for name in self.robot_state.names})  # (B, 1, D)
         if masked is not None:
             robot_state = robot_state.masked_fill(masked[:, None, None], 0.0)
         tokens = [

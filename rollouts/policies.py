@@ -18,14 +18,14 @@ import torch
 
 from config import Config
 from dataloader import to_device
-from demos.hdf5 import demos_of, find_task_files
+from demos.hdf5 import demos_of, find_task_files, folder_prefixes, listed_names
 from demos.hdf5_errors import open_dataset, open_hdf5
 from demos.instructions import task_instruction
 from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision
-from observation import ARM_JOINTS, CAMERAS, ORIENTATION, STATE_WIDTHS
+from observation import ARM_JOINTS, CAMERAS, ORIENTATION, ROBOT_STATES
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation, check_range
 from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
@@ -71,13 +71,13 @@ class CheckpointPolicy:
     ) -> list[np.ndarray]:
         """n observations of n environments -> n chunks (execute_steps, 7)."""
         starts = [self.model.start_of_flow(1, self.flow_start, generator) for generator in generators]
-        chunks = []
+        chunks, names = [], (*CAMERAS, *self.model.robot_state)
         for first in range(0, len(observations), self.rows):
             real = range(first, min(first + self.rows, len(observations)))
             padded = [*real, *[first] * (self.rows - len(real))]
             batch = {
                 name: torch.stack([torch.from_numpy(np.ascontiguousarray(observations[i][name])) for i in padded])
-                for name in observations[first]
+                for name in names
             }
             batch["language"] = torch.stack([self.language[episodes[i].task_id] for i in padded])
             batch = to_device(batch, self.device)
@@ -164,8 +164,7 @@ def _replay_policy(
         assert checkpoint is not None and config is not None, "a replay without --demo has a checkpoint"
         data, held_out = config.data, checkpoint["held_out_demos"]
         chosen = {
-            task_id: training_demo(task, data.data_directory, data.demos_per_task, held_out)
-            for task_id, task in tasks.items()
+            task_id: training_demo(task, data.folders, data.demos_per_task, held_out) for task_id, task in tasks.items()
         }
     demos = {task_id: (path, *read_demo(path, key)) for task_id, (path, key) in chosen.items()}
     actions = {task_id: actions for task_id, (*_, actions) in demos.items()}
@@ -211,11 +210,16 @@ def _checkpoint_policy(
 
 
 def check_observation(observation: dict, source: str) -> None:
-    """The simulator here gives these cameras, this orientation, this state; a policy trained on others is refused."""
-    provided = {"cameras": list(CAMERAS), "robot_state": list(STATE_WIDTHS), "image_orientation": ORIENTATION}
-    for key, value in provided.items():
-        if observation.get(key) != value:
-            raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {value}")
+    """The simulator gives these cameras, this orientation, these states; a policy trained on others is refused."""
+    provided: dict[str, list] = {
+        "cameras": [list(CAMERAS)],
+        "robot_state": [list(parts) for parts in ROBOT_STATES.values()],
+        "image_orientation": [ORIENTATION],
+    }
+    for key, values in provided.items():
+        if observation.get(key) not in values:
+            known = " or ".join(map(str, values))
+            raise BadInput(f"{source}: was trained with {key} {observation.get(key)}, the simulator provides {known}")
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
@@ -249,28 +253,36 @@ def read_demo(path: Path, key: str | None) -> tuple[str, np.ndarray]:
 
 
 def training_demo(
-    task: Task, data_directory: str, demos_per_task: int, held_out_demos: Sequence[str]
+    task: Task, folders: Sequence[Path], demos_per_task: int, held_out_demos: Sequence[str]
 ) -> tuple[Path, str]:
     """Of a task's demonstrations that the checkpoint was trained on, the one that starts most like the task's init
     states: file and key. Which demo is replayed decides much, and a baseline should be a strong one, so one that begins
     after a missed grasp, its arm elsewhere, is out of the question."""
     usual = task.init_states.mean(axis=0)
-    path = _file_of(task, find_task_files(data_directory))
-    if path is not None:
+    distance: dict[tuple[Path, str], float] = {}
+    for folder, prefix in folder_prefixes(folders).items():
+        path = _file_of(task, find_task_files(folder))
+        if path is None:
+            continue
         with open_hdf5(path) as file:
             data, keys = demos_of(path, file)
-            seen = [key for key in keys[:demos_per_task] if f"{path.name}/{key}" not in held_out_demos]
+            names = {f"{prefix}{path.name}/{key}": key for key in keys[:demos_per_task]}
+            held_out = listed_names(names, held_out_demos)
+            seen = [key for name, key in names.items() if name not in held_out]
+            if len(folders) > 1:  # imported demonstrations may have no states, and others are there
+                seen = [key for key in seen if "states" in data[key]]
             starts = {key: _first_state(path, key, data) for key in seen}
         if any(start.shape != usual.shape for start in starts.values()):
             raise BadInput(f"{path}: key states is of another scene than the suite's; name a demo with --demo")
-        distance = {
-            key: np.linalg.norm((start - usual)[1:])
+        distance |= {
+            (path, key): float(np.linalg.norm((start - usual)[1:]))
             for key, start in starts.items()
             if np.abs((start - usual)[ARM_JOINTS]).max() < SAME_START
         }
-        if distance:
-            return path, min(distance, key=lambda key: distance[key])
-    raise BadInput(f"{data_directory}: has no training demo of '{task.instruction}' to replay; name one with --demo")
+    if not distance:
+        where = ", ".join(map(str, folders))
+        raise BadInput(f"{where}: has no training demo of '{task.instruction}' to replay; name one with --demo")
+    return min(distance, key=lambda demo: distance[demo])
 
 
 def _file_of(task: Task, paths: Sequence[Path]) -> Path | None:

@@ -119,7 +119,7 @@ def load(directory, *overrides, min_actions=10):
 
 def batches_of(demos, rows, num_actions, batch_size=16, language=LANGUAGE, **options) -> Batches:
     if "states" not in options:
-        options.setdefault("frames", HDF5Frames(demos))
+        options.setdefault("frames", HDF5Frames(demos, 32))
     return Batches(rows, LowDimensional(demos, language, CPU), num_actions, batch_size, **options)
 
 

@@ -41,6 +41,8 @@ def write_task_file(
             obs = demo.create_group("obs")
             obs["joint_states"] = joints[1:] if alignment == "after" else joints[:-1]
             obs["gripper_states"] = rng.uniform(0, 0.04, (steps, 2))
+            obs["ee_pos"] = obs["joint_states"][:, :3]  # of no arm that there is
+            obs["ee_ori"] = [np.pi, 0, 0] + 0.3 * obs["joint_states"][:, 3:6]
             for camera in ("agentview_rgb", "eye_in_hand_rgb"):
                 obs[camera] = rng.integers(0, 256, (steps, image_size, image_size, 3), dtype=np.uint8)
             if official:

@@ -32,7 +32,7 @@ from dataloader import frame_rows
 from demos.frames import open_frames
 from demos.language import LanguageTable
 from errors import BadInput
-from observation import from_simulator
+from observation import ROBOT_STATES, from_simulator
 from provenance import code_version
 from simulator.env import SimulatorError, make_env
 from simulator.scripted_expert import SETTLE_STEPS
@@ -132,12 +132,15 @@ def test_obs_are_recorded_after_their_action(demo):
 
 
 def test_simulator_and_dataset_give_the_same_observation(collected_demos, demo, env, tmp_path):
-    """A demo is lived through again: its batches, made as in training, equal what a policy would see."""
-    demos, _ = load(collected_demos)
+    """A demo is lived through again: its batches, made as in training, equal what a policy would see, with either state
+    of the robot."""
     data = load_config("conf/config.yaml", [f"data.cache_directory={tmp_path}"]).data
-    frames = open_frames(demos, data, 64, torch.device("cpu"))
-    language = LanguageTable("none", {demos[1].task: torch.zeros(1)})
-    dataset = samples_of(batches_of(demos, frame_rows(demos[1:]), 0, language=language, frames=frames))
+    datasets = []
+    for robot_state in ROBOT_STATES:
+        demos, _ = load(collected_demos, f"data.robot_state={robot_state}")
+        frames = open_frames(demos, data, 64, torch.device("cpu"))
+        language = LanguageTable("none", {demos[1].task: torch.zeros(1)})
+        datasets.append(samples_of(batches_of(demos, frame_rows(demos[1:]), 0, language=language, frames=frames)))
     rng = np.random.default_rng([SETTINGS.seed, TASK, demo.attrs["attempt"]])
     env.reset(seed=int(rng.integers(2**31)))
     env.add_start_noise(rng, SETTINGS.start_noise)
@@ -147,12 +150,19 @@ def test_simulator_and_dataset_give_the_same_observation(collected_demos, demo, 
         np.testing.assert_array_equal(env.state(), demo["states"][t])
         solved = env.step(action)
         if t % 20 == 0 or t == len(demo["actions"]) - 1:
-            live, recorded = from_simulator(env.observe()), dataset[t]["obs"]
+            live, recorded = from_simulator(env.observe()), datasets[0][t]["obs"] | datasets[1][t]["obs"]
             assert live.keys() | {"language"} == recorded.keys()
             for name, value in live.items():
                 assert value.dtype == recorded[name].numpy().dtype, name
                 np.testing.assert_array_equal(recorded[name], value, err_msg=f"{name} {t}")
     assert solved
+
+
+def test_the_hands_orientation_never_jumps_from_frame_to_frame(demo):
+    """The hand points down, turned by pi: written as the shorter turn, its axis would change its sign there."""
+    orientation, turned = demo["obs/ee_ori"][:], demo["robot_states"][:, 5:]
+    assert turned[:, 3].min() < 0 < turned[:, 3].max()  # w: the angle is above and below pi
+    assert np.abs(np.diff(orientation, axis=0)).max() < 0.1  # rad; half a second's turn would be more
 
 
 def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, tmp_path):

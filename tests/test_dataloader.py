@@ -19,7 +19,7 @@ from dataloader import Batches, LowDimensional, chunk_rows, frame_rows, shift_pi
 from demos.frames import DeviceFrames, open_frames
 from demos.hdf5 import find_task_files, numbered_alone, split_demos
 from demos.instructions import canonical_instruction, same_task, task_instruction
-from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_file, load_language
+from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_files, load_language
 from errors import BadInput
 from simulator.suites import bddl_path, make_suite
 
@@ -136,21 +136,26 @@ def test_a_batch_holds_its_two_frames_and_all_the_actions_between(tmp_path, reco
             np.testing.assert_array_equal(actions, expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("recorded", ["before", "after"])
-def test_the_robots_future_is_read_from_its_own_demo_and_ends_with_it(tmp_path, recorded):
+IN_UNITS = {  # of a demo's obs: the robot state as a model reads it
+    "joints": lambda obs: [obs["joint_states"], obs["gripper_states"][()] / 0.04],
+    "end_effector": lambda obs: [obs["ee_pos"][()] / 0.1, obs["ee_ori"], obs["gripper_states"][()] / 0.04],
+}
+
+
+@pytest.mark.parametrize(
+    "recorded, robot_state", [("before", "joints"), ("after", "joints"), ("after", "end_effector")]
+)
+def test_the_robots_future_is_read_from_its_own_demo_and_ends_with_it(tmp_path, recorded, robot_state):
     path = write_task_file(tmp_path, alignment=recorded, demos=2)
-    demos, _ = load(tmp_path)
+    demos, _ = load(tmp_path, f"data.robot_state={robot_state}")
     rows = transition_rows(demos, 6)
     batches = batches_of(demos, rows, 6, gap=6, ahead=(0, 2, 20), batch_size=len(rows))
     (batch,) = copied(batches)
     with h5py.File(path) as file:
         obs = [file["data"][demo.key]["obs"] for demo in demos]
-        states = [
-            np.concatenate([one["joint_states"], one["gripper_states"][()] / 0.04], axis=1).astype(np.float32)
-            for one in obs
-        ]
+        states = [np.concatenate(IN_UNITS[robot_state](one), axis=1).astype(np.float32) for one in obs]
     contexts = [(number, t) for number, demo in enumerate(demos) for t in range(len(demo) - 6)]
-    assert batch["robot_ahead"].shape == (len(contexts), 3, 9)
+    assert batch["robot_ahead"].shape == (len(contexts), 3, 9 if robot_state == "joints" else 8)
     for (number, t), ahead in zip(contexts, batch["robot_ahead"], strict=True):
         expected = [states[number][min(t + frames, len(states[number]) - 1)] for frames in (0, 2, 20)]
         np.testing.assert_allclose(ahead, np.stack(expected), rtol=1e-6)
@@ -192,7 +197,7 @@ def test_an_observation_is_uint8_pictures_float32_state_and_language(tmp_path):
 def test_stored_states_meet_the_chunks_of_their_own_frames(tmp_path, recorded):
     write_task_file(tmp_path, alignment=recorded)
     demos, _ = load(tmp_path)
-    states = torch.cat([demo.joint_states for demo in demos])  # the joints stand for z
+    states = torch.cat([demo.robot_state["joint_states"] for demo in demos])  # the joints stand for z
     rows = chunk_rows(demos[1:], 10)
     with_obs, with_states = (samples_of(batches_of(demos, rows, 10, **kind)) for kind in ({}, {"states": states}))
     assert len(with_obs) == len(with_states) > 0
@@ -207,7 +212,7 @@ def test_some_demos_can_be_numbered_alone(tmp_path):
     alone = numbered_alone([demos[3], demos[1]])
     samples = samples_of(batches_of(alone, frame_rows(alone), 0))
     assert len(samples) == 60
-    assert torch.equal(samples[35]["obs"]["joint_states"], demos[1].joint_states[5])
+    assert torch.equal(samples[35]["obs"]["joint_states"], demos[1].robot_state["joint_states"][5])
 
 
 def test_an_epoch_is_a_seeded_permutation_and_drops_only_the_incomplete_batch(tmp_path):
@@ -262,7 +267,7 @@ def test_reading_ahead_never_overwrites_the_batch_in_use(tmp_path):
     batches = batches_of(demos, transition_rows(demos, 1), 1, gap=1, seed=0, batch_size=4)
     with h5py.File(demos[0].path) as file:
         frames = np.concatenate([file["data"][demo.key]["obs/agentview_rgb"] for demo in demos])
-    joints = torch.cat([demo.joint_states for demo in demos])
+    joints = torch.cat([demo.robot_state["joint_states"] for demo in demos])
     for _ in range(2):  # the second epoch finds the buffers of the first
         for batch in batches:
             time.sleep(0.002)  # the reader fills whatever it may
@@ -511,11 +516,11 @@ def test_embeddings_are_normalised_when_loaded(tmp_path):
 
 
 def test_embeddings_lie_beside_the_demos_or_where_the_config_says(tmp_path):
-    assert embeddings_file(data_config(tmp_path)) == tmp_path / EMBEDDINGS_FILE
+    assert embeddings_files(data_config(tmp_path)) == [tmp_path / EMBEDDINGS_FILE]
     own = data_config(tmp_path, f"data.language_embeddings={tmp_path}/elsewhere/own.npz")
-    assert embeddings_file(own) == tmp_path / "elsewhere/own.npz"
+    assert embeddings_files(own) == [tmp_path / "elsewhere/own.npz"]
     with pytest.raises(BadInput, match=f"run `python embed_language.py --data_directory DIR --output {tmp_path}/else"):
-        load_language(embeddings_file(own), [INSTRUCTION], 512)
+        load_language(embeddings_files(own)[0], [INSTRUCTION], 512)
 
 
 def test_a_task_without_an_embedding_is_an_error_that_says_what_to_run(tmp_path):
@@ -669,6 +674,51 @@ def test_a_broken_demo_is_named_with_what_was_found_and_expected(tmp_path, damag
     with pytest.raises(BadInput, match=f"{path}: .*{sentence}") as said:
         load(tmp_path, "data.cache=none")
     assert "demo_1" in str(said.value) or "gone.hdf5" in str(said.value)
+
+
+END_EFFECTOR = "data.robot_state=end_effector"
+
+
+def test_files_without_joints_are_read_where_the_state_is_the_end_effectors(tmp_path):
+    path = write_task_file(tmp_path, alignment="before")
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            del demo["obs/joint_states"]
+    advice = "demo_0: key obs/joint_states is missing, data.robot_state is joints; it has what data.robot_state end_eff"
+    with pytest.raises(BadInput, match=f"{path}: {advice}"):
+        load(tmp_path)
+    with pytest.raises(
+        BadInput, match=r"key obs/joint_states is missing, so whether .* set data\.obs_alignment to before"
+    ):
+        load(tmp_path, END_EFFECTOR)
+    demos, observation = load(tmp_path, END_EFFECTOR, "data.obs_alignment=before")
+    assert observation["robot_state"] == ["ee_pos", "ee_ori", "gripper_states"]
+    obs = samples_of(batches_of(demos, frame_rows(demos), 0))[40]["obs"]
+    with h5py.File(path) as file:
+        for name in observation["robot_state"]:
+            np.testing.assert_array_equal(obs[name], file[f"data/demo_1/obs/{name}"][10].astype(np.float32))
+    assert obs.keys() == {"agentview_rgb", "eye_in_hand_rgb", "language", *observation["robot_state"]}
+
+
+BROKEN_END_EFFECTOR = {
+    "no position": (lambda d: d["obs"].__delitem__("ee_pos"), "key obs/ee_pos is missing, data.robot_state is end_eff"),
+    "a quaternion": (lambda d: replace(d, "obs/ee_ori", np.zeros((30, 4))), r"has shape \(30, 4\), expected \(30, 3\)"),
+    "NaN orientation": (lambda d: d["obs/ee_ori"].__setitem__((3, 2), np.nan), "key obs/ee_ori holds NaN"),
+    "a frozen camera": (
+        lambda d: d["obs/agentview_rgb"].__setitem__(slice(None), d["obs/agentview_rgb"][0]),
+        "the pictures of steps 0 and 29 are the same although the arm moved",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_END_EFFECTOR)
+def test_an_end_effectors_state_that_is_broken_is_named(tmp_path, damage):
+    path = write_task_file(tmp_path)
+    change, sentence = BROKEN_END_EFFECTOR[damage]
+    with h5py.File(path, "a") as file:
+        change(file["data/demo_1"])
+    with pytest.raises(BadInput, match=f"{path}: demo_1: .*{sentence}"):
+        load(tmp_path, END_EFFECTOR, "data.cache=none")
 
 
 def test_demos_shorter_than_a_chunk_or_longer_than_allowed_are_named(tmp_path):

@@ -43,14 +43,14 @@ def test_cached_frames_are_those_of_the_hdf5_files(tmp_path, cache):
     write_task_file(tmp_path, task="pick_up_the_butter_and_place_it_in_the_basket", steps=21, seed=1)
     demos, frames = frames_of(tmp_path, f"data.cache={cache}")
     assert isinstance(frames, FlatFrames)
-    np.testing.assert_array_equal(all_frames(demos, frames), all_frames(demos, HDF5Frames(demos)))
+    np.testing.assert_array_equal(all_frames(demos, frames), all_frames(demos, HDF5Frames(demos, 32)))
 
 
 def test_larger_pictures_are_stored_at_the_models_size_by_the_one_resize(tmp_path):
     write_task_file(tmp_path, image_size=48)
     demos, frames = frames_of(tmp_path)
     assert frames.frame_shape == (2, 32, 32, 3)
-    source = torch.from_numpy(all_frames(demos, HDF5Frames(demos))[:, 1])
+    source = torch.from_numpy(all_frames(demos, HDF5Frames(demos, 32))[:, 1])
     expected = resize_images(source, 32).permute(0, 2, 3, 1)
     np.testing.assert_array_equal(all_frames(demos, frames)[:, 1], expected)
 
@@ -128,7 +128,7 @@ def test_a_file_that_is_linked_to_is_noticed_when_it_changes(tmp_path, number):
     demos, after = frames_of(tmp_path)
     assert cached(tmp_path) != [flat] and len(cached(tmp_path)) == 1
     new = all_frames(demos, after)
-    np.testing.assert_array_equal(new, all_frames(demos, HDF5Frames(demos)))
+    np.testing.assert_array_equal(new, all_frames(demos, HDF5Frames(demos, 32)))
     np.testing.assert_array_equal(new[30 * number : 30 * number + 30, 0], 255 - old[30 * number : 30 * number + 30, 0])
     assert states_key(model, demos, table.language) != key
 
@@ -249,7 +249,7 @@ def test_processes_that_convert_at_once_agree_and_write_one_file(tmp_path):
     for process in processes:
         process.join()
     demos, _ = load(tmp_path)
-    assert sums == {int(all_frames(demos, HDF5Frames(demos)).sum(dtype=np.int64))}
+    assert sums == {int(all_frames(demos, HDF5Frames(demos, 32)).sum(dtype=np.int64))}
     assert len(cached(tmp_path)) == 1
 
 
@@ -262,7 +262,7 @@ def test_where_files_cannot_be_locked_nobody_reads_half_a_conversion(tmp_path, m
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: frames_of(tmp_path), range(3)))
     for demos, frames in results:
-        np.testing.assert_array_equal(all_frames(demos, frames), all_frames(demos, HDF5Frames(demos)))
+        np.testing.assert_array_equal(all_frames(demos, frames), all_frames(demos, HDF5Frames(demos, 32)))
     assert len(cached(tmp_path)) == 1 and not cached(tmp_path, ".part")
     assert "cannot lock files" in capsys.readouterr().out
 
@@ -316,7 +316,7 @@ def states_of(model, directory, batch_size=16):
 
     def batches():
         opened.append(True)
-        return every_frame(demos, table, HDF5Frames(demos), batch_size)
+        return every_frame(demos, table, HDF5Frames(demos, 32), batch_size)
 
     table = LowDimensional(demos, LANGUAGE, CPU)
     return frozen_states(model, demos, table.language, batches, directory / "frozen_states"), bool(opened)
@@ -383,7 +383,7 @@ def test_losses_on_stored_states_are_those_of_encoding_anew(tmp_path):
     trainer = build_trainer(small_config(), 2)
     fitted(trainer.model)
     table = LowDimensional(demos, LANGUAGE, CPU)
-    states = encode_all(trainer.model, demos, every_frame(demos, table, HDF5Frames(demos), 32))
+    states = encode_all(trainer.model, demos, every_frame(demos, table, HDF5Frames(demos, 32), 32))
     rows = transition_rows(demos, 10)
     losses = []
     for options in ({}, {"states": states}):

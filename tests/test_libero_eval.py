@@ -384,18 +384,18 @@ def butter(init_states: np.ndarray) -> Task:
 def test_a_replay_is_one_training_demo_from_its_first_action(checkpoint, collected_demos):
     held_out = read_checkpoint(checkpoint)["held_out_demos"]
     init_states = task_init_states(make_suite("libero_object"), 6)
-    path, key = training_demo(butter(init_states), collected_demos, 50, held_out)
+    path, key = training_demo(butter(init_states), [collected_demos], 50, held_out)
     assert f"{path.name}/{key}" not in held_out and path.parent == collected_demos
     with h5py.File(path) as file:
         last_start = file["data/demo_1/states"][0]
-    assert training_demo(butter(last_start[None]), collected_demos, 50, [])[1] == "demo_1"
-    assert training_demo(butter(last_start[None]), collected_demos, 1, [])[1] == "demo_0"  # data.demos_per_task
+    assert training_demo(butter(last_start[None]), [collected_demos], 50, [])[1] == "demo_1"
+    assert training_demo(butter(last_start[None]), [collected_demos], 1, [])[1] == "demo_0"  # data.demos_per_task
     elsewhere = last_start.copy()
     elsewhere[3] += 0.5  # rad: no demo's arm starts there, as it does in one that begins after a missed grasp
     with pytest.raises(BadInput, match="no training demo of 'pick up the butter and place it in the basket' to replay"):
-        training_demo(butter(elsewhere[None]), collected_demos, 50, [])
+        training_demo(butter(elsewhere[None]), [collected_demos], 50, [])
     with pytest.raises(BadInput, match="no training demo of 'open the drawer' to replay; name one with --demo"):
-        training_demo(Task("open_the_drawer", "open the drawer", True, init_states), collected_demos, 50, held_out)
+        training_demo(Task("open_the_drawer", "open the drawer", True, init_states), [collected_demos], 50, held_out)
     demo = np.random.default_rng(0).uniform(-1, 1, (5, 7))
     [chunk] = ReplayPolicy({6: demo}, max_steps=8).act([None], [EPISODE], [None])
     np.testing.assert_array_equal(chunk[:5], demo)
@@ -421,7 +421,7 @@ def test_a_demo_belongs_to_the_task_of_its_file_whatever_the_words(tmp_path):
 
     def found(scene: str, width: int, name_tells: bool = True) -> str:
         task = Task(f"{scene}_open_the_drawer", words, name_tells, np.zeros((2, width)))
-        return training_demo(task, tmp_path, 50, [])[0].name
+        return training_demo(task, [tmp_path], 50, [])[0].name
 
     assert (found(scenes[0], 20), found(scenes[1], 24)) == (first.name, second.name)
     with pytest.raises(BadInput, match="no training demo of 'open the drawer'"):  # another scene's is none
@@ -443,7 +443,7 @@ def test_a_demo_belongs_to_the_task_of_its_file_whatever_the_words(tmp_path):
 def test_demos_with_gaps_in_their_numbers_are_replayed(tmp_path):
     path = still_file(tmp_path, "open_the_drawer", demos=12, official=False)  # demo_1, demo_3, ... demo_23
     task = Task("open_the_drawer", "open the drawer", True, np.zeros((1, 20)))
-    assert training_demo(task, tmp_path, 2, [f"{path.name}/demo_1"]) == (path, "demo_3")  # 2 by number, not by name
+    assert training_demo(task, [tmp_path], 2, [f"{path.name}/demo_1"]) == (path, "demo_3")  # 2 by number, not by name
     assert read_demo(path, None)[0] == "demo_1"
     with pytest.raises(BadInput, match="has no demonstration demo_0; it holds 12, demo_1 to demo_23"):
         read_demo(path, "demo_0")

@@ -16,6 +16,7 @@ from jepa.temporal_predictor import (
     variance_loss,
 )
 from jepa.tokenizer import resize_images
+from observation import ROBOT_STATES
 from statevla_model import StateVLA, StateVLATrainer, build_trainer, count_parameters
 
 
@@ -55,13 +56,18 @@ def test_a_frame_becomes_395_tokens_with_cls_last(guide_model):
 # --------------------------------------------------------------------------------------------- observations and z
 
 
-@pytest.mark.parametrize("key", ["language", "joint_states", "gripper_states", "agentview_rgb", "eye_in_hand_rgb"])
-def test_every_part_of_the_observation_reaches_z(key):
-    model = build_trainer(small_config(), 1).model.double()
-    obs = random_observation(2)
+READ = {name: ["language", "agentview_rgb", "eye_in_hand_rgb", *parts] for name, parts in ROBOT_STATES.items()}
+
+
+@pytest.mark.parametrize("robot_state, key", [(name, key) for name, keys in READ.items() for key in keys])
+def test_every_part_of_the_observation_reaches_z(robot_state, key):
+    model = build_trainer(small_config(f"data.robot_state={robot_state}"), 1).model.double()
+    obs = random_observation(2) | {"ee_pos": torch.randn(2, 3), "ee_ori": torch.randn(2, 3)}
     other = dict(obs)
     other[key] = 255 - obs[key] if obs[key].dtype == torch.uint8 else obs[key] + 0.01
     assert not torch.equal(model.encode(obs), model.encode(other))
+    unread = {name: value for name, value in obs.items() if name not in READ[robot_state]}
+    assert unread and torch.equal(model.encode(obs), model.encode(obs | dict.fromkeys(unread)))
 
 
 def test_images_are_resized_as_pillow_resizes_them():

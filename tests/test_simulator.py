@@ -13,7 +13,7 @@ from helpers import ROOT
 
 from errors import BadInput
 from files import keeps_files, private_temporary_folder
-from observation import SIMULATOR_CAMERAS, SIMULATOR_KEYS, from_simulator
+from observation import SIMULATOR_CAMERAS, SIMULATOR_KEYS, axis_angle, from_simulator
 from simulator import libero
 from simulator.env import SimulatorError, make_env
 from simulator.libero import import_libero
@@ -77,9 +77,25 @@ def test_observation_has_the_repos_names_and_types_and_is_not_flipped(env):
         "eye_in_hand_rgb": ((SIZE, SIZE, 3), np.uint8),
         "joint_states": ((7,), np.float32),
         "gripper_states": ((2,), np.float32),
+        "ee_pos": ((3,), np.float32),
+        "ee_ori": ((3,), np.float32),
     }
     for name, sim_name in SIMULATOR_KEYS.items():
         np.testing.assert_array_equal(obs[name], env_obs[sim_name].astype(obs[name].dtype))
+    assert obs["ee_ori"] == pytest.approx([np.pi, 0, 0], abs=0.2)  # the hand points down
+
+
+def test_an_orientation_is_written_as_robosuite_writes_it(env):
+    """Bit for bit, as the state in LIBERO's files and in openpi's LIBERO messages was made by its function."""
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    rng = np.random.default_rng(0)
+    quaternions = rng.normal(size=(200, 4))
+    quaternions[:100, 3] *= 1e-3  # of hands that point down
+    quaternions /= np.linalg.norm(quaternions, axis=1, keepdims=True)
+    ends = [[0, 0, 0, 1], [0, 0, 0, -1], [0, 0, 1e-9, 1 + 1e-9], [0, 0, 1e-9, -1 - 1e-9]]
+    for quaternion in [*quaternions, *np.array(ends), env.proprioception()["robot0_eef_quat"]]:
+        np.testing.assert_array_equal(axis_angle(quaternion), quat2axisangle(quaternion.copy()))
 
 
 def test_a_picture_drawn_later_equals_the_live_one(env):

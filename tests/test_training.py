@@ -782,7 +782,7 @@ def test_embeddings_of_another_encoder_are_refused(runs, data, tmp_path):
     both = settings(data__data_directory=tmp_path, training__checkpoint_directory=tmp_path / "runs")
     encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
     said = one_sentence(run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *both, expect=2))
-    assert "language encoder is 'another encoder', but the checkpoint was trained with" in said
+    assert "language encoder is 'another encoder', but that of the checkpoint is" in said
 
 
 def test_the_report_on_phase_1_does_without_probes_where_files_have_no_truth_and_says_why(runs, tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor
 from config import Config, parse_config
 from errors import BadInput, is_out_of_memory
 from files import written_whole
+from observation import MIXED
 
 SCHEMA = 1  # goes up when an older program could not use what is written; files without a number are of schema 0
 # What zipfile and torch raise for a file that is no archive of torch.save, or a damaged one.
@@ -33,6 +34,7 @@ FURTHER_KEYS = ("best_loss", "observation", "language", "held_out_demos")
 # How the config of an older checkpoint becomes one of today. What came later has the value that does what was done
 # before; what was moved has its places; what was removed is no obstacle where it holds what is done today.
 CAME_LATER = {
+    "data.robot_state": "joints",
     "data.cache": "none",
     "data.cache_directory": None,
     "data.language_embeddings": None,
@@ -148,7 +150,8 @@ def check_same_run(
         ("observation", checkpoint["observation"], observation),
     ):
         for key, value in now.items():
-            if before.get(key) != value and key not in of_policy:
+            by_demo = key == "obs_alignment" and MIXED in (before.get(key), value)  # no picture depends on it
+            if before.get(key) != value and key not in of_policy and not by_demo:
                 raise BadInput(f"{path}: {section}.{key} is {before.get(key)}, but this run has {value}")
     unseen = set(checkpoint["held_out_demos"])
     if resumes:
@@ -160,8 +163,8 @@ def check_same_run(
                 "run needs the same data (data.data_directory, data.demos_per_task)"
             )
     else:
-        files = {name.partition("/")[0] for name in unseen}
-        seen = {name for name in held_out - unseen if name.partition("/")[0] in files}
+        files = {name.rpartition("/")[0] for name in unseen}
+        seen = {name for name in held_out - unseen if name.rpartition("/")[0] in files}
         if seen:
             notes.append(f"{len(seen)} demos held out here have trained the encoder in {path}")
     return notes
