@@ -37,7 +37,8 @@ def add_poses(path: Path) -> Path:
         for number, demo in enumerate(file["data"].values()):
             rng = np.random.default_rng([number, len(path.name)])
             steps = len(demo["actions"])
-            demo["obs/ee_pos"], demo["obs/ee_ori"] = rng.normal(size=(2, steps, 3))
+            for name in {"ee_pos", "ee_ori"} - demo["obs"].keys():
+                demo[f"obs/{name}"] = rng.normal(size=(steps, 3))
             for camera in ("agentview_rgb", "eye_in_hand_rgb"):
                 film = demo["obs"][camera]
                 film[...] = moving_pictures(rng, steps, film.shape[1])
