@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from config import DataConfig
 from demos.frames import source_of
-from demos.hdf5 import Demo, load_demos
-from demos.hdf5_errors import hdf5_problems_named, open_dataset, open_hdf5, text_attribute
+from demos.hdf5 import Demo, demos_of, find_task_files, load_demos
+from demos.hdf5_errors import hdf5_problems_named, object_in, open_dataset, open_hdf5, text_attribute
 from demos.language import EMBEDDINGS_FILE, load_language
 from errors import BadInput
 from files import replaced_whole
@@ -80,7 +80,7 @@ class Export:
 
         Raises BadInput where `load_demos` does, where end-effector poses or embeddings are missing, for pictures that
         would have to grow, and for videos of an odd size, which h264 does not take."""
-        demos, self.description = load_demos(data, min_actions=1)
+        demos, self.description = load_demos(_with_what_is_there(data), min_actions=1)
         recorded = self.description["image_size"]
         self.pictures, self.image_size = pictures, image_size or recorded
         if not 1 <= self.image_size <= recorded:
@@ -93,7 +93,7 @@ class Export:
         if pictures == "video" and self.image_size % 2:
             raise BadInput(f"--pictures video: the pictures are {self.image_size} px, expected an even number")
         self.tasks = list(dict.fromkeys(demo.task for demo in demos))
-        embeddings = Path(data.data_directory) / EMBEDDINGS_FILE
+        embeddings = data.folders[0] / EMBEDDINGS_FILE
         self.language = load_language(embeddings, self.tasks, LANGUAGE_WIDTH) if with_language else None
         firsts = itertools.accumulate((len(demo) - demo.lag for demo in demos), initial=0)
         self.episodes = [
@@ -308,6 +308,15 @@ def export(data: DataConfig, out: Path, pictures: str, with_language: bool, imag
             bar.update(sum(map(len, episodes)))
         work.write_meta(folder / "result", shards)
     return work
+
+
+def _with_what_is_there(data: DataConfig) -> DataConfig:
+    """Files without joint angles, as an import may have made them, are read as those of the end effector."""
+    path = find_task_files(data.folders[0])[0]
+    with open_hdf5(path) as file:
+        group, keys = demos_of(path, file)
+        obs = object_in(path, keys[0], group, keys[0], h5py.Group).get("obs", {})
+        return data if "joint_states" in obs else replace(data, robot_state="end_effector")
 
 
 def _values(demo: Demo, group: h5py.Group, name: str) -> np.ndarray:

@@ -427,6 +427,12 @@ def test_a_v21_set_of_videos_without_joints_is_read_and_what_is_missing_said(tmp
             assert np.array_equal(np.hstack([obs["ee_pos"], obs["ee_ori"], obs["gripper_states"]]), episode["state"])
             turned = np.rot90(episode["hand"], 2, axes=(1, 2)).astype(float)
             assert np.abs(obs["eye_in_hand_rgb"] - turned).mean() < 6
+    demos, _ = load(tmp_path / "back", "data.robot_state=end_effector", min_actions=1)
+    assert np.array_equal(np.hstack(list(demos[0].robot_state.values())), episodes[0]["state"])
+    run("convert_lerobot.py", "export", tmp_path / "back", tmp_path / "again")
+    assert (
+        "observation.states.joint_state" not in json.loads((tmp_path / "again/meta/info.json").read_text())["features"]
+    )
 
 
 def test_unknown_features_are_listed_and_can_be_mapped(tmp_path):
