@@ -86,8 +86,8 @@ def _array_of(shape: tuple, dtype: np.dtype, stream, length: int, is_fortran: bo
 
 
 def check_archive(path: str | Path) -> None:
-    """Looks through a file of torch.save before torch loads it: torch believes the number of elements that its pickle
-    claims for a part of the archive, and reads on in memory where the part is smaller.
+    """Looks through a file of torch.save before torch loads it: even with weights_only, torch makes a bytearray of
+    whatever size a few bytes of its pickle ask for, and unfolds compressed parts.
 
     Raises zipfile.BadZipFile or pickle.UnpicklingError for an archive that takes more memory than the file has bytes,
     that claims other sizes than its parts have, or whose pickle names anything but tensors and plain values.
