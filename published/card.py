@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from errors import BadInput
+from observation import ROBOT_STATES
 from published import FACTS
 from rollouts.episodes import step_limit
 from rollouts.evaluation import SAMPLE_STEPS
@@ -37,6 +38,7 @@ env = make_env(make_suite("libero_object"), task_id=0, image_size={image_size})
 env.reset(seed=0)
 actions = policy.decide(from_simulator(env.observe()), "{instruction}")  # ({chunk}, 7)
 ```"""
+STATES = {"joints": "the robot's joints", "end_effector": "the end effector's pose with the fingers"}
 
 
 def evaluations_of(paths: Sequence[Path], sha256: str) -> dict[Path, dict]:
@@ -67,7 +69,7 @@ def card_of(checkpoint: dict, place: str, evaluations: Mapping[Path, dict]) -> s
     lines = [f"{HEADER}\n# StateVLA: {'a policy' if is_policy else 'an encoder'} for {several}\n"]
     if is_policy:
         lines += [
-            "Two cameras' pictures, the robot's joints and an instruction go in; a chunk of "
+            f"Two cameras' pictures, {STATES[observed_state(observation)]} and an instruction go in; a chunk of "
             f"{config['model']['action_seq_len']} actions (six pose deltas and the gripper) comes out. It runs with "
             f"the StateVLA repository{trained_by}.\n",
             "## Load it\n",
@@ -138,6 +140,7 @@ def command_of(settings: dict, checkpoint: dict, place: str) -> str:
         "max_steps": step_limit(settings["task_suite"]),
         "shift_target": 0.0,
         "visual_mesh_ratio": checkpoint["observation"]["visual_mesh_ratio"],
+        "decision_delay_steps": 0,
         "seed": 0,
     }
     flags |= {name: settings[name] for name, value in usual.items() if settings.get(name, value) not in (None, value)}
@@ -146,11 +149,12 @@ def command_of(settings: dict, checkpoint: dict, place: str) -> str:
 
 def training(checkpoint: dict) -> list[str]:
     config, observation, phase = checkpoint["config"], checkpoint["observation"], checkpoint["phase"]
-    files = {name.partition("/")[0] for name in checkpoint["held_out_demos"]}
+    files = {name.rpartition("/")[0] for name in checkpoint["held_out_demos"]}
     thinned = observation["visual_mesh_ratio"]
-    held_out, data = len(checkpoint["held_out_demos"]), Path(config["data"]["data_directory"]).name
+    held_out, folders = len(checkpoint["held_out_demos"]), config["data"]["data_directory"]
+    data = ", ".join(f"`{Path(folder).name}`" for folder in ([folders] if isinstance(folders, str) else folders))
     lines = [
-        f"- Demonstrations: `{data}`, at most {config['data']['demos_per_task']} of each of {len(files)} tasks. "
+        f"- Demonstrations: {data}, at most {config['data']['demos_per_task']} of each of {len(files)} files. "
         f"{held_out} whole demos were held out; `{FACTS}` lists them.",
         f"- Pictures: {observation['image_size']} px, seen at {config['model']['image_size']} px"
         + (f", drawn with meshes thinned to {thinned:g}." if thinned < 1 else "."),
@@ -168,12 +172,17 @@ def training(checkpoint: dict) -> list[str]:
     return lines
 
 
+def observed_state(observation: dict) -> str:
+    """As data.robot_state names it."""
+    return next(name for name, parts in ROBOT_STATES.items() if list(parts) == observation["robot_state"])
+
+
 def limits(checkpoint: dict, is_evaluated: bool) -> list[str]:
-    instructions = list(checkpoint["language"]["embeddings"])
+    instructions, observation = list(checkpoint["language"]["embeddings"]), checkpoint["observation"]
     lines = [
         "- It was trained on demonstrations in the LIBERO simulator, and nothing is known of a real robot.",
-        f"- It expects raw pictures ({checkpoint['observation']['image_orientation']} orientation) of the cameras "
-        f"{' and '.join(checkpoint['observation']['cameras'])}, and joints, not the pose of the end effector.",
+        f"- It expects raw pictures ({observation['image_orientation']} orientation) of the cameras "
+        f"{' and '.join(observation['cameras'])}, and {STATES[observed_state(observation)]}.",
         "- One training is one sample: another seed gives another policy.",
     ]
     if is_evaluated:

@@ -76,11 +76,20 @@ def portable(config: dict) -> dict:
     data, training = config.get("data"), config.get("training")
     if not isinstance(data, dict) or not isinstance(training, dict):
         return config
-    place = Path(str(data.get("data_directory")))
-    if place.is_absolute() or ".." in place.parts or str(place).startswith("~"):
-        place = Path("data") / place.name
-    data = data | {"data_directory": str(place), "cache_directory": None, "language_embeddings": None}
+    folders = data.get("data_directory")
+    places = [_portable_place(folder) for folder in (folders if isinstance(folders, list) else [folders])]
+    data = data | {
+        "data_directory": places if isinstance(folders, list) else places[0],
+        "cache_directory": None,
+        "language_embeddings": None,
+    }
     return config | {"data": data, "training": training | {"checkpoint_directory": "checkpoints"}}
+
+
+def _portable_place(folder: object) -> str:
+    place = Path(str(folder))
+    is_of_one_machine = place.is_absolute() or ".." in place.parts or str(place).startswith("~")
+    return str(Path("data") / place.name if is_of_one_machine else place)
 
 
 def _check_free(directory: Path) -> None:
