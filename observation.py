@@ -38,6 +38,13 @@ def from_simulator(env_obs: dict) -> dict:
     return obs | {"ee_ori": axis_angle(env_obs[SIMULATOR_QUATERNION]).astype(np.float32)}
 
 
+def nothing_seen(image_size: int) -> dict:
+    """An observation to try a policy with: black pictures, and zero for all parts of the robot's state."""
+    black = {camera: np.zeros((image_size, image_size, 3), np.uint8) for camera in CAMERAS}
+    widths = STATE_WIDTHS | {"ee_pos": 3, "ee_ori": 3}
+    return black | {part: np.zeros(width, np.float32) for part, width in widths.items()}
+
+
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """(x, y, z, w) -> the axis times the angle, 0 to 2 pi rad: (3,) float64, bit for bit what robosuite's
     quat2axisangle gives, which made `ee_ori` in LIBERO's files and makes the state in openpi's LIBERO messages.

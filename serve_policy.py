@@ -19,8 +19,9 @@ from config import add_set_flag
 from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, exits_on_bad_input, extras_named
 from files import expanded
+from observation import nothing_seen
 from rollouts.evaluation import SAMPLE_STEPS, check_range
-from rollouts.policies import check_observation, nothing_seen, policy_of_checkpoint
+from rollouts.policies import check_observation, policy_of_checkpoint
 from serving import API_KEY
 from training.checkpoint import config_of, read_checkpoint
 

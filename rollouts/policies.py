@@ -26,7 +26,7 @@ from demos.language import LanguageTable, with_embeddings_of
 from errors import BadInput, extras_named, out_of_memory_named
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision
-from observation import ARM_JOINTS, CAMERAS, OBS_KEYS, ORIENTATION, STATE_WIDTHS
+from observation import ARM_JOINTS, CAMERAS, OBS_KEYS, ORIENTATION, STATE_WIDTHS, nothing_seen
 from rollouts.delay import steps_of_chunk
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation
@@ -253,12 +253,6 @@ def policy_of_checkpoint(
         steps = config.model.action_seq_len
         policy = CheckpointPolicy(model, language, device, steps, sample_steps, flow_start, precision)
     return policy, of_policy
-
-
-def nothing_seen(image_size: int) -> dict:
-    """An observation to try a policy with: black pictures, zero robot state."""
-    black = {camera: np.zeros((image_size, image_size, 3), np.uint8) for camera in CAMERAS}
-    return black | {name: np.zeros(width, np.float32) for name, width in STATE_WIDTHS.items()}
 
 
 def check_observation(observation: dict, source: str) -> None:

@@ -20,13 +20,13 @@ from websockets.sync.client import ClientConnection, connect
 
 from demos.instructions import canonical_instruction
 from errors import BadInput
+from observation import nothing_seen
 from rollouts.delay import steps_of_chunk
 from rollouts.episodes import Episode, Task
 from rollouts.evaluation import Evaluation
-from rollouts.policies import nothing_seen
 from rollouts.pool import NoChunk
 from serving import API_KEY
-from serving.libero_message import OPENPI_IMAGE_SIZE, WIDTH_OF, message_of
+from serving.libero_message import OPENPI_IMAGE_SIZE, message_of
 from serving.messages import BadMessage, packed, unpacked
 
 SECONDS_TO_CONNECT = 10.0
@@ -187,7 +187,7 @@ def remote_policy(evaluation: Evaluation, tasks: Mapping[int, Task]) -> tuple[Re
         raise BadInput(
             f"--policy {evaluation.server}: its metadata's visual_mesh_ratio is {mesh_ratio}, expected at most 1"
         )
-    black = nothing_seen(int(image_size)) | {name: np.zeros(width, np.float32) for name, width in WIDTH_OF.items()}
+    black = nothing_seen(int(image_size))
     try:
         with contextlib.closing(
             policy.converse(Episode(evaluation.task_suite, next(iter(told)), 0, 0))

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SUFFIXES = ("py", "sh", "cpp", "yaml", "txt", "toml", "md", "png", "cff", "json")
 MADE_BY_RUNS = ("results.json", "side_by_side.json", "settings.json")  # names of files that are written, not kept
 SECTIONS = "data|model|training|wandb"
-FOLDERS = "conf|demos|jepa|rollouts|simulator|collection|experiments|benchmarks|training|docs|tests"
+FOLDERS = "conf|demos|jepa|rollouts|serving|simulator|collection|experiments|benchmarks|training|docs|tests"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
