@@ -42,7 +42,7 @@ class EvaluationFolder:
             raise BadInput(f"{where}: not writable ({problem.strerror})") from None
         try:
             if settings_file.exists():
-                check_same(read_settings(directory), settings, where, "; choose another folder")
+                check_same(read_settings(directory), completed(settings), where, "; choose another folder")
             else:
                 write_whole(settings_file, json.dumps(settings, indent=2) + "\n")
             self.episodes = read_episodes(directory)

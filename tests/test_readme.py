@@ -24,7 +24,7 @@ MADE_BY_RUNS = (
     "config.json",
 )  # names of files that are written, not kept
 SECTIONS = "data|model|training|wandb"
-FOLDERS = "conf|demos|jepa|rollouts|simulator|collection|experiments|benchmarks|training|docs|tests"
+FOLDERS = "conf|demos|jepa|rollouts|serving|simulator|collection|experiments|benchmarks|training|docs|tests"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -563,6 +563,32 @@ def eight(directory: Path) -> dict[str, dict]:
     return cells
 
 
+def test_success_against_delay_is_a_row_for_each_delay_and_a_server_has_rows_of_its_own(tmp_path):
+    server = {"policy": "server", "server": {"name": "ACT", "weights": "abc"}, "weights_sha256": None}
+    cells = {
+        f"{policy}_{delay}": results_in(tmp_path / f"{policy}_{delay}", 4 - delay, decision_delay_steps=delay, **who)
+        for policy, who in (("own", {}), ("server", server))
+        for delay in (0, 2, 1)
+    }
+    table = side_by_side(cells)
+    rows = [line.split("  ")[0] for line in table_text(table).splitlines()[1:]]
+    assert rows == [
+        "policy, flow from noise", "policy, flow from noise, steps of delay: 1",
+        "policy, flow from noise, steps of delay: 2", "policy, flow from zero", "one demo, replayed blindly",
+        "standing still", "server (ACT)", "server (ACT), steps of delay: 1", "server (ACT), steps of delay: 2",
+    ]  # fmt: skip
+    assert [played(table)[row][INIT][0] for row in (rows[0], rows[1], rows[2], rows[-1])] == [4, 3, 2, 2]
+    other = results_in(tmp_path / "other", 1, **server | {"server": {"name": "ACT", "weights": "def"}})
+    with pytest.raises(BadInput, match="server_1 cannot stand side by side: other: was evaluated with server"):
+        side_by_side({"server_1": cells["server_1"], "other": other})
+    late = replace(ASKED, decision_delay_steps=2)
+    assert {one.policy: one.decision_delay_steps for one in conditions(late, 0.05).values()} == {
+        "checkpoint": 2, "replay": 0, "zero": 0
+    }  # fmt: skip
+    with pytest.raises(BadInput, match="--side_by_side needs a number for --decision_delay_steps"):
+        conditions(replace(ASKED, decision_delay_steps="auto"), 0.05)
+
+
 def test_the_conditions_side_by_side_are_the_cells_of_the_table(tmp_path):
     cells = eight(tmp_path)
     table = side_by_side(cells)
