@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from helpers import ROOT, fitted, one_sentence, phase1_batch, run, settings, small_config
+from helpers import ROOT, fitted, one_sentence, phase1_batch, refused, run, settings, small_config, train_here
 from libero_files import write_task_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -193,12 +193,6 @@ def test_phase1_trains_on_shifted_pictures_and_validates_on_whole_ones(runs, dat
         training[shift] = [line["jepa_mse"] for line in metrics(folder, "train")]
     assert validation[8] == pytest.approx(validation[0], rel=1e-3)
     assert training[8] != pytest.approx(training[0], rel=1e-2)
-
-
-def train_here(monkeypatch, *command: object) -> None:
-    """train.py in this process: no start to wait for, and whatever is replaced by the test."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command), "--set", "training.mamba_backend=torch"])
-    train.main()
 
 
 def test_the_latest_checkpoint_is_written_after_all_that_it_says_there_is(data, tmp_path, monkeypatch):
@@ -672,15 +666,6 @@ def test_held_out_demos_of_one_sample_are_refused(tmp_path, monkeypatch, capsys)
     assert (
         "the held-out demos give 1 sample(s), phase 1 on 1 process(es) needs at least 2; lower data.train_split" in said
     )
-
-
-def refused(monkeypatch, capsys, *command: object) -> str:
-    """What train.py says before it exits with code 2."""
-    with pytest.raises(SystemExit, match="2"):
-        train_here(monkeypatch, *command)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ")
-    return said
 
 
 def test_half_a_line_of_a_killed_run_costs_no_line_of_the_one_that_goes_on(data, tmp_path, monkeypatch):

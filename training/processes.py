@@ -86,6 +86,9 @@ class Processes:
         while not self.store.check([key]):
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
+        dist.barrier(
+            self.control
+        )  # the store may be the first process's own, which ends no sooner than all have seen it
 
     @contextlib.contextmanager
     def loss_named(self) -> Iterator[None]:
@@ -192,9 +195,9 @@ def noise_state(device: torch.device) -> Tensor:
 
 def set_noise_state(state: Tensor, device: torch.device) -> None:
     """As it was when `noise_state` gave this state on a device of the same kind."""
-    of_cpu = len(torch.get_rng_state())
+    of_cpu, state = len(torch.get_rng_state()), state.clone()  # torch reads a state from where its storage begins
     torch.set_rng_state(state[:of_cpu])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[of_cpu:], device)
+        torch.cuda.set_rng_state(state[of_cpu:].clone(), device)
     if device.type == "mps":
-        torch.mps.set_rng_state(state[of_cpu:])
+        torch.mps.set_rng_state(state[of_cpu:].clone())
