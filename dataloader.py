@@ -237,11 +237,18 @@ class Batches:
         return self.reader.waited if self.reader else 0.0
 
     def __iter__(self) -> Iterator[dict]:
+        return self._of(self.order.batches())
+
+    def of_first_row(self) -> Iterator[dict]:
+        """One batch, of the first row alone, whichever rank has it."""
+        return self._of([self.order.rows[:1]])
+
+    def _of(self, batches: Sequence[Tensor]) -> Iterator[dict]:
         if self.reader is not None:
-            for rows, pictures in self.reader.read(self.order.batches()):
+            for rows, pictures in self.reader.read(batches):
                 yield self._low_dimensional(rows) | self._observations(rows, pictures)
         else:
-            for rows in self.order.batches():
+            for rows in batches:
                 of_encoder = {} if self.states is None else {"z_t": self.states[rows.to(self.device)]}
                 yield self._low_dimensional(rows) | of_encoder
 

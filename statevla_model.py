@@ -217,16 +217,18 @@ class StateVLATrainer(nn.Module):
             function, batch, use_reentrant=False, context_fn=lambda: (nullcontext(), blocks_in_bfloat16(bfloat16))
         )
 
-    def phase1_losses(self, batches: Iterable[dict]) -> dict[str, Tensor]:
+    def phase1_losses(self, batches: Iterable[dict], counted: bool = True) -> dict[str, Tensor]:
         """Temporal JEPA: MSE to the EMA target + VICReg (Bardes et al. 2022), beside it the heads that are on.
 
         The losses are over all rows of the batches, which are all held-out ones in validation, and of all ranks, so
-        that variance and covariance are those of the joint batch. In eval mode the signs of collapse stand beside them.
+        that variance and covariance are those of the joint batch. Rows that are not `counted` stand in for none of this
+        rank. In eval mode the signs of collapse stand beside the losses.
         """
         number = len(batches) if isinstance(batches, tuple) else 1  # those of validation come one by one
         parts = [self.kept_small(self.phase1_rows, batch, number) for batch in batches]
         with torch.autocast(parts[0]["actions"].device.type, enabled=False):  # covariances in bfloat16 would be noise
-            rows = {name: rows_of_all_ranks(in_float32([part[name] for part in parts])) for name in parts[0]}
+            own = {name: in_float32([part[name] for part in parts]) for name in parts[0]}
+            rows = {name: rows_of_all_ranks(values if counted else values[:0]) for name, values in own.items()}
             z_t, z_next_pred, z_next_target = (rows[name] for name in ("z_t", "z_next_pred", "z_next_target"))
             regularised = [z_t, z_next_pred] if self.vicreg_on == "both" else [z_t]  # z_t is what phase 2 consumes
             losses: dict[str, Tensor] = {

@@ -1,28 +1,39 @@
 """Trainings that are interrupted, killed, hung or fed with what is not finite, alone and as two processes with gloo."""
 
 import contextlib
-import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import fitted, phase1_batch, refused, run, settings, small_config, train_here
-from libero_files import write_task_file
+import torch.distributed.run
+from helpers import ROOT, batches_of, data_config, fitted, phase1_batch, refused, run, small_config, train_here
+from small_trainings import (
+    EPOCHS,
+    FORK,
+    STEPS,
+    assert_same_run,
+    free_port,
+    lines_of,
+    ranks_of,
+    send,
+    small,
+    small_data,
+    trained,
+)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train
 import training.interruption
 import training.processes
+from demos.hdf5 import load_demos
 from errors import BadInput
 from jepa.temporal_predictor import FORESIGHT
 from statevla_model import StateVLATrainer, build_trainer
@@ -30,18 +41,13 @@ from training.checkpoint import read_checkpoint
 from training.interruption import Interruption
 from training.processes import join_processes
 from training.run_log import PHASE_DIRECTORIES
-from training.saving import check_disk_space
-
-EPOCHS, STEPS = 3, 5  # of every training here
-FORK = multiprocessing.get_context("fork")  # torch is imported already
+from training.saving import LATEST, check_disk_space
+from training.validation import validate
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("demos")
-    write_task_file(directory, demos=4, steps=29)  # 84 samples of phase 1 train, 57 of phase 2
-    run("embed_language.py", "--data_directory", directory, "--encoder", "offline")
-    return directory
+    return small_data(tmp_path_factory.mktemp("demos"))
 
 
 @pytest.fixture(scope="module")
@@ -49,108 +55,6 @@ def encoder(data, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("encoder")
     run("train.py", "--phase", 1, *small(1, data, directory), "--set", "training.phase1.num_epochs=0")
     return directory / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt"
-
-
-def small(phase: int, data: Path, directory: Path, ranks: int = 1, **changes: object) -> list[str]:
-    """With everything that draws noise, and log lines that span epochs."""
-    batch_size = {1: 16, 2: 10}[phase] // ranks
-    changes = {
-        "data__data_directory": data, "training__checkpoint_directory": directory, "training__batch_size": batch_size,
-        "training__phase1__image_shift": 2, "training__phase1__proprioception_masking": 0.5,
-        "training__phase2__weight_average": 0.9, "training__log_interval": 3, "training__save_interval": 1000,
-        "training__mamba_backend": "torch", "training__precision": "fp32", "model__encoder_depth": 1,
-        "training__save_minutes": 10, "training__learning_rate_schedule": "cosine",
-    } | changes  # fmt: skip
-    return [str(word) for word in settings(**changes)]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def rank_of(rank: int, ranks: int, port: int, said: Path, work: Callable, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with said.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        work(rank, *arguments)
-
-
-def ranks_of(number: int, folder: Path, work: Callable, *arguments: object) -> list[tuple[int, str]]:
-    """work(rank, *arguments) in so many processes: the exit code of each, and what it said."""
-    folder.mkdir(parents=True, exist_ok=True)
-    port, said = free_port(), [folder / f"said_{rank}.txt" for rank in range(number)]
-    processes = [
-        FORK.Process(target=rank_of, args=(rank, number, port, said[rank], work, arguments)) for rank in range(number)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [(process.exitcode, path.read_text()) for process, path in zip(processes, said, strict=True)]
-
-
-def at_step(number: int, what: Callable) -> None:
-    """Calls it between the gradient and the optimizer of this process's step `number`, the first being 1."""
-    clip, steps = train.clip_grad_norm_, iter(range(1, 10**6))
-
-    def clip_and(*arguments: object) -> Tensor:
-        if next(steps) == number:
-            what()
-        return clip(*arguments)
-
-    train.clip_grad_norm_ = clip_and
-
-
-def send(number: int) -> Callable:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def trained(rank: int, command: list[str], hurt: dict[int, tuple[int, Callable]]) -> None:
-    """train.py as one of its processes. `hurt`: rank -> step, what happens to it there."""
-    sys.argv = ["train.py", *command]
-    if rank in hurt:
-        at_step(*hurt[rank])
-    train.main()
-
-
-def lines_of(folder: Path) -> dict[tuple[str, int], dict]:
-    """The last line of every step, without what a clock says."""
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    clocks = {"samples_per_s", "waiting_for_data"}
-    return {
-        (line["split"], line["step"]): {key: value for key, value in line.items() if key not in clocks}
-        for line in lines
-    }
-
-
-def assert_same(found: object, expected: object, where: str = "") -> None:
-    """Bit for bit, whatever it consists of."""
-    if isinstance(expected, Tensor):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=where)
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key, value in expected.items():
-            assert_same(found[key], value, f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for index, value in enumerate(expected):
-            assert_same(found[index], value, f"{where}[{index}]")
-    else:
-        assert found == expected or (found != found and expected != expected), where
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    for name in ("checkpoint_latest.pt", "checkpoint_best.pt"):
-        one, other = (torch.load(folder / name, weights_only=True) for folder in (found, expected))
-        for checkpoint in (one, other):
-            del checkpoint["config"], checkpoint["code"]
-        assert_same(one, other, name)
-    assert_same(lines_of(found), lines_of(expected))
 
 
 # --------------------------------------------------------------------------------------------------------- signals
@@ -165,7 +69,7 @@ def test_interrupted_and_resumed_is_the_run_that_it_would_have_been(data, encode
     whole = [*command, *small(phase, data, tmp_path / "whole", ranks)]
     assert [code for code, _ in ranks_of(ranks, tmp_path / "0", trained, whole, {})] == [0] * ranks
     parts = [*command, *small(phase, data, tmp_path / "parts", ranks)]
-    stops = [(2, signal.SIGTERM, 3), (1, signal.SIGINT, 5), (3, signal.SIGTERM, 9), (1, signal.SIGTERM, 10)]
+    stops = [(2, signal.SIGTERM, 3), (1, signal.SIGINT, 5), (5, signal.SIGTERM, 10)]
     for stop, (at, number, done) in enumerate(stops):  # by the step after that in which it came
         hurt = {ranks - 1: (at, send(number))}
         ends = ranks_of(ranks, tmp_path / f"{stop + 1}", trained, parts, hurt)
@@ -174,10 +78,10 @@ def test_interrupted_and_resumed_is_the_run_that_it_would_have_been(data, encode
         assert f"{signal.Signals(number).name}: saved after step {done}; the same command goes on" in said, said
         assert "Traceback" not in "".join(said for _, said in ends)
         checkpoint = read_checkpoint(tmp_path / "parts" / folder / "checkpoint_latest.pt")
-        within = stop < 3
+        within = stop < 2
         assert (checkpoint["step"], checkpoint["epoch"]) == (done, (done - within) // STEPS)
         assert math.isnan(checkpoint["loss"]) == within
-    assert [code for code, _ in ranks_of(ranks, tmp_path / "5", trained, parts, {})] == [0] * ranks
+    assert [code for code, _ in ranks_of(ranks, tmp_path / "4", trained, parts, {})] == [0] * ranks
     assert_same_run(tmp_path / "parts" / folder, tmp_path / "whole" / folder)
     assert not list((tmp_path / "parts").glob("**/*.part")) and not list((tmp_path / "parts").glob(".*.lock"))
 
@@ -376,11 +280,10 @@ def test_a_rank_that_died_or_hangs_ends_the_others_with_a_sentence_that_names_it
 @contextlib.contextmanager
 def stopped_ones_killed(folder: Path):
     """A process that does not go on would keep its test waiting: it is killed as soon as the other one has ended."""
-    import threading
 
     def kill() -> None:
         while not over.wait(0.2):
-            children = FORK.active_children() if hasattr(FORK, "active_children") else multiprocessing.active_children()
+            children = FORK.active_children()
             if len(children) == 1 and "State:\tT" in Path(f"/proc/{children[0].pid}/status").read_text():
                 children[0].kill()
 
@@ -392,6 +295,81 @@ def stopped_ones_killed(folder: Path):
     finally:
         over.set()
         thread.join()
+
+
+def node(number: int, port: int, command: list[str]) -> None:
+    """One machine's torchrun, the second of which comes later."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(ROOT)
+    time.sleep(number)
+    torch.distributed.run.main([
+        "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--local_addr=127.0.0.1", "--max_restarts=1", "--monitor_interval=0.2", "train.py", *command,
+    ])  # fmt: skip
+
+
+def children_of(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def killed_once_saved(latest: Path, killed: list[int]) -> None:
+    """Kills the one training of one of the two machines."""
+    while not latest.exists():
+        time.sleep(0.05)
+    torchrun = FORK.active_children()[1].pid
+    trainings = [pid for pid in children_of(torchrun) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(trainings[0], signal.SIGKILL)
+    killed.append(trainings[0])
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_after_a_training_was_killed_and_go_on_from_what_was_saved(data, tmp_path):
+    changes = {"training__save_minutes": 1e-9, "training__phase1__num_epochs": 6}
+    command, folder = ["--phase", "1", "--resume", *small(1, data, tmp_path, 2, **changes)], PHASE_DIRECTORIES[1]
+    killed: list[int] = []
+    killer = threading.Thread(target=killed_once_saved, args=(tmp_path / folder / LATEST, killed), daemon=True)
+    killer.start()
+    ends = ranks_of(2, tmp_path / "said", node, free_port(), command, patience=300)
+    killer.join(1)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert killed and not list(tmp_path.glob("*_earlier_*"))
+    assert read_checkpoint(tmp_path / folder / "checkpoint_latest.pt")["epoch"] == 6
+    steps = [line["step"] for line in lines_of(tmp_path / folder).values() if line["split"] == "validation"]
+    assert steps == [STEPS * epoch for epoch in range(1, 7)]
+
+
+# ----------------------------------------------------------------------------------------------- uneven held-out rows
+
+
+def validated(rank: int, data: Path, results: Path) -> None:
+    """Both phases on three held-out samples in batches of two, and on as few as there may be."""
+    join_processes("cpu", 1)
+    demos = load_demos(data_config(data), 10)[0]
+    found = {}
+    for phase, rows in ((1, 2), (1, 3), (2, 1), (2, 3)):
+        torch.manual_seed(0)
+        trainer = build_trainer(small_config("training.phase1.foresight_weight=1.0"), phase)
+        fitted(trainer.model)
+        trainer.model.policy.loss = lambda z, actions: (z[:, :1, None] - actions).mean(dim=(1, 2))  # draws no noise
+        if phase == 1:
+            trainer.robot_normalizer.fit(torch.randn(100, 9))
+        options = {"gap": 2, "ahead": FORESIGHT} if phase == 1 else {}
+        batches = batches_of(demos, torch.arange(rows), 2 if phase == 1 else 10, 2, **options)
+        found[f"{phase} on {rows}"] = validate(trainer, batches)
+    torch.save(found, results / f"{torch.distributed.get_world_size()}_{rank}.pt")
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_one_process_where_a_rank_has_fewer_held_out_samples_or_none(data, tmp_path):
+    for ranks in (1, 4):
+        ends = ranks_of(ranks, tmp_path / str(ranks), validated, data, tmp_path)
+        assert [code for code, _ in ends] == [0] * ranks, ends
+    alone, *others = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "4_0", "4_1", "4_2", "4_3"))
+    for found in others:
+        for run_name, losses in alone.items():
+            assert found[run_name] == pytest.approx(losses, rel=1e-4), run_name
 
 
 # ---------------------------------------------------------------------------------------------------- accumulation

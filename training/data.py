@@ -77,8 +77,8 @@ def phase2_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
 
 
 def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple[Batches, Batches]:
-    """Training and held-out batches. Raises BadInput where VICReg would take the variance of a single row, or a process
-    has nothing to validate."""
+    """Training and held-out batches. Raises BadInput where VICReg would take the variance of a single row, or there is
+    nothing to validate."""
     batch_size, gap, chunk_length = config.training.batch_size, config.model.prediction_gap, config.model.action_seq_len
     train_rows, held_out_rows = (
         transition_rows(demos, gap) if phase == 1 else chunk_rows(demos, chunk_length)
@@ -87,7 +87,7 @@ def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple
     batches = Batches(train_rows, data.low_dimensional, batch_size=batch_size, seed=config.training.seed, **samples)
     held_out_batches = Batches(held_out_rows, data.low_dimensional, batch_size=batch_size, **samples)
     ranks = batches.order.ranks
-    least = max(2, ranks) if phase == 1 else ranks
+    least = 2 if phase == 1 else 1
     step_size = batch_size * config.training.accumulate * ranks
     if step_size > len(train_rows):
         raise BadInput(
@@ -101,8 +101,8 @@ def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple
         )
     if len(held_out_rows) < least:
         raise BadInput(
-            f"the held-out demos give {len(held_out_rows)} sample(s), phase {phase} on {ranks} process(es) needs at "
-            f"least {least}; lower data.train_split or use longer demos"
+            f"the held-out demos give {len(held_out_rows)} sample(s), phase {phase} needs at least {least}; lower "
+            "data.train_split or use longer demos"
         )
     return batches, held_out_batches
 

@@ -44,6 +44,8 @@ def only_training_in(directory: Path) -> Iterator[None]:
         raise _not_writable(directory, problem) from None
     with lock:
         lock.forget_parts(directory, "checkpoint_*.pt")
+        if directory.name == PHASE_DIRECTORIES[2]:  # which alone writes states
+            lock.forget_parts(directory.parent / "frozen_states", "*.npy")
         yield
 
 
