@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -34,6 +35,7 @@ LOST = (
     "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out", "timed out", "Timeout",
     "Application timeout",
 )  # fmt: skip
+JOINING_SECONDS = 1800.0
 ROLL_CALL_SECONDS = 5.0  # how long a process that notices a loss waits for the others to notice it, too
 
 
@@ -159,13 +161,40 @@ def join_processes(device_name: str, timeout_minutes: float) -> Processes:
     if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise BadInput(f"RANK is {rank} and WORLD_SIZE {world_size or 'not set'}, expected 0 <= RANK < WORLD_SIZE")
     try:
-        store = next(rendezvous("env://"))[0]  # waits for the others as long as torch's default, half an hour
+        store = store_of_this_start(next(rendezvous("env://"))[0], int(rank), int(world_size))
         dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=timeout)
         return Processes(device, dist.PrefixStore("statevla", store), timeout)
     except (ValueError, RuntimeError) as problem:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '(MASTER_PORT is not set)')}"
         first_line, *_ = str(problem).splitlines()
         raise BadInput(f"process {os.environ['RANK']} cannot join the others at {where} ({first_line})") from None
+
+
+def store_of_this_start(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Where the processes that have started now find each other and nothing of those before them: torchrun keeps its
+    store when it starts killed ones again, and in it the addresses that they had.
+
+    Every process comes with a name that nobody has had. The first welcomes all who come with its own, and when the
+    right number has joined under that, all begin. Raises RuntimeError after half an hour.
+    """
+    name, until, seen = secrets.token_hex(8), time.monotonic() + JOINING_SECONDS, set[str]()
+    store.set(f"came/{rank}", name)
+    while time.monotonic() < until:
+        if rank == 0:
+            for other in range(world_size):
+                came = store.get(f"came/{other}").decode() if store.check([f"came/{other}"]) else name
+                if came not in seen:
+                    store.set(f"welcome/{came}", name)
+                    seen.add(came)
+            if all(store.check([f"joined/{name}/{other}"]) for other in range(1, world_size)):
+                store.set(f"complete/{name}", "yes")
+        if store.check([f"welcome/{name}"]):
+            first = store.get(f"welcome/{name}").decode()
+            store.set(f"joined/{first}/{rank}", "yes")
+            if store.check([f"complete/{first}"]):
+                return dist.PrefixStore(first, store)
+        time.sleep(0.02 if world_size < 64 else 0.5)
+    raise RuntimeError(f"{world_size} process(es) were expected, and not all of them came")
 
 
 def is_first_rank() -> bool:
