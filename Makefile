@@ -54,18 +54,16 @@ $(DATA)/.done: | install
 	@$(RUN) embed_language.py $(QUICK) --encoder offline
 	@touch $@
 
-# A training that was interrupted goes on from its last epoch, an evaluation from its last episode.
+# A training that was interrupted goes on from where it was (it ends with an error, so that no half of it is taken for
+# the whole), an evaluation from its last episode.
 $(PHASE1)/.done: | $(DATA)/.done
 	@echo "== phase 1: temporal JEPA"
-	@resume=; if [ -f $(PHASE1)/checkpoint_latest.pt ]; then resume="--checkpoint $(PHASE1)/checkpoint_latest.pt"; fi; \
-	  time $(RUN) train.py $(QUICK) --phase 1 $$resume
+	@time $(RUN) train.py $(QUICK) --phase 1 --resume
 	@touch $@
 
 $(PHASE2)/.done: | $(PHASE1)/.done
 	@echo "== phase 2: flow matching on the frozen encoder"
-	@start="--phase1_checkpoint $(PHASE1)/checkpoint_best.pt"; \
-	  if [ -f $(PHASE2)/checkpoint_latest.pt ]; then start="--checkpoint $(PHASE2)/checkpoint_latest.pt"; fi; \
-	  time $(RUN) train.py $(QUICK) --phase 2 $$start
+	@time $(RUN) train.py $(QUICK) --phase 2 --phase1_checkpoint $(PHASE1)/checkpoint_best.pt --resume
 	@touch $@
 
 $(PHASE2)/curves.png: | $(PHASE2)/.done
@@ -91,9 +89,9 @@ libero-object-cpu: DEMOS += --visual_mesh_ratio 0.2
 libero-object-cpu libero-object-gpu: libero-object-%: install
 	@$(RUN) collect_demos.py --config conf/libero_object_$*.yaml $(DEMOS)
 	@$(RUN) embed_language.py --config conf/libero_object_$*.yaml --encoder offline
-	@$(RUN) train.py --config conf/libero_object_$*.yaml --phase 1
+	@$(RUN) train.py --config conf/libero_object_$*.yaml --phase 1 --resume
 	@$(RUN) eval.py --checkpoint checkpoints/libero_object_$*/phase1_temporal_jepa/checkpoint_latest.pt
-	@$(RUN) train.py --config conf/libero_object_$*.yaml --phase 2 \
+	@$(RUN) train.py --config conf/libero_object_$*.yaml --phase 2 --resume \
 	  --phase1_checkpoint checkpoints/libero_object_$*/phase1_temporal_jepa/checkpoint_latest.pt
 	@$(RUN) run_libero_eval.py --checkpoint checkpoints/libero_object_$*/phase2_flow_matching/checkpoint_latest.pt \
 	  --num_trials 10 --side_by_side 0.05 --output_dir checkpoints/libero_object_$*/rollouts

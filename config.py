@@ -134,9 +134,13 @@ class TrainingConfig:
     learning_rate: Number
     weight_decay: NumberOrZero
     gradient_clip: Number
+    accumulate: Count
+    max_bad_steps: Count
     ema_momentum: Share
     ema_momentum_schedule: Literal["cosine", "constant"]
     save_interval: Count
+    save_minutes: NumberOrZero
+    rank_timeout_minutes: Number
     log_interval: Count
     learning_rate_schedule: Literal["constant", "cosine"]
     warmup_steps: CountOrZero

@@ -11,7 +11,7 @@ Letters: N rows, B batch, K prediction gap, H actions per chunk, D state_dim, S 
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -80,14 +80,15 @@ class RowOrder:
     """The rows of this rank's batches, epoch after epoch.
 
     With a `seed` every epoch is a permutation, and batch i of all W ranks together is rows [i * W * B, (i + 1) * W * B)
-    of it, so that W ranks train on what one process with the joint batch would; what fills no batch is left out.
-    Without one, this rank's contiguous share comes in order and whole; `rows_of_all_ranks` joins the results.
+    of it, so that W ranks train on what one process with the joint batch would; what fills no batch is left out. An
+    epoch that was begun, by any number of ranks, goes on after its `done` first rows. Without a seed, this rank's
+    contiguous share comes in order and whole; `rows_of_all_ranks` joins the results.
 
     Raises BadInput if there is no row, or, with a `seed`, if not one batch fits.
     """
 
     def __init__(self, rows: Tensor, batch_size: int, seed: int | None = None):
-        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
+        self.rows, self.batch_size, self.seed, self.epoch, self.done = rows, batch_size, seed, 0, 0
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if not len(rows):
             raise BadInput("the demos are too short for a single sample, or there are none; expected at least one")
@@ -98,7 +99,7 @@ class RowOrder:
             )
 
     def __len__(self) -> int:
-        """Batches of this rank in an epoch."""
+        """Batches of this rank in a whole epoch."""
         if self.seed is not None:
             return len(self.rows) // (self.ranks * self.batch_size)
         return -(-len(self._share()) // self.batch_size)
@@ -107,9 +108,18 @@ class RowOrder:
         """The rows (B,) of each batch of this epoch."""
         if self.seed is None:
             return self._share().split(self.batch_size) if len(self) else ()
+        count = max(len(self.rows) - self.done, 0) // (self.ranks * self.batch_size)
+        order = self._permutation()[self.done :][: count * self.batch_size * self.ranks]
+        return self.rows[order.view(count, self.batch_size, self.ranks)[:, :, self.rank]].unbind()
+
+    def joint_rows(self, first: int, count: int) -> Tensor:
+        """The rows of this epoch's samples `first` to `first + count`, whichever rank has them."""
+        return self.rows[self._permutation()[first : first + count]]
+
+    def _permutation(self) -> Tensor:
+        assert self.seed is not None  # without one there is no order to draw
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(len(self.rows), generator=generator)[: len(self) * self.batch_size * self.ranks]
-        return self.rows[order.view(len(self), self.batch_size, self.ranks)[:, :, self.rank]].unbind()
+        return torch.randperm(len(self.rows), generator=generator)
 
     def _share(self) -> Tensor:
         first, end = (len(self.rows) * rank // self.ranks for rank in (self.rank, self.rank + 1))
@@ -221,9 +231,9 @@ class Batches:
     def __len__(self) -> int:
         return len(self.order)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of the next pass."""
-        self.order.epoch = epoch
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Chooses the permutation of the next pass, and how many of its samples have been trained on before."""
+        self.order.epoch, self.order.done = epoch, done
 
     @property
     def waited(self) -> float:
@@ -231,11 +241,18 @@ class Batches:
         return self.reader.waited if self.reader else 0.0
 
     def __iter__(self) -> Iterator[dict]:
+        return self._of(self.order.batches())
+
+    def of_first_row(self) -> Iterator[dict]:
+        """One batch, of the first row alone, whichever rank has it."""
+        return self._of([self.order.rows[:1]])
+
+    def _of(self, batches: Sequence[Tensor]) -> Iterator[dict]:
         if self.reader is not None:
-            for rows, pictures in self.reader.read(self.order.batches()):
+            for rows, pictures in self.reader.read(batches):
                 yield self._low_dimensional(rows) | self._observations(rows, pictures)
         else:
-            for rows in self.order.batches():
+            for rows in batches:
                 of_encoder = {} if self.states is None else {"z_t": self.states[rows.to(self.device)]}
                 yield self._low_dimensional(rows) | of_encoder
 
@@ -260,6 +277,22 @@ def every_frame(
 ) -> Batches:
     """All frames of the demos in order, without actions: what z of every frame is computed from."""
     return Batches(frame_rows(demos), low_dimensional, 0, batch_size, frames=frames)
+
+
+def grouped(batches: Iterable[dict], count: int) -> Iterator[list[dict]]:
+    """`count` batches at a time, which all stay valid until the next ones are asked for; what fills no group is left
+    out."""
+    group: list[dict] = []
+    for batch in batches:
+        group.append(copied(batch) if count > 1 else batch)
+        if len(group) == count:
+            yield group
+            group = []
+
+
+def copied(batch):
+    """A batch, a dict of tensors and dicts, in memory of its own."""
+    return {key: copied(value) for key, value in batch.items()} if isinstance(batch, dict) else batch.clone()
 
 
 def to_device(batch, device: torch.device):

@@ -6,13 +6,15 @@ Letters: B batch, H actions per chunk (10), D state_dim, K prediction gap, F fra
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from action_policy import POSE_DIM, FlowMatchingPolicy, GripperClassifier, Normalizer, StateScaling
@@ -21,7 +23,8 @@ from demos.instructions import canonical_instruction
 from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input
 from jepa.all_ranks import rows_of_all_ranks
-from jepa.precision import in_precision
+from jepa.mamba import backend
+from jepa.precision import blocks_in_bfloat16, in_precision
 from jepa.temporal_predictor import (
     Foresight,
     InverseDynamics,
@@ -198,27 +201,38 @@ class StateVLATrainer(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Phase 1: batch has obs, next_obs (K frames later), actions (B, K, 7) between them and, for foresight,
-        robot_ahead (B, F, 9 or 8). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
-        return self.phase1_losses([batch]) if self.phase == 1 else self.phase2_losses(batch)
+    def forward(self, *batches: dict) -> dict[str, Tensor]:
+        """The losses of a step over one batch or, as those of one batch of all their rows, over several. Phase 1: a
+        batch has obs, next_obs (K frames later), actions (B, K, 7) between them and, for foresight, robot_ahead
+        (B, F, 9 or 8). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
+        if self.phase == 1:
+            return self.phase1_losses(batches)
+        of_batches = [self.kept_small(self.phase2_losses, batch, len(batches)) for batch in batches]
+        return {name: torch.stack([losses[name] for losses in of_batches]).mean() for name in of_batches[0]}
 
-    def phase1_losses(self, batches: Iterable[dict]) -> dict[str, Tensor]:
+    def kept_small(self, function: Callable, batch: dict, batches: int) -> dict[str, Tensor]:
+        """function(batch). Where a step has several batches, only what it returns is kept of it, and backward, which
+        goes through the batches one after the other, computes the rest once more, with the same noise (GradCache,
+        Gao et al. 2021): memory is that of one batch."""
+        if batches == 1:
+            return function(batch)
+        bfloat16 = backend.bfloat16
+        return torch.utils.checkpoint.checkpoint(
+            function, batch, use_reentrant=False, context_fn=lambda: (nullcontext(), blocks_in_bfloat16(bfloat16))
+        )
+
+    def phase1_losses(self, batches: Iterable[dict], counted: bool = True) -> dict[str, Tensor]:
         """Temporal JEPA: MSE to the EMA target + VICReg (Bardes et al. 2022), beside it the heads that are on.
 
-        The losses are over all rows of the batches, which is one in training and all held-out ones in validation, and
-        of all ranks, so that variance and covariance are those of the joint batch. In eval mode the signs of collapse
-        stand beside them.
+        The losses are over all rows of the batches, which are all held-out ones in validation, and of all ranks, so
+        that variance and covariance are those of the joint batch. Rows that are not `counted` stand in for none of this
+        rank. In eval mode the signs of collapse stand beside the losses.
         """
-        encoder, parts = self.model.state_encoder, []
-        for batch in batches:
-            part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]))}  # (B, D)
-            part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
-            part["z_next_target"] = encoder.target(batch["next_obs"])  # (B, D), the EMA copy's, no gradient
-            part |= {name: batch[name] for name in ("actions", "robot_ahead") if name in batch}  # (B, K, 7), (B, F, R)
-            parts.append(part)
+        number = len(batches) if isinstance(batches, tuple) else 1  # those of validation come one by one
+        parts = [self.kept_small(self.phase1_rows, batch, number) for batch in batches]
         with torch.autocast(parts[0]["actions"].device.type, enabled=False):  # covariances in bfloat16 would be noise
-            rows = {name: rows_of_all_ranks(in_float32([part[name] for part in parts])) for name in parts[0]}
+            own = {name: in_float32([part[name] for part in parts]) for name in parts[0]}
+            rows = {name: rows_of_all_ranks(values if counted else values[:0]) for name, values in own.items()}
             z_t, z_next_pred, z_next_target = (rows[name] for name in ("z_t", "z_next_pred", "z_next_target"))
             regularised = [z_t, z_next_pred] if self.vicreg_on == "both" else [z_t]  # z_t is what phase 2 consumes
             losses: dict[str, Tensor] = {
@@ -237,6 +251,16 @@ class StateVLATrainer(nn.Module):
             if not self.training:
                 losses |= {"jepa_copy_mse": F.mse_loss(z_t, z_next_target), **representation_health(z_t)}
         return losses
+
+    def phase1_rows(self, batch: dict) -> dict[str, Tensor]:
+        """What phase 1's losses are made of: z_t, z_next_pred and z_next_target (B, D), and some of the batch."""
+        encoder = self.model.state_encoder
+        part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]))}  # (B, D)
+        part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
+        part["z_next_target"] = encoder.target(batch["next_obs"])  # (B, D), the EMA copy's, no gradient
+        return part | {
+            name: batch[name] for name in ("actions", "robot_ahead") if name in batch
+        }  # (B, K, 7), (B, F, R)
 
     def hidden_arms(self, actions: Tensor) -> Tensor | None:
         """Which of the samples have their robot token hidden, (B,) bool, so that the arm must be seen; in training."""

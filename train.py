@@ -5,12 +5,14 @@
         --phase1_checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt
 
     resume:        --checkpoint checkpoints/phase1_temporal_jepa/checkpoint_latest.pt
+                   or --resume, which starts anew where there is none, for jobs that are started again when they end
     several GPUs:  torchrun --nproc_per_node=4 train.py --config conf/config.yaml --phase 1
     out of memory: --batch_size 32
     one setting:   --set training.phase1.num_epochs=5
 
-An epoch is a function of (config, number of the epoch, rank): sampler, noise and schedules are derived from them, so a
-resumed run continues exactly where the interrupted one was.
+An epoch is a function of (config, number of the epoch, rank): sampler, noise and schedules are derived from them. A
+checkpoint says how far its epoch has come and where the noise goes on, so that a resumed run is the one that it would
+have been: bit for bit on a CPU where every process has one thread, for several add up in another order every time.
 """
 
 import argparse
@@ -19,8 +21,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 # OpenMP's threads wait for each other many hundred times a step, and GCC's spin for up to 20 ms before they sleep.
 # Beside other programs on the same cores the thread that they wait for does not run meanwhile, and a step takes several
@@ -36,30 +36,41 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from config import Config, add_config_flags, load_config
-from dataloader import Batches, LowDimensional, chunk_rows, every_frame, frame_rows, shift_pictures, transition_rows
-from demos.frames import DeviceFrames, Frames, open_frames
-from demos.hdf5 import SPLIT_RULE, Demo, load_demos, split_demos
-from demos.language import LanguageTable, embeddings_files, load_languages, same_language
-from demos.states import encode_all, frozen_states
+from dataloader import grouped, shift_pictures
+from demos.hdf5 import SPLIT_RULE
+from demos.language import LanguageTable, embeddings_files, same_language
 from errors import BadInput, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from jepa.mamba import choose_mamba_backend
 from jepa.precision import choose_precision, in_precision
-from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
 from rollouts.evaluation import tasks_of
-from statevla_model import StateVLATrainer, build_trainer, count_parameters, load_encoder, load_weights
+from statevla_model import build_trainer, count_parameters, load_encoder, load_weights
 from training.average import WeightAverage, set_parameters
-from training.checkpoint import NO_SCORE, Score, check_same_run, read_checkpoint, save_checkpoint
+from training.bad_steps import BadSteps, demos_of
+from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, read_checkpoint
+from training.data import both_batches, fit_statistics, load_data, phase1_samples, phase2_samples
+from training.interruption import Interrupted, Interruption
 from training.optimizer import (
+    backpropagate,
     ema_momentum,
     learning_rate_factor,
     make_optimizer,
     restore_optimizer,
     trained_by,
 )
-from training.processes import is_first_rank, join_processes, report, seed_noise
-from training.run_log import RunLog, broken, check_finite, only_training_in, run_directory, take_over_best
+from training.processes import Processes, is_first_rank, join_processes, report, seed_noise
+from training.progress import Progress
+from training.run_log import (
+    RunLog,
+    against_divergence,
+    broken,
+    check_finite,
+    only_training_in,
+    run_directory,
+    take_over_best,
+)
+from training.saving import LATEST, Checkpoints, check_disk_space
 from training.validation import play_rollouts, validate
 
 
@@ -68,15 +79,18 @@ def main() -> None:
     # Settings.
     arguments = parse_arguments()
     config, phase = load_config(arguments.config, arguments.set), arguments.phase
-    resumed_from, encoder_from = arguments.checkpoint, arguments.phase1_checkpoint
+    latest = run_directory(config, phase) / LATEST
+    resumed_from = str(latest) if arguments.resume and latest.exists() else arguments.checkpoint
+    encoder_from = arguments.phase1_checkpoint if not resumed_from else None
     recipe = config.training.phase1 if phase == 1 else config.training.phase2
     resumed = read_checkpoint(resumed_from, phase) if resumed_from else None
     if resumed and not resumed["optimizer_state_dict"]:
         raise BadInput(f"{resumed_from}: holds weights alone, training cannot be resumed from it")
-    source = resumed or (read_checkpoint(encoder_from, 1) if phase == 2 else None)
-    source_path = resumed_from or encoder_from
+    source_path: str = resumed_from or encoder_from or ""
+    source = resumed or (read_checkpoint(source_path, 1) if phase == 2 else None)
 
-    with a_run(config, phase) as device:
+    with a_run(config, phase) as processes:
+        device = processes.device
         choose_mamba_backend(config.training.mamba_backend, device)
         precision = choose_precision(config.training.precision, device)
 
@@ -116,32 +130,48 @@ def main() -> None:
         if resumed:
             restore_optimizer(optimizer, resumed["optimizer_state_dict"])
         decay = config.training.phase2.weight_average if phase == 2 else 0.0
-        average = WeightAverage(trained, decay, resumed["step"] if resumed else 0) if decay else None
+        before = resumed.get("progress", {}) if resumed else {}
+        average = None
+        if decay:
+            updates = before.get("average_updates", resumed["step"]) if resumed else 0
+            average = WeightAverage(trained, decay, updates)
         if resumed and resumed.get("last_weights"):  # the checkpoint's others are their average
             set_parameters(trained, resumed["last_weights"])
 
         # Samples of training demos in an order that changes with the epoch, held-out ones as they are.
-        samples = {1: phase1_samples, 2: phase2_samples}[phase](trainer, data, config)
-        batches, held_out_batches = both_batches(phase, data, config, samples)
+        of_sample = {1: phase1_samples, 2: phase2_samples}[phase](trainer, data, config)
+        batches, held_out_batches = both_batches(phase, data, config, of_sample)
 
         # Statistics that robot state, z and actions are normalised with: measured once, kept in the checkpoint.
         if not resumed:
-            fit_statistics(trainer, data, config, samples)
+            fit_statistics(trainer, data, config, of_sample)
 
-        total_steps = recipe.num_epochs * len(batches)
+        # Where the run stands: after so many epochs, and so many samples of the next one.
+        samples_per_step = batches.order.batch_size * config.training.accumulate * processes.number
+        training_samples = len(batches.order.rows)
+        steps_per_epoch = training_samples // samples_per_step
+        total_steps = recipe.num_epochs * steps_per_epoch
+        progress = Progress(processes, samples_per_step, before)
+        first_epoch = resumed["epoch"] if resumed else 0
+        progress.check_alike(first_epoch, training_samples)
+        step = (first_epoch + 1) * steps_per_epoch - (training_samples - progress.samples) // samples_per_step
         report(
-            f"phase {phase}: {len(batches.order.rows):,} training samples, {len(batches):,} steps an epoch "
-            f"on {dist.get_world_size()} process(es)"
+            f"phase {phase}: {training_samples:,} training samples, {steps_per_epoch:,} steps an epoch "
+            f"on {processes.number} process(es)"
         )
+        epochs = range(first_epoch, recipe.num_epochs)
+        check_disk_space(latest.parent, trainer, trained, bool(average), config.training, epochs)
 
         ddp_trainer: nn.Module = trainer
         if device.type != "mps":  # Apple's GPUs have no process group, hence one process and nothing to synchronise
             ddp_trainer = DistributedDataParallel(
                 trainer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
-        first_epoch = resumed["epoch"] if resumed else 0
-        step = first_epoch * len(batches)
         log = RunLog(config, phase, resumed_from)
+        progress.take_over_log(log)
+        checkpoints = Checkpoints(log.directory, config.training)
+        advice = against_divergence(optimizer.defaults["lr"], precision == "bf16")
+        bad_steps = BadSteps(config.training.max_bad_steps, advice, before.get("bad_steps", {}))
         # Best is the lowest validation loss or, where rollouts are played, the highest success, then the lowest loss.
         best = take_over_best(resumed, resumed_from, log.directory) if resumed else NO_SCORE
         if not rollout_interval:  # where none are played any more, success decides nothing
@@ -158,208 +188,144 @@ def main() -> None:
             "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
         }
 
+        def checkpoint(epoch: int, samples: int, score: Score, last_weights: Sequence[Tensor]) -> dict:
+            """Of the model as it is after `epoch` epochs and `samples` samples of the next. Every process comes here.
+            last_weights: what the parameters were before their average took their place, () where it did not."""
+            updates = average.updates if average else 0
+            return facts | {
+                "epoch": epoch,
+                "step": step,
+                "loss": score.loss,
+                "success": score.success,
+                "best_loss": best.loss,  # of the best checkpoint, as best_success
+                "best_success": best.success,
+                "model_state_dict": trainer.state_dict(),
+                "last_weights": list(last_weights),  # of `trained`, to be resumed from
+                "optimizer_state_dict": optimizer.state_dict(),
+                "progress": progress.to_dict(samples, log, bad_steps, updates),
+            }
+
+        def averaged() -> contextlib.AbstractContextManager[Sequence[Tensor]]:
+            return average.in_use() if average else contextlib.nullcontext(())
+
+        def save_within(epoch: int, samples: int) -> None:
+            """Between two steps: a model that has no score."""
+            began = time.perf_counter()
+            with averaged() as last_weights, processes.first_alone():
+                between = checkpoint(epoch, samples, NOT_VALIDATED, last_weights)
+                if is_first_rank():
+                    checkpoints.write(between)
+            log.leave_out(time.perf_counter() - began)
+
         def validate_and_save(epoch: int, last_weights: Sequence[Tensor] = ()) -> None:
-            """After `epoch` epochs. Nothing is saved of a model that is no longer finite. last_weights: what the
-            parameters were before their average took their place, () where it did not."""
+            """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
             nonlocal best
             began = time.perf_counter()
             seed_noise(config.training.seed, "validation")  # the same noise after every epoch
             with in_precision(precision, device):
                 metrics = validate(trainer, held_out_batches)
             success = NO_SCORE.success
-            if rollout_interval and epoch % rollout_interval == 0 and is_first_rank() and not broken(metrics):
-                pictures = log.directory / f"rollouts_{epoch}"
-                success = play_rollouts(trainer, data.language, data.observation, config, pictures)
-                metrics |= {"success_rate": success} if success >= 0 else {}
+            if rollout_interval and epoch % rollout_interval == 0 and not broken(metrics):
+                with processes.first_alone():
+                    if is_first_rank():
+                        pictures = log.directory / f"rollouts_{epoch}"
+                        success = play_rollouts(trainer, data.language, data.observation, config, pictures)
+                        metrics |= {"success_rate": success} if success >= 0 else {}
             log.write_validation(epoch, step, metrics, config.model.state_dim)
-            check_finite(metrics, step, optimizer.defaults["lr"], precision == "bf16", untouched=step == 0)
+            check_finite(metrics, step, advice, untouched=step == 0)
             score = Score(success, metrics["loss"])
             is_best = score.beats(best)
             best = score if is_best else best
-            if is_first_rank():
-                checkpoint = facts | {
-                    "epoch": epoch,
-                    "step": step,
-                    "loss": metrics["loss"],
-                    "success": score.success,
-                    "best_loss": best.loss,  # of the best checkpoint, as best_success
-                    "best_success": best.success,
-                    "model_state_dict": trainer.state_dict(),
-                    "last_weights": list(last_weights),  # of `trained`, to be resumed from
-                    "optimizer_state_dict": optimizer.state_dict(),
-                }
-                if epoch and epoch % config.training.save_interval == 0:
-                    save_checkpoint(checkpoint, log.directory / f"checkpoint_epoch_{epoch}.pt")
-                if is_best:
-                    save_checkpoint(checkpoint, log.directory / "checkpoint_best.pt")
-                # The last one: a run that is resumed from it has everything that it says there is.
-                save_checkpoint(checkpoint, log.directory / "checkpoint_latest.pt")
-            dist.barrier()
+            is_due = checkpoints.due_after(epoch, last=epoch >= recipe.num_epochs)
+            signalled, due = processes.largest(interruption.number, is_due)()
+            with processes.first_alone():
+                kept = checkpoint(epoch, 0, score, last_weights)
+                if is_first_rank() and is_best:
+                    checkpoints.keep_best(kept, for_later=not (due or signalled))
+                if is_first_rank() and (due or signalled):
+                    checkpoints.write(kept, after_epoch=epoch)
             log.leave_out(time.perf_counter() - began)
+            if signalled and epoch < recipe.num_epochs:
+                raise Interrupted(int(signalled))
 
         try:
-            if recipe.num_epochs == 0 and not resumed:  # the untrained model, validated and kept like any other
-                validate_and_save(0)
-            for epoch in range(first_epoch, recipe.num_epochs):
-                batches.set_epoch(epoch)
-                seed_noise(config.training.seed, epoch)
-                title = f"phase {phase} epoch {epoch + 1}/{recipe.num_epochs}"
-                progress = tqdm(batches, desc=title, disable=not is_first_rank())
-                for batch in progress:
-                    learning_rate = optimizer.defaults["lr"] * learning_rate_factor(step, total_steps, config)
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate
-                    if recipe.image_shift:
-                        batch = shift_pictures(batch, recipe.image_shift, config.model.image_size)
-                    with in_precision(precision, device):
-                        losses = ddp_trainer(batch)  # always through DDP: .module(...) skips the gradient sync
-                    losses["loss"].backward()
-                    gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    if average:
-                        average.update()
-                    if phase == 1:
-                        trainer.update_target(ema_momentum(step, total_steps, config))
-                    step += 1
+            with Interruption() as interruption:
+                if recipe.num_epochs == 0 and not resumed:  # the untrained model, validated and kept like any other
+                    validate_and_save(0)
+                for epoch in epochs:
+                    samples = progress.samples if epoch == first_epoch else 0
+                    batches.set_epoch(epoch, samples)
+                    seed_noise(config.training.seed, epoch)
+                    if samples:
+                        progress.take_over_noise()
+                    bar = tqdm(
+                        grouped(batches, config.training.accumulate), f"phase {phase} epoch {epoch + 1}/{epochs.stop}",
+                        total=steps_per_epoch, initial=step - epoch * steps_per_epoch, disable=not is_first_rank(),
+                    )  # fmt: skip
+                    for group in bar:
+                        told = processes.largest(interruption.number, checkpoints.due_within_epoch())
+                        learning_rate = optimizer.defaults["lr"] * learning_rate_factor(step, total_steps, config)
+                        for settings in optimizer.param_groups:
+                            settings["lr"] = learning_rate
+                        if recipe.image_shift:
+                            group = [
+                                shift_pictures(batch, recipe.image_shift, config.model.image_size) for batch in group
+                            ]
+                        with in_precision(precision, device):
+                            losses = ddp_trainer(*group)  # always through DDP: .module(...) skips the gradient sync
+                        backpropagate(losses["loss"])
+                        gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
+                        values = losses | {"gradient_norm": gradient_norm}
+                        if gradient_norm.isfinite():
+                            optimizer.step()
+                            if average:
+                                average.update()
+                            if phase == 1:
+                                trainer.update_target(ema_momentum(step, total_steps, config))
+                            log.add(values)
+                            bad_steps.in_a_row = 0
+                        else:  # on every process
+                            rows = batches.order.joint_rows(samples, samples_per_step)
+                            bad_steps.add(step + 1, values, demos_of(rows, data.demos))
+                        optimizer.zero_grad(set_to_none=True)
+                        step += 1
+                        samples += samples_per_step
 
-                    log.add(losses | {"gradient_norm": gradient_norm})
-                    if step % config.training.log_interval == 0 or step == total_steps:
-                        means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
-                        check_finite(means, step, learning_rate, precision == "bf16", untouched=step == 1)
-                        progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-                with average.in_use() if average else contextlib.nullcontext(()) as last_weights:
-                    validate_and_save(epoch + 1, last_weights)
-        except KeyboardInterrupt:
-            latest = log.directory / "checkpoint_latest.pt"
-            goes_on_from = latest if latest.exists() else resumed_from
-            instead = " in place of --phase1_checkpoint" if phase == 2 and not resumed_from else ""
-            same = f"the same command with --checkpoint {goes_on_from}{instead} goes on"
-            report(f"\nstopped at step {step:,}; {same if goes_on_from else 'no epoch was finished'}")
-            sys.exit(130)
+                        if step % config.training.log_interval == 0 or step == total_steps:
+                            means = log.write_training(epoch + 1, step, learning_rate, batches.waited)
+                            bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+                        signalled, due = told()
+                        if signalled or due:
+                            save_within(epoch, samples)
+                        if signalled:
+                            raise Interrupted(int(signalled))
+                    if rollout_interval and (epoch + 1) % rollout_interval == 0:  # which take minutes
+                        save_within(epoch, samples)
+                    with averaged() as last_weights:
+                        validate_and_save(epoch + 1, last_weights)
+        except Interrupted as stop:
+            flags = f" with --checkpoint {latest}{' in place of --phase1_checkpoint' if encoder_from else ''}"
+            report(f"\n{stop}: saved after step {step:,}; the same command{'' if arguments.resume else flags} goes on")
+            sys.exit(128 + stop.number)
         finally:
             log.close()
         report(f"phase {phase}: done after {step:,} steps, best {best}, see {log.directory}")
 
 
 @contextlib.contextmanager
-def a_run(config: Config, phase: int) -> Iterator[torch.device]:
-    """This process's device, while it is one of the run's processes and no other training is in the run's folder."""
+def a_run(config: Config, phase: int) -> Iterator[Processes]:
+    """The run's processes, of which this is one, while no other training is in the run's folder."""
     batch_size = config.training.batch_size
     smaller = f"try --batch_size {batch_size // 2}" if batch_size > 1 else "there is no smaller batch"
     if phase == 1 or not config.training.phase2.freeze_encoder:
         smaller += ", or --set training.activation_checkpointing=true"
     with out_of_memory_named(f"out of memory with batch_size {batch_size}; {smaller}"):
-        device = join_processes(config.training.device)
+        processes = join_processes(config.training.device, config.training.rank_timeout_minutes)
         try:
-            with only_training_in(run_directory(config, phase)):
-                yield device
+            with processes.loss_named(), only_training_in(run_directory(config, phase)):
+                yield processes
         finally:
             dist.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Data:
-    """The demonstrations of a run, how they are split, what they were recorded with, and what of them is in memory."""
-
-    demos: list[Demo]  # in the order of their rows
-    train_demos: list[Demo]
-    held_out_demos: list[Demo]
-    observation: dict
-    language: LanguageTable
-    low_dimensional: LowDimensional
-
-
-def load_data(config: Config, phase: int, device: torch.device, held_out: Sequence[str]) -> Data:
-    """`held_out` are the demos that the checkpoint which this run goes on from has held out."""
-    min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
-    demos, observation = load_demos(config.data, min_actions)
-    train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed, held_out)
-    of_folders = {folder: [demo for demo in demos if demo.path.parent == folder] for folder in config.data.folders}
-    language = load_languages(config.data, demos, config.model.lang_emb_dim)
-    tasks = {demo.task for demo in demos}
-    report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
-    forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
-    for folder, found in of_folders.items():
-        which = f"{folder}: {len(found)} demos, {found[0].image_size} px, " if len(of_folders) > 1 else ""
-        report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}")
-    low_dimensional = LowDimensional(demos, language, device)
-    return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional)
-
-
-def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
-    """What Batches makes a sample of: a frame, the one K later, the actions between them, the robot's state ahead."""
-    gap, device = config.model.prediction_gap, data.low_dimensional.device
-    return {
-        "num_actions": gap,
-        "gap": gap,
-        "ahead": FORESIGHT if trainer.foresight else (),
-        "frames": open_frames(data.demos, config.data, config.model.image_size, device),
-    }
-
-
-def phase2_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
-    """What Batches makes a sample of: a state z_t, or the frame to make it from, and the actions to come.
-
-    A frozen encoder sees every frame once and epochs run on its states. Where the pictures or the encoder change from
-    step to step, no state can be kept."""
-    recipe, batch_size, device = config.training.phase2, config.training.batch_size, data.low_dimensional.device
-    samples = {"num_actions": config.model.action_seq_len}
-
-    def frames() -> Frames | DeviceFrames:
-        return open_frames(data.demos, config.data, config.model.image_size, device)
-
-    if not (recipe.store_states and recipe.freeze_encoder and not recipe.image_shift):
-        return samples | {"frames": frames()}
-    directory = Path(config.training.checkpoint_directory) / "frozen_states"
-    states = frozen_states(
-        trainer.model, data.demos, data.low_dimensional.language,
-        lambda: every_frame(data.demos, data.low_dimensional, frames(), batch_size), directory,
-    )  # fmt: skip
-    return samples | {"states": states}
-
-
-def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple[Batches, Batches]:
-    """Training and held-out batches. Raises BadInput where VICReg would take the variance of a single row, or a process
-    has nothing to validate."""
-    batch_size, gap, chunk_length = config.training.batch_size, config.model.prediction_gap, config.model.action_seq_len
-    train_rows, held_out_rows = (
-        transition_rows(demos, gap) if phase == 1 else chunk_rows(demos, chunk_length)
-        for demos in (data.train_demos, data.held_out_demos)
-    )
-    batches = Batches(train_rows, data.low_dimensional, batch_size=batch_size, seed=config.training.seed, **samples)
-    held_out_batches = Batches(held_out_rows, data.low_dimensional, batch_size=batch_size, **samples)
-    ranks = batches.order.ranks
-    least = max(2, ranks) if phase == 1 else ranks
-    if phase == 1 and batch_size * ranks < 2:
-        raise BadInput(
-            f"training.batch_size is {batch_size}: phase 1 takes the variance of z over the batch and needs at least 2 "
-            "samples; use --batch_size 2 or more"
-        )
-    if len(held_out_rows) < least:
-        raise BadInput(
-            f"the held-out demos give {len(held_out_rows)} sample(s), phase {phase} on {ranks} process(es) needs at "
-            f"least {least}; lower data.train_split or use longer demos"
-        )
-    return batches, held_out_batches
-
-
-def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples: dict) -> None:
-    """Of the training demos: phase 1's of the robot state that foresight foretells, phase 2's of z and of actions."""
-    if trainer.phase == 1:
-        if trainer.foresight:
-            rows = frame_rows(data.train_demos).to(data.low_dimensional.device)
-            trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
-        return
-    states = samples.get("states")
-    if states is None:  # the encoder's at the start: it is trained on, or its pictures move
-        batches = every_frame(data.demos, data.low_dimensional, samples["frames"], config.training.batch_size)
-        states = encode_all(trainer.model, data.demos, batches)
-    trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], config.training.phase2.state_scaling)
-    trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -383,11 +349,18 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="resume from this file of the same phase (default: start anew)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run's own checkpoint_latest.pt where there is one (default: start anew)",
+    )
     parser.add_argument("--batch_size", type=int, help="samples a step and process (default: training.batch_size)")
     add_config_flags(parser)
     arguments = parser.parse_args()
     if arguments.phase not in (1, 2):
         raise BadInput(f"--phase {arguments.phase}: expected 1 (temporal JEPA) or 2 (flow matching)")
+    if arguments.checkpoint and arguments.resume:
+        raise BadInput("--checkpoint names what to go on from and --resume looks for it; give one of them")
     if arguments.phase == 2 and not (arguments.phase1_checkpoint or arguments.checkpoint):
         raise BadInput(
             "phase 2 needs the encoder of phase 1: run `python train.py --phase 1`, then give "

@@ -4,6 +4,7 @@ The file holds no pickles: texts (n,), embeddings (n, 512) float32 of unit lengt
 pickle of somebody else's is read without running anything in it.
 """
 
+import glob
 import importlib.metadata
 import pickle
 import zipfile
@@ -225,6 +226,7 @@ def write_embeddings(target: Path, texts: list[str], encoder: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(target.with_name(f"{target.name}.lock"), f"{target}: another process is writing it")
     with lock:
+        lock.forget_parts(target.parent, glob.escape(target.name))
         name, vectors = embed(texts, encoder)
         with unwritable_named(target, advice), written_whole(target) as stream:
             np.savez(stream, texts=np.array(texts), embeddings=vectors, encoder=np.array(name))

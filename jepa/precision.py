@@ -38,6 +38,17 @@ def in_precision(precision: str, device: torch.device, packed: dict[nn.Module, A
         backend.bfloat16, backend.packed = before
 
 
+@contextmanager
+def blocks_in_bfloat16(wanted: bool) -> Iterator[None]:
+    """Runs the block as `in_precision` had it where `backend.bfloat16` was this: what is computed once more in a
+    backward pass has to be what it was. Autocast is torch's own to bring back."""
+    before, backend.bfloat16 = backend.bfloat16, wanted
+    try:
+        yield
+    finally:
+        backend.bfloat16 = before
+
+
 def choose_precision(precision: str, device: torch.device) -> str:
     """With auto, bf16 or fp32: says which runs from then on and why, and returns it, bf16 or fp32.
 

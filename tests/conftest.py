@@ -9,7 +9,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-pytest.register_assert_rewrite("helpers")  # before its first import: a failed assert there shows its values
+pytest.register_assert_rewrite(
+    "helpers", "small_trainings"
+)  # before its first import: a failed assert there shows its values
 from helpers import ROOT  # noqa: E402
 
 SIMULATOR_FILES = {

@@ -88,6 +88,21 @@ def run_here(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
 
 
+def train_here(monkeypatch, *command: object) -> None:
+    """train.py in this process: no start to wait for, and whatever is replaced by the test."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command), "--set", "training.mamba_backend=torch"])
+    train.main()
+
+
+def refused(monkeypatch, capsys, *command: object) -> str:
+    """What train.py says before it exits with code 2."""
+    with pytest.raises(SystemExit, match="2"):
+        train_here(monkeypatch, *command)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    return said
+
+
 def settings(**changes: object) -> list[str]:
     """SMALL and the changes to it as arguments of train.py; `data__cache="none"` stands for data.cache."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}

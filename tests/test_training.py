@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from helpers import ROOT, fitted, one_sentence, phase1_batch, run, settings, small_config
+from helpers import ROOT, fitted, one_sentence, phase1_batch, refused, run, settings, small_config, train_here
 from libero_files import write_task_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +29,7 @@ from statevla_model import StateVLATrainer, build_trainer, load_checkpoint
 from training.average import WeightAverage
 from training.checkpoint import SCHEMA, read_checkpoint, save_checkpoint
 from training.processes import seed_noise
-from training.run_log import PHASE_DIRECTORIES, check_finite, is_collapsing
+from training.run_log import PHASE_DIRECTORIES, against_divergence, check_finite, is_collapsing
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +195,6 @@ def test_phase1_trains_on_shifted_pictures_and_validates_on_whole_ones(runs, dat
     assert training[8] != pytest.approx(training[0], rel=1e-2)
 
 
-def train_here(monkeypatch, *command: object) -> None:
-    """train.py in this process: no start to wait for, and whatever is replaced by the test."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command), "--set", "training.mamba_backend=torch"])
-    train.main()
-
-
 def test_the_latest_checkpoint_is_written_after_all_that_it_says_there_is(data, tmp_path, monkeypatch):
     written = []
 
@@ -208,8 +202,9 @@ def test_the_latest_checkpoint_is_written_after_all_that_it_says_there_is(data, 
         written.append(path.name)
         save_checkpoint(checkpoint, path)
 
-    monkeypatch.setattr(train, "save_checkpoint", note)
-    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__save_interval=2)
+    monkeypatch.setattr("training.saving.save_checkpoint", note)
+    every_epoch = {"training__save_interval": 2, "training__save_minutes": 0}
+    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **every_epoch)
     train_here(monkeypatch, "--phase", 1, *both, "--set", "training.phase1.num_epochs=2")
     best, latest = "checkpoint_best.pt", "checkpoint_latest.pt"
     assert written[:2] == [best, latest]  # the first epoch is the best so far
@@ -256,8 +251,9 @@ def test_phase2_holds_out_what_phase1_has_held_out_by_whatever_rule(runs, data, 
 @pytest.fixture
 def long_training(data, tmp_path):
     """A training that would go on for minutes, after its first epoch."""
+    often = {"training__save_interval": 100_000, "training__save_minutes": 0}  # the latest alone, after every epoch
     changes = {"training__phase1__num_epochs": 100_000, "training__checkpoint_directory": tmp_path}
-    both = settings(data__data_directory=data, **changes)
+    both = settings(data__data_directory=data, **changes, **often)
     command = [sys.executable, "train.py", "--phase", "1", *map(str, both)]
     started = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -667,18 +663,7 @@ def test_held_out_demos_of_one_sample_are_refused(tmp_path, monkeypatch, capsys)
     changes = {"data__data_directory": tmp_path, "training__checkpoint_directory": tmp_path / "runs"}
     both = settings(**changes, training__batch_size=2, model__prediction_gap=11)
     said = refused(monkeypatch, capsys, "--phase", 1, *both)
-    assert (
-        "the held-out demos give 1 sample(s), phase 1 on 1 process(es) needs at least 2; lower data.train_split" in said
-    )
-
-
-def refused(monkeypatch, capsys, *command: object) -> str:
-    """What train.py says before it exits with code 2."""
-    with pytest.raises(SystemExit, match="2"):
-        train_here(monkeypatch, *command)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ")
-    return said
+    assert "the held-out demos give 1 sample(s), phase 1 needs at least 2; lower data.train_split" in said
 
 
 def test_half_a_line_of_a_killed_run_costs_no_line_of_the_one_that_goes_on(data, tmp_path, monkeypatch):
@@ -693,23 +678,6 @@ def test_half_a_line_of_a_killed_run_costs_no_line_of_the_one_that_goes_on(data,
     half, *later = log.read_text().removeprefix(whole).splitlines()
     assert half == '{"split": "train", "ep'
     assert [json.loads(line)["epoch"] for line in later] == [2] * whole.count("\n")
-
-
-def test_ctrl_c_before_the_first_epoch_in_another_folder_names_the_checkpoint_it_came_from(
-    data, tmp_path, monkeypatch, capsys
-):
-    both = settings(data__data_directory=data, training__phase1__num_epochs=1)
-    train_here(monkeypatch, "--phase", 1, *both, "--set", f"training.checkpoint_directory={tmp_path / 'first'}")
-    latest = tmp_path / "first" / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt"
-    both += ["--set", f"training.checkpoint_directory={tmp_path / 'second'}", "--set", "training.phase1.num_epochs=2"]
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "clip_grad_norm_", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both)
-    assert f"the same command with --checkpoint {latest} goes on" in capsys.readouterr().out
 
 
 def test_no_thread_to_be_had_is_one_sentence(data, tmp_path, monkeypatch, capsys):
@@ -783,14 +751,15 @@ def test_a_representation_collapses_where_it_is_low_and_does_not_rise(metrics, b
 
 
 def test_a_loss_that_is_not_finite_gets_the_advice_that_can_help():
-    check_finite({"loss": 1.0}, step=5, learning_rate=1e-3, bfloat16=False, untouched=False)
+    check_finite({"loss": 1.0}, step=5, advice="", untouched=False)
     for step, bfloat16, advice in (
         (1, False, "before any weight was changed; are the weights that it started from finite"),
         (50, False, r"lower the learning rate \(0.001\) or raise training.warmup_steps$"),
         (50, True, "or set training.precision to fp32"),
     ):
+        values = {"loss": 1.0, "jepa_mse": math.nan}
         with pytest.raises(BadInput, match=rf"jepa_mse at step {step} not finite.*{advice}"):
-            check_finite({"loss": 1.0, "jepa_mse": math.nan}, step, 1e-3, bfloat16, untouched=step == 1)
+            check_finite(values, step, against_divergence(1e-3, bfloat16), untouched=step == 1)
 
 
 def test_cuda_where_there_is_none_is_named(data):

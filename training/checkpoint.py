@@ -45,6 +45,10 @@ CAME_LATER = {
     "data.language_embeddings": None,
     "training.precision": "fp32",
     "training.activation_checkpointing": False,
+    "training.accumulate": 1,
+    "training.max_bad_steps": 10,
+    "training.save_minutes": 0.0,
+    "training.rank_timeout_minutes": 30.0,
     "training.phase1.vicreg_on": "both",
     "training.phase1.foresight_weight": 0.0,
     "training.phase1.proprioception_masking": 0.0,
@@ -224,7 +228,10 @@ def check_same_run(
     return notes
 
 
-MAY_DIFFER = {"save_interval", "log_interval", "device", "checkpoint_directory"}
+MAY_DIFFER = {
+    "save_interval", "save_minutes", "log_interval", "rank_timeout_minutes", "max_bad_steps", "device",
+    "checkpoint_directory",
+}  # fmt: skip
 
 
 def _differences(before: dict, now: dict, prefix: str, left_out: set[str]) -> list[str]:
@@ -252,6 +259,7 @@ class Score(NamedTuple):
 
 
 NO_SCORE = Score(-1.0, math.inf)
+NOT_VALIDATED = Score(-1.0, math.nan)  # of a checkpoint from within an epoch: nobody's equal
 
 
 def best_score(checkpoint: dict) -> Score:

@@ -31,6 +31,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         group.update(settings)  # load_state_dict brings those of the run before
 
 
+def backpropagate(loss: Tensor) -> None:
+    """A loss that is not finite makes every gradient so, and DDP brings that to all processes: whatever one of them
+    finds, all find the same norm of the gradient and skip the same steps."""
+    loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype))
+
+
 def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
     """Linear warm-up over training.warmup_steps, then constant, or a cosine down to 0 at the last step."""
     warmup = config.training.warmup_steps

@@ -44,6 +44,8 @@ def only_training_in(directory: Path) -> Iterator[None]:
         raise _not_writable(directory, problem) from None
     with lock:
         lock.forget_parts(directory, "checkpoint_*.pt")
+        if directory.name == PHASE_DIRECTORIES[2]:  # which alone writes states
+            lock.forget_parts(directory.parent / "frozen_states", "*.npy")
         yield
 
 
@@ -54,7 +56,7 @@ class RunLog:
         self.directory = run_directory(config, phase)
         self.sums: dict[str, Tensor] = {}
         self.count, self.since, self.waited = 0, time.perf_counter(), 0.0
-        self.samples_per_step = config.training.batch_size * dist.get_world_size()
+        self.samples_per_step = config.training.batch_size * config.training.accumulate * dist.get_world_size()
         self.before: dict[str, float] | None = None
         self.file = self.wandb_run = None
         if not is_first_rank():
@@ -78,9 +80,20 @@ class RunLog:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
 
+    def unwritten(self) -> tuple[list[str], Tensor]:
+        """This process's sums (names,) since the last line, of `count` steps."""
+        return list(self.sums), torch.stack([value.float() for value in self.sums.values()] or [torch.zeros(())])
+
+    def take_over(self, names: list[str], sums: Tensor, count: int) -> None:
+        """What `unwritten` gave in the run that this one continues."""
+        self.sums, self.count = dict(zip(names, sums.unbind(), strict=True)), count
+
     def write_training(self, epoch: int, step: int, learning_rate: float, waited: float) -> dict[str, float]:
         """One line with the means over the steps since the last and over all ranks (one all-reduce). `waited` are the
-        seconds that all steps so far waited for data; the line has their share of the time since the last."""
+        seconds that all steps so far waited for data; the line has their share of the time since the last. No line, and
+        nothing returned, where all steps since the last were skipped."""
+        if not self.count:
+            return {}
         names = list(self.sums)
         totals = torch.stack([self.sums[name].float() for name in names])
         totals = totals.cpu() if totals.device.type == "mps" else totals  # gloo reduces CPU and CUDA tensors
@@ -132,11 +145,15 @@ class RunLog:
 
 def take_over_best(resumed: dict, path: str, directory: Path) -> Score:
     """The best score so far. Its checkpoint is put into the folder where the run goes on, unless that has
-    one as good: a run that was killed may have kept the best one of the epoch that it will now do again."""
+    one as good: the best one is written before the latest, so that a run that was killed between them, and goes on from
+    its latest, has the best one of an epoch that it will now do again."""
     source, target = best_of_run(resumed, Path(path)), directory / "checkpoint_best.pt"
     best, (epoch, score) = best_score(resumed), epoch_and_score(target)
-    if not best.beats(score) and epoch <= resumed["epoch"] + 1:
+    is_latest = Path(path).resolve() == (directory / "checkpoint_latest.pt").resolve()
+    if not best.beats(score) and (is_latest or epoch <= resumed["epoch"] + 1):
         return score
+    if best == NO_SCORE:  # no epoch was validated yet
+        return NO_SCORE
     if source is None:
         report(
             f"note: the best checkpoint so far is not beside {path} any more; the best of the epochs to come is kept"
@@ -163,7 +180,7 @@ def broken(values: dict[str, float]) -> list[str]:
     return [name for name, value in values.items() if not math.isfinite(value)]
 
 
-def check_finite(values: dict[str, float], step: int, learning_rate: float, bfloat16: bool, untouched: bool) -> None:
+def check_finite(values: dict[str, float], step: int, advice: str, untouched: bool) -> None:
     """Raises BadInput that names the losses that are not finite, with advice that can help. `untouched`: they are those
     of the weights as they were at the start."""
     names = broken(values)
@@ -172,8 +189,13 @@ def check_finite(values: dict[str, float], step: int, learning_rate: float, bflo
     found = f"training diverged: {', '.join(names)} at step {step} not finite"
     if untouched:
         raise BadInput(f"{found}, before any weight was changed; are the weights that it started from finite?")
+    raise BadInput(f"{found}; {advice}")
+
+
+def against_divergence(learning_rate: float, bfloat16: bool) -> str:
+    """What to change."""
     advice = f"lower the learning rate ({learning_rate:g}) or raise training.warmup_steps"
-    raise BadInput(f"{found}; {advice}{', or set training.precision to fp32' if bfloat16 else ''}")
+    return f"{advice}{', or set training.precision to fp32' if bfloat16 else ''}"
 
 
 def start_wandb(config: Config, phase: int, directory: Path):

@@ -20,13 +20,14 @@ def validate(trainer: StateVLATrainer, batches: Batches) -> dict[str, float]:
     has to stay below it), and the mean std and effective rank of z (both near 0 where the representation collapses).
     """
     trainer.eval()
+    counted = len(batches) > 0  # a rank that has no row computes one of another's and leaves it out
+    own = batches if counted else batches.of_first_row()
     if trainer.phase == 1:
-        metrics = trainer.phase1_losses(batches)
+        metrics = trainer.phase1_losses(own, counted)
     else:
-        of_batches = [trainer.phase2_losses(batch, per_sample=True) for batch in batches]
-        metrics = {
-            name: rows_of_all_ranks(torch.cat([losses[name] for losses in of_batches])).mean() for name in of_batches[0]
-        }
+        of_batches = [trainer.phase2_losses(batch, per_sample=True) for batch in own]
+        losses = {name: torch.cat([losses[name] for losses in of_batches]) for name in of_batches[0]}
+        metrics = {name: rows_of_all_ranks(v if counted else v[:0]).mean() for name, v in losses.items()}
     trainer.train()
     return {name: float(value) for name, value in metrics.items()}
 

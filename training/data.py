@@ -1,0 +1,125 @@
+"""The demonstrations of a run, and what of them a step of each phase is trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import Config
+from dataloader import Batches, LowDimensional, chunk_rows, every_frame, frame_rows, transition_rows
+from demos.frames import DeviceFrames, Frames, open_frames
+from demos.hdf5 import Demo, load_demos, split_demos
+from demos.language import LanguageTable, load_languages
+from demos.states import encode_all, frozen_states
+from errors import BadInput
+from jepa.temporal_predictor import FORESIGHT
+from statevla_model import StateVLATrainer
+from training.processes import report
+
+
+@dataclass(frozen=True)
+class Data:
+    """The demonstrations of a run, how they are split, what they were recorded with, and what of them is in memory."""
+
+    demos: list[Demo]  # in the order of their rows
+    train_demos: list[Demo]
+    held_out_demos: list[Demo]
+    observation: dict
+    language: LanguageTable
+    low_dimensional: LowDimensional
+
+
+def load_data(config: Config, phase: int, device: torch.device, held_out: Sequence[str]) -> Data:
+    """`held_out` are the demos that the checkpoint which this run goes on from has held out."""
+    min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
+    demos, observation = load_demos(config.data, min_actions)
+    train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed, held_out)
+    of_folders = {folder: [demo for demo in demos if demo.path.parent == folder] for folder in config.data.folders}
+    language = load_languages(config.data, demos, config.model.lang_emb_dim)
+    tasks = {demo.task for demo in demos}
+    report(f"data: {len(tasks)} task(s), {len(train_demos)} demos train, {len(held_out_demos)} are held out")
+    forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
+    for folder, found in of_folders.items():
+        which = f"{folder}: {len(found)} demos, {found[0].image_size} px, " if len(of_folders) > 1 else ""
+        report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}")
+    low_dimensional = LowDimensional(demos, language, device)
+    return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional)
+
+
+def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
+    """What Batches makes a sample of: a frame, the one K later, the actions between them, the robot's state ahead."""
+    gap, device = config.model.prediction_gap, data.low_dimensional.device
+    return {
+        "num_actions": gap,
+        "gap": gap,
+        "ahead": FORESIGHT if trainer.foresight else (),
+        "frames": open_frames(data.demos, config.data, config.model.image_size, device),
+    }
+
+
+def phase2_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
+    """What Batches makes a sample of: a state z_t, or the frame to make it from, and the actions to come.
+
+    A frozen encoder sees every frame once and epochs run on its states. Where the pictures or the encoder change from
+    step to step, no state can be kept."""
+    recipe, batch_size, device = config.training.phase2, config.training.batch_size, data.low_dimensional.device
+    samples = {"num_actions": config.model.action_seq_len}
+
+    def frames() -> Frames | DeviceFrames:
+        return open_frames(data.demos, config.data, config.model.image_size, device)
+
+    if not (recipe.store_states and recipe.freeze_encoder and not recipe.image_shift):
+        return samples | {"frames": frames()}
+    directory = Path(config.training.checkpoint_directory) / "frozen_states"
+    states = frozen_states(
+        trainer.model, data.demos, data.low_dimensional.language,
+        lambda: every_frame(data.demos, data.low_dimensional, frames(), batch_size), directory,
+    )  # fmt: skip
+    return samples | {"states": states}
+
+
+def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple[Batches, Batches]:
+    """Training and held-out batches. Raises BadInput where VICReg would take the variance of a single row, or there is
+    nothing to validate."""
+    batch_size, gap, chunk_length = config.training.batch_size, config.model.prediction_gap, config.model.action_seq_len
+    train_rows, held_out_rows = (
+        transition_rows(demos, gap) if phase == 1 else chunk_rows(demos, chunk_length)
+        for demos in (data.train_demos, data.held_out_demos)
+    )
+    batches = Batches(train_rows, data.low_dimensional, batch_size=batch_size, seed=config.training.seed, **samples)
+    held_out_batches = Batches(held_out_rows, data.low_dimensional, batch_size=batch_size, **samples)
+    ranks = batches.order.ranks
+    least = 2 if phase == 1 else 1
+    step_size = batch_size * config.training.accumulate * ranks
+    if step_size > len(train_rows):
+        raise BadInput(
+            f"training.accumulate is {config.training.accumulate}: a step takes {step_size} samples on {ranks} "
+            f"process(es), but there are only {len(train_rows)} training samples; lower it, or --batch_size"
+        )
+    if phase == 1 and step_size < 2:
+        raise BadInput(
+            f"training.batch_size is {batch_size}: phase 1 takes the variance of z over the batch and needs at least 2 "
+            "samples; use --batch_size 2 or more"
+        )
+    if len(held_out_rows) < least:
+        raise BadInput(
+            f"the held-out demos give {len(held_out_rows)} sample(s), phase {phase} needs at least {least}; lower "
+            "data.train_split or use longer demos"
+        )
+    return batches, held_out_batches
+
+
+def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples: dict) -> None:
+    """Of the training demos: phase 1's of the robot state that foresight foretells, phase 2's of z and of actions."""
+    if trainer.phase == 1:
+        if trainer.foresight:
+            rows = frame_rows(data.train_demos).to(data.low_dimensional.device)
+            trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
+        return
+    states = samples.get("states")
+    if states is None:  # the encoder's at the start: it is trained on, or its pictures move
+        batches = every_frame(data.demos, data.low_dimensional, samples["frames"], config.training.batch_size)
+        states = encode_all(trainer.model, data.demos, batches)
+    trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], config.training.phase2.state_scaling)
+    trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
