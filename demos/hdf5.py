@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from config import DataConfig
-from demos.checks import check_demo
+from demos.checks import demo_problems
 from demos.hdf5_errors import (
-    hdf5_problems_named,
     linked_files,
     number_attribute,
     object_in,
@@ -35,6 +34,7 @@ from demos.hdf5_errors import (
     text_attribute,
 )
 from demos.instructions import task_instruction
+from demos.problems import Reader, attempted, first_raised
 from errors import BadInput
 from observation import ARM_JOINTS, CAMERAS, OBS_KEYS, ORIENTATION, STATE_WIDTHS
 from seeds import mixed_seed
@@ -74,35 +74,41 @@ def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
     reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_actions` is how
     many actions must follow a demo's first observation for one sample: the chunk, or the prediction gap.
     """
+    num_pictures = 3 if config.cache == "none" else 1  # where they are converted, that looks at all of them
     demos, descriptions, rows = [], {}, 0
     for path in find_task_files(config.data_directory):
-        found, descriptions[path] = _read_task_file(path, config, min_actions, rows)
+        found, descriptions[path] = first_raised(read_task_file(path, config, min_actions, num_pictures, rows))
         demos += found
         rows += sum(len(demo) for demo in found)
+    first_raised(disagreements(descriptions))
+    first_raised(copies(demos))
+    return demos, next(iter(descriptions.values()))
+
+
+def disagreements(descriptions: Mapping[Path, dict]) -> Reader[None]:
+    """What the files of a data directory were not recorded with alike. descriptions: as `read_task_file` gives them."""
     first = next(iter(descriptions))
     for path, description in descriptions.items():
         for key, value in description.items():
             if value != descriptions[first][key]:
-                raise BadInput(
+                yield BadInput(
                     f"{path}: {key} is {value}, but {first.name} has {descriptions[first][key]}; "
                     "all files of a data directory must agree"
                 )
-    _refuse_copies(demos)
-    return demos, descriptions[first]
 
 
-def _refuse_copies(demos: Sequence[Demo]) -> None:
+def copies(demos: Sequence[Demo]) -> Reader[None]:
     """A demo that is there twice would be trained on and held out."""
     seen: dict[bytes, Demo] = {}
     for demo in demos:
         motion = torch.cat([demo.actions, demo.joint_states, demo.gripper_states], dim=1)
         digest = hashlib.sha256(motion.numpy().tobytes()).digest()
         if digest in seen:
-            raise BadInput(
+            yield BadInput(
                 f"{demo.path}: {demo.key} is a copy of {seen[digest].key} in {seen[digest].path.name}, it has the same "
                 "actions and joints; a demo must not be there twice, since one of the two may be held out: delete one"
             )
-        seen[digest] = demo
+        seen.setdefault(digest, demo)
 
 
 def find_task_files(data_directory: str | Path) -> list[Path]:
@@ -170,41 +176,65 @@ def split_demos(
 # ---------------------------------------------------------------------------------------------------- one file's demos
 
 
-def _read_task_file(path: Path, config: DataConfig, min_actions: int, first_row: int) -> tuple[list[Demo], dict]:
+def read_task_file(
+    path: Path, config: DataConfig, min_actions: int, num_pictures: int, first_row: int
+) -> Reader[tuple[list[Demo], dict]]:
+    """The demos of a file that nothing is wrong with, and the description of their observations, {} without any. Of
+    each demo's cameras it looks at `num_pictures`, as `demo_problems` has it; `first_row` is that of the first demo."""
     with open_hdf5(path) as file:
         data, keys = demos_of(path, file)
-        task, has_attributes = task_instruction(path, data), bool(len(data.attrs))
-        keys = keys[: config.demos_per_task]
-        groups = {key: object_in(path, key, data, key, h5py.Group) for key in keys}
-        for key, group in groups.items():
-            with hdf5_problems_named(path, key):
-                check_demo(path, key, group, has_attributes, config.max_len_data, config.cache == "none")
+        task, has_attributes = (yield from attempted(path, "", task_instruction, path, data)), bool(len(data.attrs))
+        groups = {}
+        for key in keys[: config.demos_per_task]:
+            group = yield from attempted(path, key, object_in, path, key, data, key, h5py.Group)
+            if group is not None:
+                problems = demo_problems(path, key, group, has_attributes, config.max_len_data, num_pictures)
+                if (yield from _is_sound(problems)):
+                    groups[key] = group
         forced = config.obs_alignment
-        alignment = _detect_alignment(path, groups) if forced == "auto" else forced
-        lag = {"before": 0, "after": 1}[alignment]
-        demos = []
+        alignment = (yield from _detect_alignment(path, groups)) if forced == "auto" else forced
+        lag = 1 if alignment == "after" else 0
+        demos: list[Demo] = []
         for key, group in groups.items():
-            with hdf5_problems_named(path, key):
-                demos.append(_read_demo(path, key, task, group, lag, min_actions, first_row))
-            first_row += len(demos[-1])
-        orientation = text_attribute(data.attrs, "macros_image_convention", path) or ORIENTATION
-        mesh_ratio = (
-            number_attribute(data.attrs, "visual_mesh_ratio", path) if "visual_mesh_ratio" in data.attrs else 1.0
-        )
+            demo = yield from attempted(
+                path, key, _read_demo, path, key, task or "", group, lag, min_actions, first_row
+            )
+            if demo is not None:
+                demos.append(demo)
+                first_row += len(demo)
+        description = yield from _description(path, data, demos, alignment)
     for demo in demos:
         if demo.image_size != demos[0].image_size:
-            raise BadInput(
+            yield BadInput(
                 f"{path}: {demo.key}: images are {demo.image_size} px, those of {demos[0].key} {demos[0].image_size} px"
             )
-    description = {
+    return demos, description
+
+
+def _is_sound(problems: Reader[None]) -> Reader[bool]:
+    """Passes the problems on, and says whether there were none."""
+    sound = True
+    for problem in problems:
+        sound = False
+        yield problem
+    return sound
+
+
+def _description(path: Path, data: h5py.Group, demos: Sequence[Demo], alignment: str | None) -> Reader[dict]:
+    orientation = yield from attempted(path, "", text_attribute, data.attrs, "macros_image_convention", path)
+    mesh_ratio: float | None = 1.0
+    if "visual_mesh_ratio" in data.attrs:
+        mesh_ratio = yield from attempted(path, "", number_attribute, data.attrs, "visual_mesh_ratio", path)
+    if not demos:
+        return {}
+    return {
         "cameras": list(CAMERAS),
         "robot_state": list(STATE_WIDTHS),
-        "image_orientation": orientation,
+        "image_orientation": orientation or ORIENTATION,
         "image_size": demos[0].image_size,
         "visual_mesh_ratio": mesh_ratio,
         "obs_alignment": alignment,
     }
-    return demos, description
 
 
 def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_actions: int, first_row: int) -> Demo:
@@ -222,21 +252,29 @@ def _read_demo(path: Path, key: str, task: str, demo: h5py.Group, lag: int, min_
     return Demo(path, key, parts, task, actions, **robot_state, lag=lag, image_size=image_size, first_row=first_row)
 
 
-def _detect_alignment(path: Path, demos: dict[str, h5py.Group]) -> str:
-    """The alignment of all demos of a file, each looked at by itself."""
+def _detect_alignment(path: Path, demos: Mapping[str, h5py.Group]) -> Reader[str | None]:
+    """The alignment of all demos of a file, each looked at by itself; None where it can be found out of none."""
     found = {}
     for key, demo in demos.items():
-        with hdf5_problems_named(path, key):
-            found[key] = _alignment_of(path, key, demo)
+        alignment = yield from attempted(path, key, _alignment_of, path, key, demo)
+        if alignment is not None:
+            found[key] = alignment
+    if not found:
+        return None
     usual = Counter(found.values()).most_common(1)[0][0]
     others = [key for key, alignment in found.items() if alignment != usual]
     if others:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise BadInput(
-            f"{path}: obs[t] was recorded {found[others[0]]} actions[t] in {shown}, but {usual} it in the other "
-            f"{len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of its own"
+        yield BadInput(
+            f"{path}: obs[t] was recorded {found[others[0]]} actions[t] in {listed(others)}, but {usual} it in the "
+            f"other {len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of "
+            "its own"
         )
     return usual
+
+
+def listed(keys: Sequence[str]) -> str:
+    """At most five of them by name."""
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
@@ -248,7 +286,9 @@ def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
             f"{path}: {key}: key states is {'missing' if states is None else states.shape}, so whether obs[t] was "
             "recorded before or after actions[t] cannot be found out; set data.obs_alignment to before or after"
         )
-    simulated, observed = states[:, ARM_JOINTS], demo["obs"]["joint_states"][()]
+    simulated, observed = (
+        values.astype(np.float64) for values in (states[:, ARM_JOINTS], demo["obs"]["joint_states"][()])
+    )
     if simulated.shape != observed.shape or not np.isfinite(simulated).all():
         raise BadInput(
             f"{path}: {key}: key states is {states.shape} or holds NaN, expected finite values of {len(observed)} steps"
