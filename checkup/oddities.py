@@ -107,7 +107,7 @@ def _of_actions(path: Path, demos: list[tuple[str, np.ndarray]]) -> Iterator[str
             f"{path}: key actions: no pose delta is above {largest:.2g}, expected up to 1 (0.05 m or 0.5 rad); are "
             "they metres?"
         )
-    constant = [f"{DIMENSIONS[i]} is {actions[0, i]:.3g}" for i in np.flatnonzero(np.ptp(actions, axis=0) == 0)]
+    constant = [f"{DIMENSIONS[i]} is {actions[0, i] + 0.0:.3g}" for i in np.flatnonzero(np.ptp(actions, axis=0) == 0)]
     if constant:
         yield f"{path}: key actions: {', '.join(constant)} in all of its demos, expected values that vary"
     seen: dict[bytes, str] = {}

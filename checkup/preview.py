@@ -16,6 +16,7 @@ from rollouts.video import upright
 
 GAP = 4  # pixels between pictures
 WIDTH, TITLE = 9.0, 0.28  # inches
+DPI, LARGEST = 110, 60_000  # dots an inch, and pixels that matplotlib can draw
 
 
 def draw_preview(reports: Sequence[FileReport], target: Path) -> int:
@@ -35,7 +36,7 @@ def draw_preview(reports: Sequence[FileReport], target: Path) -> int:
         axis.axis("off")
     try:
         with unwritable_named(f"--preview {target}"), replaced_whole(target) as part:
-            figure.savefig(part, dpi=110, format="png")
+            figure.savefig(part, dpi=min(DPI, LARGEST / sum(heights)), format="png")
     finally:
         plt.close(figure)
     return len(shown)
