@@ -17,9 +17,14 @@ from config import load_config
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SUFFIXES = ("py", "sh", "cpp", "yaml", "txt", "toml", "md", "png", "cff", "json")
-MADE_BY_RUNS = ("results.json", "side_by_side.json", "settings.json")  # names of files that are written, not kept
+MADE_BY_RUNS = (
+    "results.json",
+    "side_by_side.json",
+    "settings.json",
+    "preview.png",
+)  # names of files that are written, not kept
 SECTIONS = "data|model|training|wandb"
-FOLDERS = "conf|demos|jepa|rollouts|simulator|collection|experiments|benchmarks|training|docs|tests"
+FOLDERS = "conf|checkup|demos|jepa|rollouts|simulator|collection|experiments|benchmarks|training|docs|tests"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

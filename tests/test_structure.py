@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-SCRIPTS = {"train", "eval", "run_libero_eval", "collect_demos", "embed_language", "plot_curves", "simulator_check"}
+SCRIPTS = {
+    "train", "eval", "run_libero_eval", "collect_demos", "check_demos", "embed_language", "plot_curves",
+    "simulator_check",
+}  # fmt: skip
 WORKERS = ("rollouts.worker", "collection.demonstrator")  # without torch they start sooner and hold less memory
 FILE_LINES, FUNCTION_LINES = 500, 80
 STORIES = {"train.py: main"}  # the training loop is read from top to bottom in one sitting
