@@ -21,6 +21,9 @@ from files import expanded
 from observation import ROBOT_STATES
 
 DEFAULTS = Path(__file__).parent / "conf/config.yaml"
+UNREADABLE = (  # PyYAML's own error, and what Python makes of a date, a number or a depth that is none
+    yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError,
+)  # fmt: skip
 LARGEST = 2**63 - 1  # whole number, that every generator and tensor takes
 
 
@@ -231,7 +234,7 @@ def _read_yaml(path: Path) -> dict:
         raise BadInput(f"{path}: no such config file; conf/config.yaml is the one to start from")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (OSError, ValueError, yaml.YAMLError) as problem:  # ValueError: a date or a number that is none
+    except (OSError, *UNREADABLE) as problem:
         raise BadInput(f"{path}: not readable as YAML ({' '.join(str(problem).split())})") from None
     return {} if tree is None else tree
 
@@ -279,7 +282,7 @@ def _override(tree: dict, override: str) -> None:
         return
     try:
         node[name] = yaml.safe_load(text) if text else text
-    except (ValueError, yaml.YAMLError):
+    except UNREADABLE:
         raise BadInput(f"--set {override}: the value is not readable as YAML") from None
 
 

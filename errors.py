@@ -8,7 +8,13 @@ from contextlib import contextmanager
 
 
 class BadInput(Exception):
-    """The user's mistake in one sentence: which file or key, what was found, what was expected."""
+    """The user's mistake in one sentence: which file or key, what was found, what was expected.
+
+    What a file or a flag brings into the sentence stays in its one line: characters that break it, or mean something to
+    a terminal, are written as Python escapes them."""
+
+    def __init__(self, sentence: str):
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in sentence))
 
 
 OUT_OF_MEMORY = (

@@ -178,6 +178,8 @@ def private_temporary_folder(name: str) -> Path | None:
 def expanded(path: str) -> str:
     """~ and ~name as their home folders, wherever a path comes from: a config, --set or a flag. Shells do it only at
     the beginning of a word. Raises BadInput where there is no such home: a folder called ~ is never what was meant."""
+    if "\0" in path:
+        raise BadInput(f"{path}: no path has a null character in it")
     found = os.path.expanduser(path)
     if found.startswith("~"):
         user = found.split("/")[0]

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from config import DataConfig
-from demos.checks import check_demo
+from demos.checks import demo_problems
 from demos.hdf5_errors import (
     check_link,
-    hdf5_problems_named,
     linked_files,
     number_attribute,
     object_in,
@@ -37,6 +36,7 @@ from demos.hdf5_errors import (
     text_attribute,
 )
 from demos.instructions import task_instruction
+from demos.problems import Reader, attempted, first_raised
 from errors import BadInput
 from observation import ARM_JOINTS, CAMERAS, MIXED, ORIENTATION, ROBOT_STATES
 from seeds import mixed_seed
@@ -47,6 +47,8 @@ SPLIT_RULE = 2
 # What need not be the same in all folders of a run. A checkpoint describes the first folder's pictures, which is how
 # the simulator then draws; where alignments differ it keeps MIXED, since each demo's own is its lag.
 MAY_DIFFER = ("image_size", "visual_mesh_ratio", "obs_alignment")
+FILES_AGREE = "all files of a data directory must agree"
+FOLDERS_AGREE = "all folders of data.data_directory must agree in that"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,31 +77,34 @@ def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
     reproduce it. Raises BadInput naming file, demo, key, what was found and what was expected. `min_actions` is how
     many actions must follow a demo's first observation for one sample: the chunk, or the prediction gap.
     """
+    num_pictures = 3 if config.cache == "none" else 1  # where they are converted, that looks at all of them
     demos: list[Demo] = []
     of_folders: dict[Path, dict] = {}
     for folder, prefix in folder_prefixes(config.folders).items():
         of_files = {}
         for path in find_task_files(folder):
-            found, of_files[path] = _read_task_file(path, config, min_actions)
+            found, of_files[path] = first_raised(read_task_file(path, config, min_actions, num_pictures))
             demos += [replace(demo, name=prefix + demo.name) for demo in found]
-        of_folders[folder] = _common_description(of_files, (), "all files of a data directory must agree")
-    _refuse_copies(demos)
-    description = _common_description(of_folders, MAY_DIFFER, "all folders of data.data_directory must agree in that")
+        first_raised(disagreements(of_files, (), FILES_AGREE))
+        of_folders[folder] = next(iter(of_files.values()))
+    first_raised(copies(demos))
+    first_raised(disagreements(of_folders, MAY_DIFFER, FOLDERS_AGREE))
+    description = dict(next(iter(of_folders.values())))
     if len({demo.lag for demo in demos}) > 1:
         description["obs_alignment"] = MIXED
     return numbered_alone(demos), description
 
 
-def _common_description(descriptions: Mapping[Path, dict], may_differ: Collection[str], rule: str) -> dict:
-    """The first one, a copy. Raises BadInput where another differs from it and may not."""
+def disagreements(descriptions: Mapping[Path, dict], may_differ: Collection[str], rule: str) -> Reader[None]:
+    """What files, or folders, were not recorded with alike and may not differ in. descriptions: as `read_task_file`
+    gives them."""
     first, *others = descriptions
     for path in others:
         for key, value in descriptions[path].items():
             if value != descriptions[first][key] and key not in may_differ:
                 there = first.name if first.parent == path.parent else first
                 advice = ", and data.data_directory may list several" if key in MAY_DIFFER else ""
-                raise BadInput(f"{path}: {key} is {value}, but {there} has {descriptions[first][key]}; {rule}{advice}")
-    return dict(descriptions[first])
+                yield BadInput(f"{path}: {key} is {value}, but {there} has {descriptions[first][key]}; {rule}{advice}")
 
 
 def folder_prefixes(folders: Sequence[Path]) -> dict[Path, str]:
@@ -116,7 +121,7 @@ def folder_prefixes(folders: Sequence[Path]) -> dict[Path, str]:
     return {folder: "/".join(part[-count:]) + "/" for folder, part in zip(folders, parts, strict=True)}
 
 
-def _refuse_copies(demos: Sequence[Demo]) -> None:
+def copies(demos: Sequence[Demo]) -> Reader[None]:
     """A demo that is there twice would be trained on and held out. States are compared with the actions that follow
     them, so that a copy which is aligned the other way is one, too."""
     seen: dict[bytes, Demo] = {}
@@ -127,7 +132,7 @@ def _refuse_copies(demos: Sequence[Demo]) -> None:
         first = seen.setdefault(digest, demo)
         if first is not demo:
             there = first.path.name if first.path.parent == demo.path.parent else first.path
-            raise BadInput(
+            yield BadInput(
                 f"{demo.path}: {demo.key} is a copy of {first.key} in {there}, it has the same actions and robot "
                 "states; a demo must not be there twice, since one of the two may be held out: delete one"
             )
@@ -216,46 +221,67 @@ def _without_folder(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- one file's demos
 
 
-def _read_task_file(path: Path, config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
-    """The demos of a file, not yet numbered, and the description of their observations."""
+def read_task_file(
+    path: Path, config: DataConfig, min_actions: int, num_pictures: int
+) -> Reader[tuple[list[Demo], dict]]:
+    """The demos of a file that nothing is wrong with, not yet numbered, and the description of their observations, {}
+    without any. Of each demo's cameras it looks at `num_pictures`, as `demo_problems` has it."""
     with open_hdf5(path) as file:
         data, keys = demos_of(path, file)
-        task, has_attributes = task_instruction(path, data), bool(len(data.attrs))
-        keys = keys[: config.demos_per_task]
-        groups = {key: object_in(path, key, data, key, h5py.Group) for key in keys}
-        for key, group in groups.items():
-            with hdf5_problems_named(path, key):
-                check_demo(
-                    path, key, group, has_attributes, config.max_len_data, config.cache == "none", config.robot_state
+        task, has_attributes = (yield from attempted(path, "", task_instruction, path, data)), bool(len(data.attrs))
+        groups = {}
+        for key in keys[: config.demos_per_task]:
+            group = yield from attempted(path, key, object_in, path, key, data, key, h5py.Group)
+            if group is not None:
+                problems = demo_problems(
+                    path, key, group, has_attributes, config.max_len_data, num_pictures, config.robot_state
                 )
-        forced = config.obs_alignment
-        told = text_attribute(data.attrs, "obs_alignment", path)
-        if told not in ("", "before", "after"):
-            raise BadInput(f"{path}: attribute obs_alignment is {told!r}, expected before or after")
-        alignment = (told or _detect_alignment(path, groups)) if forced == "auto" else forced
-        lag = {"before": 0, "after": 1}[alignment]
-        demos = []
+                if (yield from _is_sound(problems)):
+                    groups[key] = group
+        alignment = yield from _alignment(path, data, groups, config.obs_alignment)
+        lag = 1 if alignment == "after" else 0
+        demos: list[Demo] = []
         for key, group in groups.items():
-            with hdf5_problems_named(path, key):
-                demos.append(_read_demo(path, key, task, group, lag, min_actions, config.robot_state))
-        orientation = text_attribute(data.attrs, "macros_image_convention", path) or ORIENTATION
-        mesh_ratio = (
-            number_attribute(data.attrs, "visual_mesh_ratio", path) if "visual_mesh_ratio" in data.attrs else 1.0
-        )
+            demo = yield from attempted(
+                path, key, _read_demo, path, key, task or "", group, lag, min_actions, config.robot_state
+            )
+            if demo is not None:
+                demos.append(demo)
+        description = yield from _description(path, data, demos, alignment, config.robot_state)
     for demo in demos:
         if demo.image_size != demos[0].image_size:
-            raise BadInput(
+            yield BadInput(
                 f"{path}: {demo.key}: images are {demo.image_size} px, those of {demos[0].key} {demos[0].image_size} px"
             )
-    description = {
+    return demos, description
+
+
+def _is_sound(problems: Reader[None]) -> Reader[bool]:
+    """Passes the problems on, and says whether there were none."""
+    sound = True
+    for problem in problems:
+        sound = False
+        yield problem
+    return sound
+
+
+def _description(
+    path: Path, data: h5py.Group, demos: Sequence[Demo], alignment: str | None, robot_state_name: str
+) -> Reader[dict]:
+    orientation = yield from attempted(path, "", text_attribute, data.attrs, "macros_image_convention", path)
+    mesh_ratio: float | None = 1.0
+    if "visual_mesh_ratio" in data.attrs:
+        mesh_ratio = yield from attempted(path, "", number_attribute, data.attrs, "visual_mesh_ratio", path)
+    if not demos:
+        return {}
+    return {
         "cameras": list(CAMERAS),
-        "robot_state": list(ROBOT_STATES[config.robot_state]),
-        "image_orientation": orientation,
+        "robot_state": list(ROBOT_STATES[robot_state_name]),
+        "image_orientation": orientation or ORIENTATION,
         "image_size": demos[0].image_size,
         "visual_mesh_ratio": mesh_ratio,
         "obs_alignment": alignment,
     }
-    return demos, description
 
 
 def _read_demo(
@@ -277,22 +303,40 @@ def _read_demo(
     return Demo(path, key, f"{path.name}/{key}", parts, task, actions, robot_state, lag, image_size, first_row=0)
 
 
-def _detect_alignment(path: Path, demos: dict[str, h5py.Group]) -> str:
-    """The alignment of all demos of a file, each looked at by itself."""
+def _alignment(path: Path, data: h5py.Group, demos: Mapping[str, h5py.Group], forced: str) -> Reader[str | None]:
+    """The alignment that data.obs_alignment forces, the file tells or its demos show; None where none of them does."""
+    told = yield from attempted(path, "", text_attribute, data.attrs, "obs_alignment", path)
+    if told not in (None, "", "before", "after"):
+        yield BadInput(f"{path}: attribute obs_alignment is {told!r}, expected before or after")
+        told = None
+    if forced != "auto":
+        return forced
+    return told or (yield from _detect_alignment(path, demos))
+
+
+def _detect_alignment(path: Path, demos: Mapping[str, h5py.Group]) -> Reader[str | None]:
+    """The alignment of all demos of a file, each looked at by itself; None where it can be found out of none."""
     found = {}
     for key, demo in demos.items():
-        with hdf5_problems_named(path, key):
-            found[key] = _alignment_of(path, key, demo)
+        alignment = yield from attempted(path, key, _alignment_of, path, key, demo)
+        if alignment is not None:
+            found[key] = alignment
+    if not found:
+        return None
     usual = Counter(found.values()).most_common(1)[0][0]
     others = [key for key, alignment in found.items() if alignment != usual]
     if others:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise BadInput(
-            f"{path}: obs[t] was recorded {found[others[0]]} actions[t] in {shown}, but {usual} it in the other "
-            f"{len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of its own "
-            "(data.data_directory may list both)"
+        yield BadInput(
+            f"{path}: obs[t] was recorded {found[others[0]]} actions[t] in {first_few(others)}, but {usual} it in the "
+            f"other {len(found) - len(others)} demos; all of a data directory must agree, give each kind a folder of "
+            "its own (data.data_directory may list both)"
         )
     return usual
+
+
+def first_few(keys: Sequence[str]) -> str:
+    """At most five of them by name."""
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
@@ -306,7 +350,8 @@ def _alignment_of(path: Path, key: str, demo: h5py.Group) -> str:
             f"{path}: {key}: key {found if has_joints else 'obs/joint_states is missing'}, so whether obs[t] was "
             "recorded before or after actions[t] cannot be found out; set data.obs_alignment to before or after"
         )
-    simulated, observed = states[:, ARM_JOINTS], open_dataset(path, key, demo, "obs/joint_states")[()]
+    joints = open_dataset(path, key, demo, "obs/joint_states")
+    simulated, observed = (values.astype(np.float64) for values in (states[:, ARM_JOINTS], joints[()]))
     if simulated.shape != observed.shape or not np.isfinite(simulated).all():
         raise BadInput(
             f"{path}: {key}: key states is {states.shape} or holds NaN, expected finite values of {len(observed)} steps"

@@ -22,9 +22,10 @@ MADE_BY_RUNS = (
     "side_by_side.json",
     "settings.json",
     "config.json",
+    "preview.png",
 )  # names of files that are written, not kept
 SECTIONS = "data|model|training|wandb"
-FOLDERS = "conf|demos|jepa|rollouts|serving|simulator|collection|experiments|benchmarks|training|docs|tests"
+FOLDERS = "conf|checkup|demos|jepa|rollouts|serving|simulator|collection|experiments|benchmarks|training|docs|tests"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -10,8 +10,8 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = {
-    "train", "eval", "run_libero_eval", "collect_demos", "convert_lerobot", "embed_language", "export_policy",
-    "plot_curves", "serve_policy", "simulator_check",
+    "train", "eval", "run_libero_eval", "collect_demos", "check_demos", "convert_lerobot", "embed_language",
+    "export_policy", "plot_curves", "serve_policy", "simulator_check",
 }  # fmt: skip
 WORKERS = ("rollouts.worker", "collection.demonstrator")  # without torch they start sooner and hold less memory
 FILE_LINES, FUNCTION_LINES = 500, 80

@@ -1,0 +1,291 @@
+"""Readers given what nobody wrote on purpose: each input is read, or refused with one sentence.
+
+`make test` draws the same inputs each time. STATEVLA_FUZZ=1000 draws so many others for each test.
+"""
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import yaml
+from broken_demos import close_the_fingers, settings, verdict, write_embeddings
+from helpers import INSTRUCTION
+from hypothesis import strategies as st
+from libero_files import write_task_file
+
+from config import load_config, parse_config
+from demos.language import load_language
+from errors import BadInput
+from training.checkpoint import config_of, read_checkpoint
+
+ASKED = int(os.environ.get("STATEVLA_FUZZ", "0"))
+
+
+def outcomes(inputs: st.SearchStrategy, examples: int, read: Callable[[object], None]) -> Counter:
+    """How many inputs were "read" and how many "refused", BadInput with one sentence. Anything else that `read` raises
+    fails with the smallest input that does it. Fails where all came to the same end: that would show little."""
+    found: Counter = Counter()
+
+    @hypothesis.settings(
+        max_examples=ASKED or examples,
+        derandomize=not ASKED,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(inputs)
+    def one(value: object) -> None:
+        try:
+            read(value)
+            found["read"] += 1
+        except BadInput as refused:
+            assert str(refused) and "\n" not in str(refused)
+            found["refused"] += 1
+
+    one()
+    print(f"{found.total()} inputs: {dict(found)}")
+    assert found.total() >= (ASKED or examples) and found["read"] and found["refused"]
+    return found
+
+
+def damaged_bytes(data: bytes, most_places: int = 3) -> st.SearchStrategy[bytes]:
+    """A file cut short, or with bytes written over."""
+
+    def written_over(places: list[tuple[int, bytes]]) -> bytes:
+        damaged = bytearray(data)
+        for start, new in places:
+            damaged[start : start + len(new)] = new
+        return bytes(damaged[: len(data)])
+
+    place = st.tuples(st.integers(0, len(data) - 1), st.binary(min_size=1, max_size=8))
+    return st.one_of(
+        st.lists(place, max_size=most_places).map(written_over),
+        st.integers(0, len(data)).map(lambda end: data[:end]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ HDF5
+
+PARTS = ("actions", "states", "obs", *(f"obs/{n}" for n in ("agentview_rgb", "eye_in_hand_rgb", "joint_states")))
+DEMOS = ("data/demo_0", "data/demo_2")
+PLACES = st.sampled_from(["data", *DEMOS, *(f"{demo}/{part}" for demo in DEMOS for part in PARTS)])
+ATTRIBUTES = st.sampled_from(
+    ["num_samples", "num_demos", "problem_info", "visual_mesh_ratio", "macros_image_convention", "bddl_file_content",
+     "bddl_file_name"]
+)  # fmt: skip
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 12]), max_size=4)
+TYPES = st.sampled_from(["u1", "i8", "f2", "f4", ">f8", "f8", "?", "c8", "S3", "f8,i4", "i1"])
+TEXTS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=20)
+VALUES = st.one_of(
+    TEXTS, st.binary(min_size=1, max_size=8).map(np.bytes_), st.integers(-(2**63), 2**63 - 1), st.floats(),
+    st.lists(st.integers(-5, 50), max_size=3).map(np.array), st.just(h5py.Empty("f8")),
+)  # fmt: skip
+CHANGES = st.one_of(
+    st.tuples(st.just("delete"), PLACES),
+    st.tuples(st.just("group"), PLACES),
+    st.tuples(st.just("array"), PLACES, TYPES, SHAPES, st.integers(0, 300)),
+    st.tuples(st.just("number"), PLACES, st.integers(0, 300), st.floats()),
+    st.tuples(st.just("link"), PLACES, PLACES),
+    st.tuples(st.just("file"), PLACES, st.sampled_from(["gone.hdf5", "data.hdf5", "../data", "/etc/passwd"]), PLACES),
+    st.tuples(st.just("attribute"), PLACES, ATTRIBUTES, VALUES),
+    st.tuples(st.just("no attribute"), PLACES, ATTRIBUTES),
+)
+
+
+def filled(dtype: str, shape: list[int], value: int) -> np.ndarray:
+    return np.resize(np.array(value).astype(np.dtype(dtype)), shape)
+
+
+def change(file: h5py.File, kind: str, place: str, *how) -> None:
+    """One change to an open file. Raises what h5py does where the place is gone already."""
+    if kind == "attribute":
+        file[place].attrs[how[0]] = how[1]
+    elif kind == "no attribute":
+        del file[place].attrs[how[0]]
+    elif kind == "number":
+        values = file[place][()]
+        values.flat[how[0] % values.size] = how[1] if values.dtype.kind == "f" else 0
+        file[place][...] = values
+    else:
+        del file[place]
+        if kind == "group":
+            file.create_group(place)
+        elif kind == "array":
+            file[place] = filled(*how)
+        elif kind == "link":
+            file[place] = h5py.SoftLink(f"/{how[0]}")
+        elif kind == "file":
+            file[place] = h5py.ExternalLink(*how)
+
+
+@pytest.fixture(scope="module")
+def good_file(tmp_path_factory) -> Path:
+    path = write_task_file(tmp_path_factory.mktemp("good"), steps=12, image_size=8)
+    close_the_fingers(path)
+    write_embeddings(path.parent)
+    return path
+
+
+@pytest.fixture
+def read_demonstrations(good_file, tmp_path) -> Callable[[Path], None]:
+    """Reads a file as training and check_demos.py do, which must agree. Raises BadInput where training does."""
+    folder = tmp_path / "data"
+    shutil.copytree(good_file.parent, folder)
+    config = settings(folder)
+
+    def read(source: Path) -> None:
+        shutil.copy(source, folder / good_file.name)
+        shutil.rmtree(tmp_path / "frames", ignore_errors=True)
+        if errors := verdict(config).all_errors():
+            raise BadInput(errors[0])
+
+    return read
+
+
+def test_any_structure_of_an_hdf5_file_is_read_or_refused(good_file, tmp_path, read_demonstrations):
+    def read(changes) -> None:
+        target = tmp_path / "changed.hdf5"
+        shutil.copy(good_file, target)
+        with h5py.File(target, "a") as file:
+            for one in changes:
+                with contextlib.suppress(KeyError, ValueError, TypeError, OSError, AttributeError, RuntimeError):
+                    change(file, *one)
+        read_demonstrations(target)
+
+    outcomes(st.lists(CHANGES, min_size=1, max_size=2), 60, read)
+
+
+def test_an_hdf5_file_with_any_bytes_damaged_is_read_or_refused(good_file, tmp_path, read_demonstrations):
+    def read(data: bytes) -> None:
+        (tmp_path / "damaged.hdf5").write_bytes(data)
+        read_demonstrations(tmp_path / "damaged.hdf5")
+
+    outcomes(damaged_bytes(good_file.read_bytes()), 40, read)
+
+
+# -------------------------------------------------------------------------------------------- language embeddings
+
+
+def test_any_archive_of_embeddings_is_read_or_refused(tmp_path):
+    path, whole = tmp_path / "language.npz", tmp_path / "language_embeddings.npz"
+    write_embeddings(tmp_path)
+    array = st.one_of(
+        st.builds(filled, TYPES, SHAPES, st.integers(0, 9)),
+        st.just(np.array([INSTRUCTION])), st.just(np.ones((1, 512))), st.just(np.array("encoder")),
+    )  # fmt: skip
+    names = st.sampled_from(["texts", "embeddings", "encoder"])
+
+    def read(archive: bytes | dict) -> None:
+        if isinstance(archive, bytes):
+            path.write_bytes(archive)
+        else:
+            good = {"texts": np.array([INSTRUCTION]), "embeddings": np.ones((1, 512)), "encoder": np.array("e")}
+            np.savez(path, **good | archive)
+        table = load_language(path, [INSTRUCTION], 512)
+        assert table[INSTRUCTION].norm() == pytest.approx(1)
+
+    outcomes(st.one_of(damaged_bytes(whole.read_bytes()), st.dictionaries(names, array, max_size=2)), 150, read)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+PLAIN = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), TEXTS, st.just(torch.zeros(2))),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.integers(), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places_in(tree: object, place: tuple = ()) -> list[tuple]:
+    """The keys that lead to each part of nested dictionaries."""
+    found = [place] if place else []
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        found += places_in(value, (*place, key))
+    return found
+
+
+def changed(tree: dict, places: dict[tuple, object]) -> dict:
+    """A copy with other values at these places; `...` deletes one."""
+    made = {key: changed(value, {}) if isinstance(value, dict) else value for key, value in tree.items()}
+    for place, value in places.items():
+        section: object = made
+        for key in place[:-1]:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(place[-1], None)
+            if value is not ...:
+                section[place[-1]] = value
+    return made
+
+
+def test_a_checkpoint_with_any_metadata_is_read_or_refused(tmp_path):
+    good = {
+        "epoch": 1, "model_state_dict": {}, "optimizer_state_dict": {}, "loss": 0.5, "config": load_config().to_dict(),
+        "phase": 2, "best_loss": 0.4, "observation": {"image_size": 128}, "held_out_demos": ["a.hdf5/demo_1"],
+        "language": {"encoder": "e", "embeddings": {INSTRUCTION: torch.ones(512)}}, "schema": 1, "code": "1234567",
+    }  # fmt: skip
+    path = tmp_path / "checkpoint.pt"
+
+    def read(places: dict) -> None:
+        torch.save(changed(good, places), path)
+        config_of(read_checkpoint(path), path)
+
+    values = st.one_of(PLAIN, st.just(...))
+    outcomes(st.dictionaries(st.sampled_from(places_in(good)), values, max_size=2), 150, read)
+
+
+def test_a_checkpoint_with_any_bytes_damaged_is_read_or_refused(tmp_path):
+    good = torch.load(sorted(Path(__file__).with_name("checkpoints").glob("*.pt"))[-1], weights_only=True)["checkpoint"]
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**good, "model_state_dict": {}, "optimizer_state_dict": {}}, path)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        config_of(read_checkpoint(path), path)
+
+    outcomes(damaged_bytes(path.read_bytes(), most_places=1), 100, read)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+DEFAULTS = load_config().to_dict()
+KEYS = st.sampled_from([".".join(place) for place in places_in(DEFAULTS)])
+YAML_TEXTS = st.text(st.sampled_from("data: model[]{}-&*!<>|'\"#%@,\n\t 019.e~?=x"), max_size=40)
+
+
+def test_any_value_that_is_set_is_read_or_refused():
+    keys = st.one_of(KEYS, TEXTS)
+    values = st.one_of(YAML_TEXTS, TEXTS, st.integers().map(str), st.floats().map(str))
+    override = st.one_of(st.builds("{}={}".format, keys, values), TEXTS)
+    outcomes(override, 300, lambda text: parse_config(DEFAULTS, "--set", [text]))
+
+
+def test_any_config_file_is_read_or_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    plain = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.dates()),
+        lambda inner: (
+            st.lists(inner, max_size=2) | st.dictionaries(TEXTS | st.integers() | st.none(), inner, max_size=2)
+        ),
+        max_leaves=4,
+    )
+    places = st.sampled_from(places_in(DEFAULTS))
+    sections = st.tuples(places, plain).map(lambda made: yaml.safe_dump(nested(*made)))
+
+    def read(content: str | bytes) -> None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        load_config(path)
+
+    outcomes(st.one_of(sections, YAML_TEXTS, plain.map(yaml.safe_dump), st.binary(max_size=30)), 80, read)
+
+
+def nested(place: tuple, value: object) -> object:
+    return {place[0]: nested(place[1:], value)} if place else value
