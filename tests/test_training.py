@@ -803,7 +803,7 @@ def test_the_report_on_phase_1_does_without_probes_where_files_have_no_truth_and
     said = run("eval.py", "--checkpoint", checkpoint, "--output", output).stdout
     assert "representation.png cannot be written" in said
     assert json.loads(output.read_text())["code_of_checkpoint"] == code_version()
-    assert "no probes: " in said and "key obs/ee_pos is missing" in said
+    assert "no probes: " in said and "attribute model_file is missing" in said
     assert "effective rank" in said and "share of copying z, by frames ahead: 1: " in said
 
 
