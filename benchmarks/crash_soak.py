@@ -103,11 +103,11 @@ def programs(work: Path) -> dict[str, Program]:
             lambda folder: arrays(folder / "embeddings.npz"),
         ),
         "collect": Program(
-            lambda folder: ["collect_demos.py", "--data_directory", folder, "--demos_per_task", 3, *DRAWN],
+            lambda folder: ["collect_demos.py", "--data_directory", folder, "--demos_per_task", 2, *DRAWN],
             demonstrations,
         ),
         "evaluate": Program(
-            lambda folder: ["run_libero_eval.py", "--checkpoint", phase2, "--tasks", 6, "--num_trials", 3,
+            lambda folder: ["run_libero_eval.py", "--checkpoint", phase2, "--tasks", 6, "--num_trials", 2,
                             "--max_steps", 40, "--visual_mesh_ratio", 0.2, "--output_dir", folder],
             episodes,
         ),
@@ -144,7 +144,7 @@ def disturbed(program: Program, folder: Path, seconds: float, drawn: random.Rand
     while True:
         running = start(program.command(folder), said)
         try:
-            code = running.wait(drawn.uniform(0, 1.1 * seconds) if kills < most else None)
+            code = running.wait(drawn.uniform(0, 0.9 * seconds) if kills < most else None)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
             running.wait()
