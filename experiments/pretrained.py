@@ -1,4 +1,4 @@
-"""The figures of checkpoints/pretrained/libero_object_cpu.pt in docs/learning.md, written to
+"""The figures of checkpoints/pretrained/libero_object_cpu in docs/learning.md, written to
 experiments/results/libero_object_cpu.json: offline error, what z knows, and 100 episodes each of the policy (flow from
 noise and from zero), of a demonstration replayed blindly and of standing still, on the suite's init states and with
 the target shifted by up to 5 cm.
@@ -20,7 +20,7 @@ SAME_IN_ALL = ("weights_sha256", "execute_steps", "sample_steps", "image_size", 
 def main() -> None:
     flags = arguments(
         __doc__,
-        checkpoint={"default": "checkpoints/pretrained/libero_object_cpu.pt", "help": "default: %(default)s"},
+        checkpoint={"default": "checkpoints/pretrained/libero_object_cpu", "help": "default: %(default)s"},
         data_directory={"default": "data/libero_object_cpu", "help": "demonstrations (default: %(default)s)"},
         output_dir={"default": "results/libero_object_cpu", "help": "the evaluations (default: %(default)s)"},
     )

@@ -16,7 +16,7 @@ from statevla_model import StateVLA
 
 pytestmark = pytest.mark.simulator
 BUTTER, KETCHUP = (f"pick up the {name} and place it in the basket" for name in ("butter", "ketchup"))
-PRETRAINED = ROOT / "checkpoints/pretrained/libero_object_cpu.pt"
+PRETRAINED = ROOT / "checkpoints/pretrained/libero_object_cpu"
 
 
 @pytest.fixture(scope="module")
