@@ -393,7 +393,7 @@ def test_the_policy_in_the_tree_is_served_until_sigterm_ends_it():
         "--port",
         "0",
         "--checkpoint",
-        "checkpoints/pretrained/libero_object_cpu.pt",
+        "checkpoints/pretrained/libero_object_cpu",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

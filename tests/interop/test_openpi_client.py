@@ -15,7 +15,7 @@ import torch
 from statevla_model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
-CHECKPOINT = ROOT / "checkpoints/pretrained/libero_object_cpu.pt"
+CHECKPOINT = ROOT / "checkpoints/pretrained/libero_object_cpu"
 CLIENT = Path(__file__).parent / "with_openpi_client.py"
 KEY = "a key"
 PROMPT = "pick up the butter and place it in the basket"
