@@ -36,7 +36,8 @@ from statevla_model import load_checkpoint
 policy = load_checkpoint("{place}")  # this folder, or hf://owner/name
 env = make_env(make_suite("libero_object"), task_id=0, image_size={image_size})
 env.reset(seed=0)
-actions = policy.decide(from_simulator(env.observe()), "{instruction}")  # ({chunk}, 7)
+obs = from_simulator(env.observe())
+actions = policy.decide(obs, "{instruction}")  # ({chunk}, 7)
 ```"""
 STATES = {"joints": "the robot's joints", "end_effector": "the end effector's pose with the fingers"}
 
