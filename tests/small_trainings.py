@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import INSTRUCTION, settings
+from helpers import INSTRUCTION, run, settings
 from libero_files import write_task_file
 from torch import Tensor
 
@@ -26,6 +26,8 @@ def small_data(directory: Path) -> Path:
     write_task_file(directory, demos=4, steps=29)  # 84 samples of phase 1 train, 57 of phase 2
     vector = np.full((1, 512), 512**-0.5, dtype=np.float32)  # an encoder takes seconds to load
     np.savez(directory / "language_embeddings.npz", texts=[INSTRUCTION], embeddings=vector, encoder="test encoder")
+    one_epoch = ("--set", "training.phase1.num_epochs=1")  # what torch imports on first use, the forked ones then have
+    run("train.py", "--phase", 1, *small(1, directory, directory / "first"), *one_epoch)
     return directory
 
 
