@@ -258,12 +258,15 @@ def test_a_checkpoint_with_any_bytes_damaged_is_read_or_refused(tmp_path):
 
 DEFAULTS = load_config().to_dict()
 KEYS = st.sampled_from([".".join(place) for place in places_in(DEFAULTS)])
+USUAL = st.one_of(
+    st.integers(1, 64).map(lambda n: 16 * n), st.floats(0.01, 0.99), st.sampled_from([None, True, "none"])
+)
 YAML_TEXTS = st.text(st.sampled_from("data: model[]{}-&*!<>|'\"#%@,\n\t 019.e~?=x"), max_size=40)
 
 
 def test_any_value_that_is_set_is_read_or_refused():
     keys = st.one_of(KEYS, TEXTS)
-    values = st.one_of(YAML_TEXTS, TEXTS, st.integers().map(str), st.floats().map(str))
+    values = st.one_of(YAML_TEXTS, TEXTS, st.integers().map(str), st.floats().map(str), USUAL.map(str))
     override = st.one_of(st.builds("{}={}".format, keys, values), TEXTS)
     outcomes(override, 300, lambda text: parse_config(DEFAULTS, "--set", [text]))
 
@@ -278,7 +281,7 @@ def test_any_config_file_is_read_or_refused(tmp_path):
         max_leaves=4,
     )
     places = st.sampled_from(places_in(DEFAULTS))
-    sections = st.tuples(places, plain).map(lambda made: yaml.safe_dump(nested(*made)))
+    sections = st.tuples(places, plain | USUAL).map(lambda made: yaml.safe_dump(nested(*made)))
 
     def read(content: str | bytes) -> None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
