@@ -160,7 +160,7 @@ def test_any_structure_of_an_hdf5_file_is_read_or_refused(good_file, tmp_path, r
                     change(file, *one)
         read_demonstrations(target)
 
-    outcomes(st.lists(CHANGES, min_size=1, max_size=2), 60, read)
+    outcomes(st.lists(CHANGES, min_size=1, max_size=2), 50, read)
 
 
 def test_an_hdf5_file_with_any_bytes_damaged_is_read_or_refused(good_file, tmp_path, read_demonstrations):
@@ -239,7 +239,7 @@ def test_a_checkpoint_with_any_metadata_is_read_or_refused(tmp_path):
         config_of(read_checkpoint(path), path)
 
     values = st.one_of(PLAIN, st.just(...))
-    outcomes(st.dictionaries(st.sampled_from(places_in(good)), values, max_size=2), 150, read)
+    outcomes(st.dictionaries(st.sampled_from(places_in(good)), values, max_size=2), 100, read)
 
 
 def test_a_checkpoint_with_any_bytes_damaged_is_read_or_refused(tmp_path):
@@ -287,7 +287,7 @@ def test_any_config_file_is_read_or_refused(tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         load_config(path)
 
-    outcomes(st.one_of(sections, YAML_TEXTS, plain.map(yaml.safe_dump), st.binary(max_size=30)), 80, read)
+    outcomes(st.one_of(sections, YAML_TEXTS, plain.map(yaml.safe_dump), st.binary(max_size=30)), 60, read)
 
 
 def nested(place: tuple, value: object) -> object:
