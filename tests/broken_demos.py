@@ -1,6 +1,8 @@
 """Ways to break one demo of a file of libero_files.py, with the sentence that names each, and what training and
 check_demos.py say of a folder."""
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import h5py
@@ -130,9 +132,15 @@ def write_embeddings(folder: Path, *instructions: str) -> None:
     np.savez(folder / EMBEDDINGS_FILE, texts=texts, embeddings=np.eye(len(texts), 512), encoder=np.array("test 1"))
 
 
+read_once = functools.cache(load_config)
+
+
 def settings(directory: Path, *overrides: str) -> Config:
-    cache = f"data.cache_directory={directory.parent / 'frames'}"
-    return load_config((), [f"data.data_directory={directory}", cache, "model.image_size=32", *overrides])
+    config = read_once((), ("model.image_size=32", *overrides))
+    data = dataclasses.replace(
+        config.data, data_directory=str(directory), cache_directory=str(directory.parent / "frames")
+    )
+    return dataclasses.replace(config, data=data)
 
 
 def trains_on(config: Config) -> None:

@@ -160,7 +160,7 @@ def test_any_structure_of_an_hdf5_file_is_read_or_refused(good_file, tmp_path, r
                     change(file, *one)
         read_demonstrations(target)
 
-    outcomes(st.lists(CHANGES, min_size=1, max_size=2), 60, read)
+    outcomes(st.lists(CHANGES, min_size=1, max_size=2), 50, read)
 
 
 def test_an_hdf5_file_with_any_bytes_damaged_is_read_or_refused(good_file, tmp_path, read_demonstrations):
@@ -239,7 +239,7 @@ def test_a_checkpoint_with_any_metadata_is_read_or_refused(tmp_path):
         config_of(read_checkpoint(path), path)
 
     values = st.one_of(PLAIN, st.just(...))
-    outcomes(st.dictionaries(st.sampled_from(places_in(good)), values, max_size=2), 150, read)
+    outcomes(st.dictionaries(st.sampled_from(places_in(good)), values, max_size=2), 100, read)
 
 
 def test_a_checkpoint_with_any_bytes_damaged_is_read_or_refused(tmp_path):
@@ -258,12 +258,15 @@ def test_a_checkpoint_with_any_bytes_damaged_is_read_or_refused(tmp_path):
 
 DEFAULTS = load_config().to_dict()
 KEYS = st.sampled_from([".".join(place) for place in places_in(DEFAULTS)])
+USUAL = st.one_of(
+    st.integers(1, 64).map(lambda n: 16 * n), st.floats(0.01, 0.99), st.sampled_from([None, True, "none"])
+)
 YAML_TEXTS = st.text(st.sampled_from("data: model[]{}-&*!<>|'\"#%@,\n\t 019.e~?=x"), max_size=40)
 
 
 def test_any_value_that_is_set_is_read_or_refused():
     keys = st.one_of(KEYS, TEXTS)
-    values = st.one_of(YAML_TEXTS, TEXTS, st.integers().map(str), st.floats().map(str))
+    values = st.one_of(YAML_TEXTS, TEXTS, st.integers().map(str), st.floats().map(str), USUAL.map(str))
     override = st.one_of(st.builds("{}={}".format, keys, values), TEXTS)
     outcomes(override, 300, lambda text: parse_config(DEFAULTS, "--set", [text]))
 
@@ -278,13 +281,13 @@ def test_any_config_file_is_read_or_refused(tmp_path):
         max_leaves=4,
     )
     places = st.sampled_from(places_in(DEFAULTS))
-    sections = st.tuples(places, plain).map(lambda made: yaml.safe_dump(nested(*made)))
+    sections = st.tuples(places, plain | USUAL).map(lambda made: yaml.safe_dump(nested(*made)))
 
     def read(content: str | bytes) -> None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         load_config(path)
 
-    outcomes(st.one_of(sections, YAML_TEXTS, plain.map(yaml.safe_dump), st.binary(max_size=30)), 80, read)
+    outcomes(st.one_of(sections, YAML_TEXTS, plain.map(yaml.safe_dump), st.binary(max_size=30)), 60, read)
 
 
 def nested(place: tuple, value: object) -> object:
