@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lerobot.configs.policies import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 from demos.language import LanguageTable, load_language
 from errors import exits_on_bad_input
@@ -35,6 +33,9 @@ class LeRobotPolicy:
     """LeRobot's policy with its own normalisation before and after it, on one thread of the CPU."""
 
     def __init__(self, directory: Path, language: LanguageTable):
+        from lerobot.configs.policies import PreTrainedConfig  # of another environment: --help needs none
+        from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
         config = PreTrainedConfig.from_pretrained(directory)
         config.device = "cpu"
         self.policy = get_policy_class(config.type).from_pretrained(directory, config=config).eval()
