@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import struct
+import tokenize
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -65,7 +66,10 @@ def _array_in(stream, length: int) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     if version not in read_header:
         raise ValueError(f"an npy file of version {version}, expected 1.0 or 2.0")
-    shape, is_fortran, dtype = read_header[version](stream)
+    try:
+        shape, is_fortran, dtype = read_header[version](stream)
+    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as problem:  # it is read as Python's literals
+        raise ValueError(f"the header of an array is damaged ({problem})") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects (a pickle), which are never loaded")
     return _array_of(shape, dtype, stream, length - stream.tell(), is_fortran)

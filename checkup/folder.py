@@ -160,7 +160,7 @@ def _recordings(
 
 
 def _of_file(path: Path, data: h5py.Group, keys: list[str], num_read: int) -> Iterator[str]:
-    others = [key for key in data if key not in keys]
+    others = [str(key) for key in data if key not in keys]
     if others:
         yield f"{path}: data holds {first_few(others)}, which is not read, expected demo_<number>"
     if num_read < len(keys):

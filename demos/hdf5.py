@@ -160,7 +160,7 @@ def demos_of(path: Path, file: h5py.File) -> tuple[h5py.Group, list[str]]:
     """The group `data` of a file and the names of the demos in it, in the order of their numbers."""
     check_link(path, "data", file, "data")
     data = object_in(path, "data", file, "data", h5py.Group) if "data" in file else {}
-    keys = [key for key in data if re.fullmatch(r"demo_\d+", key)]
+    keys = [key for key in data if isinstance(key, str) and re.fullmatch(r"demo_\d+", key)]  # bytes: no valid text
     if not keys:
         raise BadInput(f"{path}: holds no group data/demo_0, expected LIBERO's HDF5 layout")
     return data, sorted(keys, key=lambda key: int(key[5:]))

@@ -133,6 +133,7 @@ def _meaning(path: Path, problem: BaseException) -> str:
     words = _words(problem)
     failed, _, rest = words.partition(" (")
     reason = " ".join(rest.rsplit(")", 1)[0].split())  # HDF5's own words
+    reason = re.sub(r": time = .*error message = '([^']*)'.*", r": \1", reason)  # without the hour and the like
     is_link = isinstance(problem, KeyError)  # the file is open; what it refers to is not
     subject = "a file that it links to" if is_link else "it"
     code = getattr(problem, "errno", None)

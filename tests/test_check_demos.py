@@ -136,6 +136,10 @@ BROKEN_DEMO = {  # what was done to demo_1 -> (how, what the sentence must say),
         lambda d: d["states"].__setitem__((slice(None), slice(1, 8)), np.random.default_rng(0).normal(0, 1, (30, 7))),
         "fits states neither as recorded before",
     ),
+    "a link to a folder": (
+        lambda d: replace(d, "actions", h5py.ExternalLink(".", "/x")),
+        "file read failed: Is a directory$",
+    ),
     "num_samples is NaN": (lambda d: d.attrs.__setitem__("num_samples", np.nan), "num_samples is 'nan', expected"),
 }  # fmt: skip
 
@@ -177,11 +181,11 @@ def without_instruction(path: Path) -> None:
     path.rename(path.with_name("collected.hdf5"))
 
 
-def overwritten(start: int, size: int):
+def overwritten(start: int, size: int, by: bytes = b"\xff"):
     def apply(path: Path) -> None:
         with path.open("r+b") as stream:
             stream.seek(start)
-            stream.write(b"\xff" * size)
+            stream.write((by * size)[:size])
 
     return apply
 
@@ -241,6 +245,12 @@ BROKEN_FILE = {  # what was done to the folder's one file -> (how, what a senten
     "no language": (lambda p: p.with_name(EMBEDDINGS_FILE).unlink(), "no language embeddings; run"),
     "other language": (lambda p: write_embeddings(p.parent, "fly"), f"no embedding for the task '{INSTRUCTION}"),
     "language that is no archive": (lambda p: p.with_name(EMBEDDINGS_FILE).write_text("x"), "not readable as language"),
+    "language with a damaged header": (
+        lambda p: overwritten(p.with_name(EMBEDDINGS_FILE).read_bytes().index(b"descr"), 2, b"'(")(
+            p.with_name(EMBEDDINGS_FILE)
+        ),
+        "not readable as language embeddings",
+    ),
     "language of another width": (
         lambda p: np.savez(p.with_name(EMBEDDINGS_FILE), texts=["a"], embeddings=np.ones((1, 7)), encoder="e"),
         r"embeddings are \(1, 7\), expected",
@@ -338,6 +348,7 @@ ODD = {  # what was done to the folder's one file -> (how, what a warning must s
         "key dones ends with 0 in demo_1, expected 1",
     ),
     "demos of another name": (in_file(lambda f: f.move("data/demo_2", "data/episode_2")), "data holds episode_2"),
+    "a group whose name is no text": (in_file(lambda f: f.create_group(b"data/\xff\xfe")), "data holds b'.xff.xfe'"),
     "a count of demos that is wrong": (attribute("num_demos", 50), "num_demos is 50, but there are 3 demos"),
     "a count of demos that is none": (attribute("num_demos", "many"), "num_demos is no number, but there are 3"),
     "another orientation": (attribute("macros_image_convention", "opencv"), "is 'opencv', expected opengl"),
