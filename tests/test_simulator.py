@@ -15,7 +15,7 @@ from errors import BadInput
 from files import keeps_files, private_temporary_folder
 from observation import SIMULATOR_CAMERAS, SIMULATOR_KEYS, axis_angle, from_simulator
 from simulator import libero
-from simulator.env import SimulatorError, make_env
+from simulator.env import SimulatorError, is_seen_only_directly, make_env
 from simulator.libero import import_libero
 from simulator.suites import make_suite, task_init_states
 
@@ -66,6 +66,24 @@ def test_observe_equals_liberos_own_camera_observation(env, suite):
             expected = official.step(action)[0]
     make_officials_renderer_current()
     official.close()
+
+
+@pytest.mark.parametrize(
+    ("light", "reflectance", "left_away"),
+    [("false", 0, [False, True, True]), ("false", 0.5, [False] * 3), ("true", 0, [False] * 3)],
+)
+def test_geoms_out_of_view_are_drawn_where_a_shadow_or_a_mirror_could_show_them(light, reflectance, left_away):
+    mujoco = import_libero().mujoco
+    model = mujoco.MjModel.from_xml_string(f"""<mujoco>
+      <asset><material name="mirror" reflectance="{reflectance}"/></asset>
+      <worldbody>
+        <light castshadow="{light}"/>
+        <geom type="plane" size="0 0 1"/>
+        <geom type="box" size="1 1 1" material="mirror"/>
+        <geom type="sphere" size="1"/>
+      </worldbody>
+    </mujoco>""")
+    assert is_seen_only_directly(model, mujoco.mjtGeom).tolist() == left_away
 
 
 def test_observation_has_the_repos_names_and_types_and_is_not_flipped(env):
