@@ -79,6 +79,22 @@ class EvaluationFolder:
                     os.truncate(self.episodes_file, len(whole + newline))
 
 
+def video_of(directory: Path, episode: dict) -> Path | None:
+    """Where one was kept."""
+    outcome = "success" if episode["success"] else "failure"
+    return _picture(directory, episode, f"{outcome}.mp4")
+
+
+def last_frame_of(directory: Path, episode: dict) -> Path | None:
+    """Where one was kept."""
+    return _picture(directory, episode, "last.png")
+
+
+def _picture(directory: Path, episode: dict, which: str) -> Path | None:
+    path = directory / PICTURES / f"task{episode['task_id']}_trial{episode['trial']}_{which}"
+    return path if path.exists() else None
+
+
 def read_settings(directory: Path) -> dict:
     path = directory / "settings.json"
     try:

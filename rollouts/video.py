@@ -15,6 +15,7 @@ VIDEO_SIZE, VIDEO_EVERY, CONTROL_HZ = 256, 2, 20  # pixels; environment steps be
 HELD_FRAMES = 10  # a grid's last frame stays for a second, so that the outcomes can be read
 SUCCESS, FAILURE = (46, 160, 67), (207, 34, 46)  # frame colours, RGB
 BORDER = 6  # pixels
+MP4 = {"movflags": "faststart"}  # a server's video begins to play before all of it has come
 
 
 def upright(raw: np.ndarray) -> np.ndarray:
@@ -54,7 +55,7 @@ def halved(frame: np.ndarray) -> np.ndarray:
 def write_mp4(frames: Sequence[np.ndarray], path: Path, frames_per_second: int) -> None:
     """H.264 that plays in a browser. Sides are cut to even numbers, as the codec wants."""
     height, width = (side - side % 2 for side in frames[0].shape[:2])
-    with _written_whole(path) as part, av.open(str(part), "w", format="mp4") as container:
+    with _written_whole(path) as part, av.open(str(part), "w", format="mp4", options=MP4) as container:
         stream = container.add_stream("h264", rate=Fraction(frames_per_second))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "23"}

@@ -190,17 +190,25 @@ def fitted(model: StateVLA) -> StateVLA:
 
 
 class Page(HTMLParser):
-    """Checks that every element is closed in order, and collects what a page refers to."""
+    """Checks that every element is closed in order and every place within the page is there, and collects the files
+    that the page refers to."""
 
     def __init__(self, text: str):
         super().__init__()
         self.open, self.links, self.text = [], [], ""
+        self.places, self.jumps = set(), set()
         self.feed(text)
-        assert self.open == []
+        assert self.open == [] and self.jumps <= self.places
 
     def handle_starttag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name in ("href", "src")]
-        if tag not in ("meta", "img", "link", "br"):
+        for name, value in attributes:
+            if name == "id":
+                self.places.add(value)
+            elif name in ("href", "src", "poster") and value.startswith("#"):
+                self.jumps.add(value[1:])
+            elif name in ("href", "src", "poster") and not value.startswith("data:"):
+                self.links.append(value)
+        if tag not in ("meta", "img", "link", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
