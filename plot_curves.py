@@ -84,7 +84,9 @@ def plot(curves: dict, title: str, target: Path) -> None:
                 values = [value if math.isfinite(value) else math.nan for value in points.values()]
                 axis.plot(list(points), values, label=label, **STYLES[split])
         axis.set(title=name, xlabel="step", ylim=(0, None))
-        axis.legend(fontsize=7, frameon=False)
+        legend = 0.03 + 0.08 * len(axis.get_lines())  # of the panel's height, above the curves rather than on them
+        axis.set_ylim(top=axis.get_ylim()[1] / (1 - legend))
+        axis.legend(fontsize=7, frameon=False, loc="upper right")
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)

@@ -3,15 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-pytest.register_assert_rewrite(
-    "helpers", "small_trainings"
-)  # before its first import: a failed assert there shows its values
+# Before their first import: a failed assert there shows its values.
+pytest.register_assert_rewrite("helpers", "small_trainings", "browser")
+from browser import Tab, installed_browser, tab_of  # noqa: E402
 from helpers import ROOT  # noqa: E402
 
 SIMULATOR_FILES = {
@@ -23,7 +24,7 @@ LONGEST_FIRST = (  # files that take a minute or more: one that begins last woul
     "test_rollouts_pool.py", "test_benchmarks.py", "test_mamba.py", "test_turning.py", "test_precision.py",
 )  # fmt: skip
 SLOW_FILES = {"test_benchmarks.py", "test_supported_pythons.py"}
-SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone"}
+SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone", "tab"}
 
 torch.set_num_threads(1)  # models this small are faster so, and the tests run in two processes
 
@@ -54,3 +55,13 @@ def collected_demos(tmp_path_factory) -> Path:
     with FileLock(f"{folder}.lock"):
         subprocess.run(command, check=True, cwd=ROOT)  # the second time there is nothing left to collect
     return folder
+
+
+@pytest.fixture(scope="session")
+def tab(tmp_path_factory) -> Iterator[Tab]:
+    """A tab of a real browser, which all tests of a process share."""
+    program = installed_browser()
+    if program is None:
+        pytest.skip("no Chromium or Chrome is here that could open the page; Debian's package is chromium")
+    with tab_of(program, tmp_path_factory.mktemp("browser") / "profile") as tab:
+        yield tab

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from browser import broken_pictures, play_all_videos, too_wide
 from helpers import ROOT, SMALL, Page, one_sentence, run
 from libero_files import write_task_file
 
@@ -128,6 +129,16 @@ def test_the_report_shows_every_episode(evaluated):
     page = Page((folder / "report.html").read_text())
     assert {"task6.mp4", "failures.png", "success_rates.png", "episodes/task6_trial1_failure.mp4"} <= set(page.links)
     assert all((folder / link).stat().st_size > 0 for link in page.links)
+
+
+def test_the_report_opens_in_a_browser_and_its_videos_play(evaluated, tab):
+    folder, _ = evaluated
+    tab.show(360, 740)
+    tab.open(folder / "report.html")
+    assert broken_pictures(tab) == [] and too_wide(tab) == []
+    assert play_all_videos(tab) == {"task6.mp4": (512, 256)}
+    assert tab.ask("document.querySelectorAll('#failures, .cards li img').length") == 3
+    assert tab.troubles == []
 
 
 def test_an_evaluation_killed_and_continued_plays_the_same_episodes_in_one_simulator_after_the_other(

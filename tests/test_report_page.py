@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from browser import Tab, broken_pictures, faint_text, installed_browser, play_all_videos, tab_of, too_wide
+from browser import Tab, broken_pictures, faint_text, play_all_videos, too_wide
 
 from rollouts.episodes import Episode
 from rollouts.folder import PICTURES, EvaluationFolder
@@ -100,15 +100,6 @@ def reports(tmp_path_factory) -> Path:
 
 
 PAGES = ("policy/report.html", "still/report.html", "report.html")
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory) -> Tab:
-    program = installed_browser()
-    if program is None:
-        pytest.skip("no Chromium or Chrome is installed here; Debian's package is chromium")
-    with tab_of(program, tmp_path_factory.mktemp("browser") / "profile") as tab:
-        yield tab
 
 
 @pytest.fixture(params=PAGES)
