@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import av
 import numpy as np
 import pytest
 from browser import Tab, broken_pictures, faint_text, play_all_videos, too_wide
@@ -141,6 +142,18 @@ def test_every_video_plays_and_has_the_size_that_the_page_keeps_for_it(tab, repo
     assert {unquote(source).removeprefix("file://") for source in linked} == {
         str(path) for path in (reports / "policy" / PICTURES).glob("*.mp4")
     }
+
+
+def test_videos_are_of_the_kind_that_every_browser_plays_and_begin_with_their_index(reports):
+    """Chromium takes more kinds than Safari and Firefox do, which want 4:2:0 in even sizes."""
+    videos = [*reports.rglob("*.mp4")]
+    assert len(videos) > 10
+    for path in videos:
+        with av.open(str(path)) as video:
+            codec = video.streams.video[0].codec_context
+            assert (codec.name, codec.pix_fmt, codec.width % 2, codec.height % 2) == ("h264", "yuv420p", 0, 0)
+        content = path.read_bytes()
+        assert 0 < content.find(b"moov") < content.find(b"mdat")
 
 
 # ------------------------------------------------------------------------------------------------ how it can be read
