@@ -23,6 +23,8 @@ MADE_BY_RUNS = (
     "settings.json",
     "config.json",
     "preview.png",
+    "failures.png",
+    "success_rates.png",
 )  # names of files that are written, not kept
 SECTIONS = "data|model|training|wandb"
 FOLDERS = "conf|checkup|demos|jepa|rollouts|serving|simulator|collection|experiments|benchmarks|training|docs|tests"
