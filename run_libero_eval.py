@@ -64,6 +64,7 @@ from rollouts.statistics import (
     summarise,
     summarise_tasks,
 )
+from simulator.layouts import LAYOUTS
 from simulator.self_check import renderer_name, simulator_difference
 from simulator.self_check import versions as simulator_versions
 from simulator.suites import (
@@ -186,6 +187,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         "init_states": num_init_states(tasks),
         "init_states_played": evaluation.init_states_played(num_init_states(tasks)),
         "random_resets": evaluation.random_resets,
+        "layouts": evaluation.layouts,
         "max_steps": evaluation.max_steps,
         "shift_target": evaluation.shift_target,
         "seed": evaluation.seed,
@@ -207,7 +209,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         rollouts = Rollouts(
             evaluation.task_suite, settings["image_size"], settings["visual_mesh_ratio"], evaluation.max_steps,
             evaluation.shift_target, policy.looks, evaluation.save_video, folder.pictures.absolute(),
-            settings["decision_delay_steps"],
+            evaluation.layouts, settings["decision_delay_steps"],
         )  # fmt: skip
         rollout = play_all(
             missing,
@@ -316,6 +318,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--init_states", metavar="NUMBERS", help="init states such as 10-49, of every task (default: the first)")
     add("--random_resets", type=int, metavar="N",
         help="N episodes a task from objects placed at random, not from the suite's init states: for development")
+    add("--layouts", choices=("libero", *LAYOUTS), default="libero",
+        help="of the random resets, in libero_object: shuffled as in demonstrations, or with an exchange or a place "
+        "that is kept out of them (default: %(default)s)")
     add("--policy", type=policy_named, default="checkpoint", metavar="WHO",
         help="who acts: checkpoint, replay (a training demo of the task, blindly), zero (nobody), or the ws:// or "
         "wss:// address of a policy server (default: %(default)s)")
@@ -381,6 +386,7 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
         num_trials=arguments.num_trials,
         init_states=arguments.init_states,
         random_resets=arguments.random_resets,
+        layouts=arguments.layouts,
         max_steps=step_limit(task_suite) if arguments.max_steps is None else arguments.max_steps,
         demo=arguments.demo,
         execute_steps=arguments.execute_steps,

@@ -57,6 +57,7 @@ class Rollouts:
     policy_looks: bool  # without, no observation is drawn
     save_video: str  # all, failures or none
     pictures: Path  # folder of videos and last frames
+    layouts: str = "libero"  # or one of simulator.layouts.LAYOUTS, for random resets
     decision_delay_steps: int = 0  # that the robot goes on with the chunk before while the policy decides
 
 

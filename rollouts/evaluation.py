@@ -49,6 +49,7 @@ class Evaluation:
     episode_timeout: float  # seconds of a worker's own work, after which its episode counts as hung
     server: str | None = None  # ws:// or wss:// address of a policy that is a server
     decision_timeout: float = DECISION_TIMEOUT  # seconds, after which a server counts as hung
+    layouts: str = "libero"  # of the random resets: libero, or one of simulator.layouts.LAYOUTS
     decision_delay_steps: int | str = 0  # with the chunk before; AUTO: as long as a decision takes
 
     def __post_init__(self) -> None:
@@ -79,10 +80,21 @@ class Evaluation:
             raise BadInput(f"{' and '.join(given)}: each says which episodes are played; give one of them")
         if self.random_resets is not None:
             check_range("random_resets", self.random_resets)
+        self._check_layouts()
         check_range("max_steps", self.max_steps, LONGEST_EPISODE)
         check_range("sample_steps", self.sample_steps)
         if self.num_workers is not None:
             check_range("num_workers", self.num_workers)
+
+    def _check_layouts(self) -> None:
+        if self.layouts == "libero":
+            return
+        if self.random_resets is None:
+            raise BadInput(f"--layouts {self.layouts} needs --random_resets: init states have LIBERO's own layouts")
+        if self.task_suite != "libero_object":
+            raise BadInput(f"--layouts {self.layouts}: only the scenes of libero_object, not of {self.task_suite}")
+        if self.shift_target:
+            raise BadInput(f"--shift_target: --layouts {self.layouts} moves every object already")
 
     def _check_server(self) -> None:
         if self.checkpoint:
@@ -110,7 +122,8 @@ class Evaluation:
 
     def episodes(self, task_ids: Sequence[int], trials: Sequence[int]) -> list[Episode]:
         """Every trial of every task, in the order of the tasks, without regard to the shard."""
-        seed_of = episode_seed if self.random_resets is None else functools.partial(reset_seed, "evaluation")
+        purpose = "evaluation" if self.layouts == "libero" else f"evaluation, {self.layouts}"
+        seed_of = episode_seed if self.random_resets is None else functools.partial(reset_seed, purpose)
         return [
             Episode(self.task_suite, task_id, trial, seed_of(self.task_suite, task_id, trial, self.seed))
             for task_id in task_ids

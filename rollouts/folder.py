@@ -111,7 +111,8 @@ def read_settings(directory: Path) -> dict:
 def completed(settings: dict) -> dict:
     """The settings of an evaluation with those that it had no choice of when it was made."""
     of_policy = {"precision": "fp32"} if settings["policy"] == "checkpoint" else {}
-    return {"init_states_played": None, "random_resets": None, "decision_delay_steps": 0} | of_policy | settings
+    usual = {"init_states_played": None, "random_resets": None, "layouts": "libero", "decision_delay_steps": 0}
+    return usual | of_policy | settings
 
 
 def read_episodes(directory: Path) -> list[dict]:

@@ -28,6 +28,7 @@ SCENES = (
     "num_trials",
     "init_states_played",
     "random_resets",
+    "layouts",
     "max_steps",
     "seed",
     "shard",
@@ -52,6 +53,8 @@ def conditions(evaluation: Evaluation, shift: float) -> dict[str, Evaluation]:
     chosen = evaluation.policy != "checkpoint" or evaluation.shift_target or evaluation.flow_start or evaluation.demo
     if not evaluation.checkpoint or chosen:
         raise BadInput("--side_by_side needs --checkpoint, and chooses policy, flow start and shift itself")
+    if evaluation.layouts != "libero":
+        raise BadInput(f"--side_by_side shifts targets, which --layouts {evaluation.layouts} moves already")
     if evaluation.beside:
         raise BadInput("--side_by_side makes the table of its own eight evaluations; --beside belongs to a single one")
     if evaluation.decision_delay_steps == AUTO:
@@ -169,7 +172,7 @@ def _finished(directory: Path) -> dict:
     path = directory / "results.json"
     results = read_results(path)
     try:
-        is_whole = {"policy", "shift_target", *SCENES} - {"init_states_played", "random_resets"} <= results[
+        is_whole = {"policy", "shift_target", *SCENES} - {"init_states_played", "random_resets", "layouts"} <= results[
             "settings"
         ].keys()
         is_whole = is_whole and {*FIGURES} <= results["overall"].keys()

@@ -23,6 +23,11 @@ USUAL = {  # what the value None of a setting means
     "init_states_played": "the first",
     "random_resets": "none",
 }
+NAMES_OF_LAYOUTS = {
+    "shuffled": "shuffled layouts",
+    "withheld_exchange": "the object asked for at the place of another, an exchange withheld from shuffled demos",
+    "withheld_place": "shuffled layouts, the object asked for at a place withheld from shuffled demos",
+}
 ORIGINS = ("code", "renderer")  # what each episode says of the machine that played it
 # What two results that are compared differ in by nature, or what only a policy that looks has.
 COMPARED = {"weights_sha256", "demos", "actions_sha256", "server"}
@@ -134,7 +139,8 @@ def describe(settings: dict, num_episodes: int) -> str:
     which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
     which_states += " init states" + (f" ({played})" if (played := settings.get("init_states_played")) else "")
     if settings.get("random_resets"):
-        which_states = f"{trials} random resets (not the suite's init states)"
+        of_layouts = NAMES_OF_LAYOUTS.get(settings.get("layouts", "libero"), "not the suite's init states")
+        which_states = f"{trials} random resets ({of_layouts})"
     title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states}"
     if settings.get("shift_target"):
         title += f", target shifted by up to {1000 * settings['shift_target']:g} mm"

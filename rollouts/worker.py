@@ -27,6 +27,7 @@ from observation import from_simulator
 from rollouts.episodes import LIFTED, STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
 from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.layouts import LAYOUTS
 from simulator.suites import make_suite
 
 
@@ -37,7 +38,7 @@ def play_episode(
     rollouts: Rollouts,
     ask: Callable[[dict | None], np.ndarray],
 ) -> dict:
-    """One rollout, from an init state (S,) or, for None, from where a reset with the episode's seed puts the objects;
+    """One rollout, from an init state (S,) or, for None, from where the episode's seed puts the objects;
     `ask(obs)` gives the next actions. Pictures are drawn only when actions are due, or for a video.
 
     With a decision delay of N steps each chunk has N actions more than are executed before the next decision. They go
@@ -50,6 +51,9 @@ def play_episode(
     env.reset(seed=episode.seed)
     if init_state is not None:
         env.set_init_state(init_state)
+    if rollouts.layouts != "libero":
+        assert env.target is not None, "every task of libero_object is about an object"
+        env.place_objects(LAYOUTS[rollouts.layouts](env, np.random.default_rng(episode.seed), env.target))
     if rollouts.shift_target:
         env.shift_target(np.random.default_rng(episode.seed), rollouts.shift_target)
     for _ in range(WAIT_STEPS):

@@ -14,6 +14,8 @@ Two kinds of layout are kept for evaluation and are never drawn for training:
 
 LIBERO's own layouts (--layouts libero) with --shift_target know nothing of the withheld places.
 
+`run_libero_eval.py --layouts` plays what LAYOUTS names.
+
 Lengths are in metres. An object's position is that of its body, as its joint has it.
 """
 
@@ -112,6 +114,13 @@ def layout_with_withheld_place(env: LiberoEnv, rng: np.random.Generator, target:
     """A layout for evaluation: exchanged and moved as in training, but `target` stands in the withheld cell beside its
     place. Use it, and see errors, as `training_layout`."""
     return _moved(env, rng, lambda: _exchanged(env, rng), to_withheld_cell=target)
+
+
+LAYOUTS: dict[str, Callable[[LiberoEnv, np.random.Generator, str], Layout]] = {
+    "shuffled": lambda env, rng, _target: training_layout(env, rng),
+    "withheld_exchange": layout_with_withheld_exchange,
+    "withheld_place": layout_with_withheld_place,
+}  # of random resets, beside LIBERO's own
 
 
 def withheld_partner(env: LiberoEnv, target: str) -> str:

@@ -16,7 +16,16 @@ from rollouts.episodes import Episode, episode_seed, reset_seed, shard_of
 from rollouts.evaluation import Evaluation
 from rollouts.folder import EvaluationFolder, merge, read_episodes
 from rollouts.report import write_report, write_side_by_side_report
-from rollouts.side_by_side import OWN, cell_of, conditions, read_beside, results_of_all, side_by_side, table_text
+from rollouts.side_by_side import (
+    OWN,
+    cell_of,
+    check_comparable,
+    conditions,
+    read_beside,
+    results_of_all,
+    side_by_side,
+    table_text,
+)
 from rollouts.statistics import (
     causes_text,
     comparison_text,
@@ -661,6 +670,23 @@ def test_random_resets_share_no_scene_with_the_init_states_and_are_never_paired_
         results_in(tmp_path / name, 1, **changes)
     with pytest.raises(BadInput, match="no finished episode of the same suite"):
         comparison_text(tmp_path / "A/results.json", tmp_path / "B/results.json")
+
+
+def test_layouts_are_of_random_resets_and_have_episodes_and_a_title_of_their_own():
+    shuffled = replace(ASKED, random_resets=5, layouts="shuffled")
+    resets = [replace(shuffled, layouts=name) for name in ("libero", "shuffled", "withheld_exchange")]
+    assert len({one.seed for asked in resets for one in asked.episodes([6], range(5))}) == 15
+    settings = SETTINGS | {"num_trials": 5, "random_resets": 5, "layouts": "withheld_exchange"}
+    assert "5 random resets (the object asked for at the place of another" in describe(settings, 10)
+    with pytest.raises(BadInput, match=r"cannot stand side by side: .* layouts"):
+        check_comparable({"A": settings, "B": settings | {"layouts": "shuffled", "policy": "zero"}})
+    for changes, problem in (
+        ({"random_resets": None}, "--layouts shuffled needs --random_resets"),
+        ({"shift_target": 0.05}, "--shift_target: --layouts shuffled moves every object already"),
+        ({"task_suite": "libero_goal"}, "--layouts shuffled: only the scenes of libero_object, not of libero_goal"),
+    ):
+        with pytest.raises(BadInput, match=problem):
+            replace(shuffled, **changes)
 
 
 def test_a_failure_is_told_by_what_it_lifted(tmp_path):

@@ -20,7 +20,9 @@ from config import load_config
 from demos.hdf5 import load_demos, split_demos
 from demos.instructions import canonical_instruction, task_instruction
 from errors import BadInput
+from rollouts.episodes import STAND_STILL, Episode, Rollouts
 from rollouts.policies import read_demo
+from rollouts.worker import play_episode
 from simulator.env import LiberoEnv, make_env
 from simulator.layouts import (
     MOVED_BY,
@@ -180,6 +182,32 @@ def test_evaluation_puts_the_object_asked_for_into_a_withheld_place_alone(env):
 
 
 # Who is asked for
+
+
+@pytest.mark.parametrize("layouts", ["libero", "shuffled", "withheld_exchange", "withheld_place"])
+def test_an_episode_begins_in_the_layout_that_was_asked_for(env, tmp_path, layouts):
+    places = places_of(env)
+    rollouts = Rollouts("libero_object", 64, 0.2, 1, 0.0, False, "none", tmp_path, layouts)
+    found = []
+
+    def stand_still(_obs):
+        at = env.sim.data.body_xpos
+        found.append({name: at[env.domain.obj_body_id[name]][:2].copy() for name in places})
+        return STAND_STILL[None]
+
+    for _ in range(2):
+        play_episode(env, Episode("libero_object", SCENE, 0, 7), None, rollouts, stand_still)
+    assert found[0].keys() == found[1].keys() and all((found[0][name] == found[1][name]).all() for name in places)
+    target, partner = env.target, withheld_partner(env, env.target)
+    near = {name: min(places, key=lambda place: np.linalg.norm(found[0][name] - places[place])) for name in places}
+    exchanged = {"libero": {}, "withheld_exchange": {target: partner, partner: target}}
+    if layouts in exchanged:
+        assert near == {name: name for name in places} | exchanged[layouts]
+    else:
+        assert near[target] != partner and sum(name != place for name, place in near.items()) > 1
+        own = places[near[target]]
+        withheld = layouts == "withheld_place"
+        assert in_withheld_cell(own, found[0][target]) == withheld
 
 
 def test_the_object_asked_for_is_the_one_that_success_looks_at(env):
