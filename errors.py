@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def in_one_line(sentence: str) -> str:
+    """Characters that break a line, or mean something to a terminal, written as Python escapes them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in sentence)
+
+
 class BadInput(Exception):
     """The user's mistake in one sentence: which file or key, what was found, what was expected.
 
-    What a file or a flag brings into the sentence stays in its one line: characters that break it, or mean something to
-    a terminal, are written as Python escapes them."""
+    What a file or a flag brings into the sentence stays in its one line."""
 
     def __init__(self, sentence: str):
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in sentence))
+        super().__init__(in_one_line(sentence))
 
 
 OUT_OF_MEMORY = (
