@@ -4,10 +4,10 @@ command until it is done. What it leaves has to equal what an undisturbed run le
     python benchmarks/crash_soak.py --kills 200 --minutes 40
     python benchmarks/crash_soak.py --programs phase1 phase2 embed        without a simulator
 
-Programs take turns, and each is killed up to five times a turn, at moments that are drawn evenly over the time that it
-takes. They are forked from this process, where what they import is loaded: a kill meets a program at work, not Python
-at its imports. A training saves after every step, so that many kills fall into a save. After --minutes none is killed
-any more. Results go to benchmarks/results/crash_soak.json.
+Each program gets the same share of the time, in runs that are killed up to three times, at moments that are drawn
+evenly over the time that a run takes. They are forked from this process, where what they import is loaded: a kill meets
+a program at work, not Python at its imports. A training saves after every step, so that many kills fall into a save.
+After --minutes none is killed any more. Results go to benchmarks/results/crash_soak.json.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,7 +46,8 @@ SCRIPTS = {
     "embed": "embed_language.py", "export": "convert_lerobot.py", "import": "convert_lerobot.py",
     "collect": "collect_demos.py", "evaluate": "run_libero_eval.py",
 }  # fmt: skip
-ROUND_KILLS = 5  # of one run
+KILLS_OF_A_RUN = 3
+PATIENCE = 900.0  # seconds after which a run that nobody kills any more hangs
 DRAWN = ("--tasks", 6, "--image_size", 64, "--visual_mesh_ratio", 0.2)
 LATEST = {phase: Path(folder, "checkpoint_latest.pt") for phase, folder in
           ((1, "phase1_temporal_jepa"), (2, "phase2_flow_matching"))}  # fmt: skip
@@ -67,6 +68,7 @@ class Tally:
     killed: int = 0
     finished: int = 0
     equal: int = 0
+    minutes: float = 0.0  # of all these runs together
     wrong: list[str] = field(default_factory=list)
 
 
@@ -222,23 +224,52 @@ def killed(process) -> None:
     process.join()
 
 
-def run(program: Program, folder: Path, pause: Callable[[], float | None]) -> tuple[int, str]:
-    """Starts it until it ends by itself, killing it after pause() seconds, None for never. -> how often it was killed,
-    and what it said where it has failed."""
+def run(program: Program, folder: Path, pauses: Iterable[float] = ()) -> tuple[int, str]:
+    """Starts it until it ends by itself, and kills it after so many seconds of each start, those after the last pause
+    excepted. -> how often it was killed, and what it said where it has failed."""
     folder.mkdir(parents=True)
-    said, kills = folder.with_suffix(".log"), 0
+    said, kills, pauses = folder.with_suffix(".log"), 0, iter(pauses)
     while True:
         said.unlink(missing_ok=True)
         process = FORK.Process(target=forked, args=(program.command(folder), said))
         process.start()
-        process.join(pause())
+        pause = next(pauses, None)
+        process.join(PATIENCE if pause is None else pause)
         if process.exitcode is None:
             killed(process)
+            if pause is None:
+                return kills, f"it hangs: {said.read_text()[-1000:]}"
             kills += 1
         elif process.exitcode:
             return kills, f"exit code {process.exitcode}: {said.read_text()[-1000:]}"
         else:
             return kills, ""
+
+
+def differing(found: object, expected: object) -> str:
+    """The names of what is another, or lacks, in one of two results."""
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return "all of it"
+    names = [str(name) for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    return ", ".join(sorted(names)[:8])
+
+
+def disturb(program: Program, folder: Path, tally: Tally, expected: object, pauses: Iterable[float]) -> None:
+    """One run, killed after each of the pauses, and what is to be said of what it has left."""
+    began = time.monotonic()
+    kills, failure = run(program, folder, pauses)
+    found = None if failure else program.result(folder)
+    tally.killed, tally.finished = tally.killed + kills, tally.finished + (not failure)
+    if failure:
+        tally.wrong.append(f"after {kills} kills: {failure}")
+    elif found != expected:
+        tally.wrong.append(f"after {kills} kills another result: {differing(found, expected)}")
+    elif parts := [path.name for path in folder.rglob("*.part")]:
+        tally.wrong.append(f"after {kills} kills there is still {', '.join(parts)}")
+    else:
+        tally.equal += 1
+    shutil.rmtree(folder)
+    tally.minutes += (time.monotonic() - began) / 60
 
 
 def main() -> None:
@@ -257,7 +288,7 @@ def main() -> None:
         expected, seconds = {}, {}
         for name, program in known.items():
             began = time.perf_counter()
-            if failure := run(program, work / name, lambda: None)[1]:
+            if failure := run(program, work / name)[1]:
                 sys.exit(f"error: {name} ends with {failure}")
             expected[name], seconds[name] = program.result(work / name), time.perf_counter() - began
             print(f"{name}: {seconds[name]:.1f} s undisturbed", flush=True)
@@ -265,26 +296,14 @@ def main() -> None:
         def left() -> int:
             return most - sum(tally.killed for tally in tallies.values()) if time.monotonic() < until else 0
 
+        def pauses(of_a_run: float) -> Iterator[float]:
+            for _ in range(min(KILLS_OF_A_RUN, left())):
+                if time.monotonic() < until:
+                    yield drawn.uniform(0, of_a_run)
+
         while left() > 0:
-            for name, program in known.items():
-                at_most = iter(range(min(ROUND_KILLS, left())))
-
-                def pause(name: str = name, at_most=at_most) -> float | None:
-                    kills = next(at_most, None) is not None and time.monotonic() < until
-                    return drawn.uniform(0, seconds[name]) if kills else None
-
-                folder, tally = work / f"{name}_killed", tallies[name]
-                times, failure = run(program, folder, pause)
-                tally.killed, tally.finished = tally.killed + times, tally.finished + (not failure)
-                if failure:
-                    tally.wrong.append(f"after {times} kills: {failure}")
-                elif (found := program.result(folder)) != expected[name]:
-                    tally.wrong.append(f"after {times} kills another result: {differing(found, expected[name])}")
-                elif parts := [path.name for path in folder.rglob("*.part")]:
-                    tally.wrong.append(f"after {times} kills there is still {', '.join(parts)}")
-                else:
-                    tally.equal += 1
-                shutil.rmtree(folder)
+            name = min(known, key=lambda one: tallies[one].minutes)
+            disturb(known[name], work / f"{name}_killed", tallies[name], expected[name], pauses(seconds[name]))
             print(", ".join(f"{name} {tally.killed}" for name, tally in tallies.items()), flush=True)
     rows = [{"program": name, "seconds": seconds[name], **vars(tally)} for name, tally in tallies.items()]
     write_results("crash_soak", rows, [f"{options.seed} is the seed of the moments"], options.quick)
@@ -292,14 +311,6 @@ def main() -> None:
     print_table("killed and started again", columns, [[row[column] for column in columns] for row in rows])
     if wrong := [f"{row['program']} {sentence}" for row in rows for sentence in row["wrong"]]:
         sys.exit("error: " + "\n".join(wrong))
-
-
-def differing(found: object, expected: object) -> str:
-    """The names of what is another, or lacks, in one of two results."""
-    if not (isinstance(found, dict) and isinstance(expected, dict)):
-        return "all of it"
-    names = [str(name) for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
-    return ", ".join(sorted(names)[:8])
 
 
 if __name__ == "__main__":
