@@ -10,8 +10,10 @@ import threading
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
+import torch.distributed
 from helpers import batches_of, data_config, fitted, phase1_batch, refused, run, small_config, train_here
 from small_trainings import (
     EPOCHS,
@@ -30,6 +32,9 @@ from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
+import check_demos
+import convert_lerobot
+import embed_language
 import train
 import training.interruption
 import training.processes
@@ -130,6 +135,45 @@ def test_a_second_signal_ends_a_process_at_once_unless_it_is_the_first_one_twice
     with Interruption():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize(
+    "main, words, number",
+    [
+        (train.main, ["--phase", "1", "--config", "conf/quickstart.yaml"], signal.SIGTERM),
+        (train.main, ["--phase", "1", "--config", "conf/quickstart.yaml"], signal.SIGINT),
+        (embed_language.main, ["--output", "OUT/embeddings.npz"], signal.SIGTERM),
+        (check_demos.main, ["DATA"], signal.SIGTERM),
+        (convert_lerobot.main, ["export", "DATA", "OUT/set"], signal.SIGTERM),
+        (convert_lerobot.main, ["export", "DATA", "OUT/set"], signal.SIGINT),
+    ],
+)
+def test_a_signal_while_files_are_read_is_one_sentence_and_the_number_of_the_signal(
+    data, tmp_path, monkeypatch, capsys, main, words, number
+):
+    class Opened(h5py.File):  # the first file is opened, and the signal comes
+        def __init__(self, *place, **options):
+            super().__init__(*place, **options)
+            monkeypatch.setattr(h5py, "File", file)
+            send(number)()
+
+    file = h5py.File
+    monkeypatch.setattr(h5py, "File", Opened)
+    words = [word.replace("OUT", str(tmp_path)).replace("DATA", str(data)) for word in words]
+    here = [] if main is convert_lerobot.main else ["--set", f"data.data_directory={data}"]
+    here += ["--set", f"training.checkpoint_directory={tmp_path}"] if main is train.main else []
+    monkeypatch.setattr(sys, "argv", [main.__module__, *words, *here])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 128 + number
+    printed = capsys.readouterr()
+    last = [line for line in (printed.out + printed.err).splitlines() if line][-1]
+    if main is convert_lerobot.main:
+        assert last == f"Stopped. What is done is kept in {tmp_path}/set.part; the same command continues."
+    else:
+        assert last == f"{number.name}: stopped; no file is left half written, and the same command starts again"
+    assert not list(tmp_path.glob("**/*.pt")) and not list(tmp_path.glob("**/*.npz"))
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
