@@ -20,9 +20,10 @@ SIMULATOR_FILES = {
     "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_shuffled_layouts.py",
     "test_simulator.py", "test_simulator_check.py",
 }  # fmt: skip
-LONGEST_FIRST = (  # files that take a minute or more: one that begins last would keep one process alone at work
-    "test_training.py", "test_collect_demos.py", "test_libero_eval.py", "test_simulator.py", "test_shuffled_layouts.py",
-    "test_rollouts_pool.py", "test_benchmarks.py", "test_mamba.py", "test_turning.py", "test_precision.py",
+LONGEST_FIRST = (  # files that take half a minute or more: one that begins last would keep one process alone at work
+    "test_collect_demos.py", "test_shuffled_layouts.py",  # the second of which does not wait for the first one's demos
+    "test_libero_eval.py", "test_simulator.py", "test_rollouts_pool.py", "test_training.py", "test_mamba.py",
+    "test_interruption.py", "test_benchmarks.py", "test_turning.py", "test_precision.py",
 )  # fmt: skip
 SLOW_FILES = {"test_benchmarks.py", "test_supported_pythons.py"}
 SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone"}
