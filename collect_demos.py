@@ -33,7 +33,7 @@ from collection.demonstrator import TASK_SUITE, Demonstrator, prepare_worker
 from collection.files import CONTINUES, DemoSettings, claimed
 from collection.task_demos import TaskDemos, libero_attributes
 from config import add_config_flags, load_config
-from errors import BadInput, exits_on_bad_input, out_of_memory_named
+from errors import BadInput, exit_code, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from machine import affordable_processes
 from simulator.layouts import MOVED_BY, ShuffledTask, shuffled_tasks
@@ -271,9 +271,9 @@ def main() -> None:
         try:
             with out_of_memory_named(no_memory):
                 collect(tasks, args.num_workers, finish)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"\nStopped. Finished demos are kept in {folder}; the same command continues.")
-            raise SystemExit(130) from None
+            raise SystemExit(exit_code(stop)) from None
     report(tasks)
 
 

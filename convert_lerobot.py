@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import LARGEST, load_config
-from errors import BadInput, exits_on_bad_input
+from errors import BadInput, exit_code, exits_on_bad_input
 from files import expanded
 
 
@@ -74,9 +74,9 @@ def main() -> None:
         (export_demos if args.direction == "export" else import_demos)(args)
     except ImportError as problem:
         raise BadInput(f"a package is missing ({problem}); `pip install -r requirements-interop.txt`") from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nStopped. What is done is kept in {args.out}.part; the same command continues.")
-        raise SystemExit(130) from None
+        raise SystemExit(exit_code(stop)) from None
 
 
 if __name__ == "__main__":

@@ -2,19 +2,25 @@
 
 import errno
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def in_one_line(sentence: str) -> str:
+    """Characters that break a line, or mean something to a terminal, written as Python escapes them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in sentence)
 
 
 class BadInput(Exception):
     """The user's mistake in one sentence: which file or key, what was found, what was expected.
 
-    What a file or a flag brings into the sentence stays in its one line: characters that break it, or mean something to
-    a terminal, are written as Python escapes them."""
+    What a file or a flag brings into the sentence stays in its one line."""
 
     def __init__(self, sentence: str):
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in sentence))
+        super().__init__(in_one_line(sentence))
 
 
 OUT_OF_MEMORY = (
@@ -66,14 +72,45 @@ def extras_named() -> Iterator[None]:
         ) from None
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: who cleans up after Ctrl-C does so after it."""
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """128 + the signal's number, as shells have it."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """Within the block SIGTERM is raised as Terminated, unless somebody else takes it or this is no main thread."""
+    is_free = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if is_free:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if is_free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def exits_on_bad_input(main):
     """Wraps a script's main(): BadInput, running out of memory and what the machine refuses (a full disk, a file that
-    may not be read) become one sentence and exit code 2, Ctrl-C one sentence and 130, as shells have it."""
+    may not be read) become one sentence and exit code 2, Ctrl-C and SIGTERM one sentence and 130 and 143."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            with out_of_memory_named("out of memory; other programs on this machine or GPU may hold it"):
+            with (
+                sigterm_raised(),
+                out_of_memory_named("out of memory; other programs on this machine or GPU may hold it"),
+            ):
                 return main(*args, **kwargs)
         except BadInput as mistake:
             print(f"error: {mistake}", file=sys.stderr)
@@ -89,8 +126,10 @@ def exits_on_bad_input(main):
                 raise
             print(f"error: {problem}: a limit on memory (ulimit -v) or processes (-u) is low", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            code = exit_code(stop)
+            stopped = f"{signal.Signals(code - 128).name}: stopped"
+            print(f"\n{stopped}; no file is left half written, and the same command starts again", file=sys.stderr)
+            sys.exit(code)
 
     return wrapped

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from config import add_set_flag
 from demos.instructions import canonical_instruction
-from errors import BadInput, exits_on_bad_input
+from errors import BadInput, exit_code, exits_on_bad_input
 from files import expanded
 from machine import affordable_processes
 from provenance import code_version
@@ -222,10 +222,10 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         try:
             progress = tqdm(total=len(episodes), initial=len(done), unit="episode", smoothing=0)
             keep_all(rollout, folder, start_name(settings), progress, code_of(policy))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             kept = f"{len(folder.episodes)} of {len(episodes)} episodes are kept"
             print(f"\nStopped. {kept}; the same command with --output_dir {all_sides or folder.directory} continues.")
-            sys.exit(130)
+            sys.exit(exit_code(stop))
         results = finish(folder, evaluation.checkpoint, checkpoint, beside)
     return Played(folder.directory, len(episodes), results)
 

@@ -276,6 +276,8 @@ def main() -> None:
                         backpropagate(losses["loss"])
                         gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
                         values = losses | {"gradient_norm": gradient_norm}
+                        # This look waits for a GPU's step to end. Without it optimizer, average, target and log would
+                        # each need a condition on the device. On a CPU it costs nothing (docs/speed.md).
                         if gradient_norm.isfinite():
                             optimizer.step()
                             if average:

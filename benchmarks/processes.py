@@ -7,8 +7,9 @@ batch. One run is one process. The other is `torchrun` with two processes that t
 half the threads each). The runs alternate. Speed is what train.py logs, and the weights of both runs are compared at
 the end. They can only differ by the order of float32 sums.
 
-A second pair of processes tells what the all-reduce of the gradients costs: it runs the same step with and without it,
-in turn.
+A second pair of processes tells what parts of a step cost: it runs the same step with and without each of them, in
+turn. They are the all-reduce of the gradients, what the processes agree on (training.processes.Processes.largest), and
+the look at whether the gradient is finite.
 """
 
 import json
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +31,8 @@ from config import load_config
 from jepa.mamba import choose_mamba_backend
 from observation import CAMERAS
 from statevla_model import build_trainer
+from training.optimizer import trained_by
+from training.processes import Processes
 
 QUICK_START = "conf/quickstart.yaml"
 
@@ -51,7 +55,8 @@ def main() -> None:
     largest = max(value.abs().max().item() for value in one.values())
     ratio = spread([two / one for one, two in zip(rates[1], rates[2], strict=True)])
     reduce = in_two_processes([__file__, "--worker"] + (["--quick"] if settings.quick else []))
-    share = json.loads(reduce.splitlines()[-1])
+    parts = json.loads(reduce.splitlines()[-1])
+    ratios = parts["ratios"]
 
     print_table(
         "Two processes against one, the same global batch",
@@ -62,13 +67,25 @@ def main() -> None:
                 f"largest difference of any weight after {steps} steps",
                 f"{difference:.1e} (largest weight {largest:.1f})",
             ],
-            ["share of a step that the gradients' all-reduce takes", f"{share['share']:.1%}"],
+            ["share of a step that the gradients' all-reduce takes", f"{1 - ratios['no all-reduce']['median']:.1%}"],
+            ["a step with the processes' agreement, against one without", ratio_text(ratios["agreement"])],
+            [
+                "a step that looks whether its gradient is finite, against one that does not",
+                ratio_text(ratios["finite"]),
+            ],
         ],
     )
     rows = [
         {"what": "throughput", "ratio": ratio, "samples_per_s": {str(k): spread(v) for k, v in rates.items()}},
         {"what": "weights", "largest_difference": difference, "largest_weight": largest, "steps": steps},
-        {"what": "all-reduce", **share},
+        {
+            "what": "all-reduce",
+            "share": 1 - ratios["no all-reduce"]["median"],
+            "without_over_with": ratios["no all-reduce"],
+            "bytes": parts["bytes"],
+        },
+        {"what": "agreement", "with_over_without": ratios["agreement"]},
+        {"what": "finite", "with_over_without": ratios["finite"]},
     ]
     notes = [
         "both runs share the same cores: a ratio near 1 says that a second process costs nothing, not that it gains"
@@ -143,12 +160,27 @@ def time_all_reduce(quick: bool) -> None:
         with ddp_trainer.no_sync():
             step()
 
+    agreeing = Processes(torch.device("cpu"), dist.HashStore(), timedelta(minutes=1))
+    trained = trained_by(trainer)
+
+    def step_agreed():
+        told = agreeing.largest(0, False)
+        step()
+        told()
+
+    def step_looked_at():
+        """Whether a norm, here that of the first gradient, is finite: clipping brings the true one in any case."""
+        ddp_trainer({"obs": obs, "actions": actions, "next_obs": obs})["loss"].backward()
+        assert trained[0].grad is not None and trained[0].grad.norm().isfinite()
+        trainer.zero_grad(set_to_none=False)
+
     # interleaved draws its orders from one seed, so both processes always run the same side
-    times = interleaved({"with": step, "without": step_alone}, rounds=2 if quick else 15)
-    found = compared(times, "with")["without"]["ratio"]
+    sides = {"step": step, "no all-reduce": step_alone, "agreement": step_agreed, "finite": step_looked_at}
+    times = interleaved(sides, rounds=2 if quick else 15)
+    found = {name: row["ratio"] for name, row in compared(times, "step").items()}
     if dist.get_rank() == 0:
-        trained_bytes = 4 * sum(p.numel() for p in trainer.parameters() if p.requires_grad)
-        print(json.dumps({"share": 1 - found["median"], "without_over_with": found, "bytes": trained_bytes}))
+        trained_bytes = 4 * sum(parameter.numel() for parameter in trained)
+        print(json.dumps({"ratios": found, "bytes": trained_bytes}))
     dist.destroy_process_group()
 
 

@@ -12,13 +12,19 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from errors import in_one_line
+
 NUMBERS = re.compile(r"[<>|=]?[biuf][1248]")  # dtypes that may come: booleans, integers and floats of 1 to 8 bytes
 MOST_DIMENSIONS = 8
 MOST_ITEMS = 20_000  # of all lists and dictionaries of a message together
+MOST_IN_ONE = 1_000  # of a list or dictionary: msgpack takes memory for all that it claims, on each of 512 levels
 
 
 class BadMessage(ValueError):
-    """What is wrong with a message, in one sentence."""
+    """What is wrong with a message, in one sentence and one line, whatever the message brings into it."""
+
+    def __init__(self, sentence: str):
+        super().__init__(in_one_line(sentence))
 
 
 def packed(message: dict) -> bytes:
@@ -53,8 +59,8 @@ def unpacked(data: bytes) -> dict:
             data,
             object_hook=lambda items: _restored(counted(items)),
             list_hook=counted,
-            max_array_len=MOST_ITEMS,
-            max_map_len=1000,
+            max_array_len=MOST_IN_ONE,
+            max_map_len=MOST_IN_ONE,
             max_ext_len=0,
         )
     except BadMessage:

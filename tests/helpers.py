@@ -1,6 +1,7 @@
 """What several test files share: scripts run as users run them, small models, samples of small files, report pages."""
 
 import contextlib
+import importlib
 import io
 import os
 import subprocess
@@ -12,9 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-import convert_lerobot
-import embed_language
-import eval as offline_evaluation
 import jepa.mamba
 import train
 from config import Config, DataConfig, load_config
@@ -49,11 +47,9 @@ SMALL = {
     "training.device": "cpu",
 }
 HERE = {
-    "train.py": train.main,
-    "eval.py": offline_evaluation.main,
-    "embed_language.py": embed_language.main,
-    "convert_lerobot.py": convert_lerobot.main,
-}
+    "check_demos.py", "collect_demos.py", "convert_lerobot.py", "embed_language.py", "eval.py", "plot_curves.py",
+    "run_libero_eval.py", "train.py",
+}  # fmt: skip
 
 
 def run(*command: object, expect: int = 0, **variables: str) -> subprocess.CompletedProcess:
@@ -82,9 +78,12 @@ def run_here(command: list[str]) -> subprocess.CompletedProcess:
         patch.setattr(sys, "argv", command)
         patch.setattr(jepa.mamba.backend, "name", "torch")  # as in a fresh process, and so again afterwards
         try:
-            HERE[command[0]]()
+            importlib.import_module(command[0].removesuffix(".py")).main()
         except SystemExit as end:
-            code = end.code
+            code = end.code or 0
+            if isinstance(code, str):  # as Python ends a process with it
+                print(code, file=sys.stderr)
+                code = 1
     return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
 
 

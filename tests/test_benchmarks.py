@@ -2,12 +2,13 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from helpers import ROOT
+from small_trainings import ranks_of
 
 RESULTS = {
     "encoder.py": "encoder",
@@ -21,19 +22,19 @@ RESULTS = {
 }
 
 
-def run(command: str, output: Path) -> subprocess.CompletedProcess:
+def benchmark(_rank: int, command: str, output: Path) -> None:
+    """As `python benchmarks/COMMAND --quick`, where what it imports is loaded."""
     script, *rest = command.split()
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *rest, "--quick"],
-        cwd=ROOT, env=os.environ | {"OUT": str(output), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    os.environ["OUT"] = str(output)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.argv = [script, *rest, "--quick"]
+    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
 
 
-def test_every_benchmark_runs_and_writes_its_results(tmp_path):
-    with ThreadPoolExecutor(2) as two_at_a_time:
-        runs = two_at_a_time.map(lambda command: run(command, tmp_path), RESULTS)
-        for command, finished in zip(RESULTS, runs, strict=True):
-            assert finished.returncode == 0, f"{command}: {finished.stderr[-3000:]}"
-    for name in RESULTS.values():
-        found = json.loads((tmp_path / f"{name}.quick.json").read_text())
-        assert found["benchmark"] == name and found["quick"] and found["rows"] and found["machine"]["torch"]
+@pytest.mark.parametrize("command, name", RESULTS.items())
+def test_every_benchmark_runs_and_writes_its_results(command, name, tmp_path):
+    [(code, said)] = ranks_of(1, tmp_path / "said", benchmark, command, tmp_path, patience=300)
+    assert code == 0, said[-3000:]
+    found = json.loads((tmp_path / f"{name}.quick.json").read_text())
+    assert found["benchmark"] == name and found["quick"] and found["rows"] and found["machine"]["torch"]

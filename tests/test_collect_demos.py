@@ -50,11 +50,6 @@ def command(*arguments) -> list:
     return [sys.executable, ROOT / "collect_demos.py", "--config", ROOT / "conf/config.yaml", *map(str, arguments)]
 
 
-def run(*arguments, **environment) -> subprocess.CompletedProcess:
-    environment = os.environ | {name: str(value) for name, value in environment.items()}
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, env=environment)
-
-
 def demo_file(folder: Path) -> Path:
     return folder / f"{NAME}_demo.hdf5"
 
@@ -69,6 +64,12 @@ def env(suite):
     env = make_env(suite, TASK, SETTINGS.image_size, SETTINGS.visual_mesh_ratio)
     yield env
     env.close()
+
+
+@pytest.fixture(scope="module")
+def episode(env) -> Demonstration:
+    """Attempt 0, played and not drawn."""
+    return demonstrate(env, TASK, attempt=0, settings=SETTINGS)
 
 
 @pytest.fixture
@@ -165,8 +166,7 @@ def test_the_hands_orientation_never_jumps_from_frame_to_frame(demo):
     assert np.abs(np.diff(orientation, axis=0)).max() < 0.1  # rad; half a second's turn would be more
 
 
-def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, tmp_path):
-    episode = demonstrate(env, TASK, attempt=0, settings=SETTINGS)
+def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, episode, tmp_path):
     start = replace(episode, actions=episode.actions[:15], states=episode.states[:15])
     with h5py.File(tmp_path / "both.hdf5", "w") as file:
         for alignment in ("after", "before"):
@@ -176,17 +176,16 @@ def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, tmp_pat
         np.testing.assert_array_equal(file["before/obs/joint_states"][:], file["before/states"][:, 1:8])
 
 
-def test_a_demo_after_a_missed_grasp_shows_the_second_attempt_alone(env):
-    whole = demonstrate(env, TASK, attempt=0, settings=SETTINGS)
+def test_a_demo_after_a_missed_grasp_shows_the_second_attempt_alone(env, episode):
     after_a_miss = demonstrate(env, TASK, attempt=0, settings=replace(SETTINGS, missed_grasps=1.0))
-    seconds = [episode.states[0][0] for episode in (whole, after_a_miss)]
+    seconds = [one.states[0][0] for one in (episode, after_a_miss)]
     assert seconds[0] == pytest.approx(SETTLE_STEPS / 20) and seconds[1] > seconds[0] + 40 / 20
     assert len(after_a_miss.actions) <= demonstrator.LONGEST_DEMO
     first_closed = np.flatnonzero(after_a_miss.actions[:, 6] == 1)[0]
     assert first_closed > 20  # it lets go at once and comes down on the target again before it closes
     heights = []
-    for episode in (whole, after_a_miss):
-        env.sim.set_state_from_flattened(episode.states[0])
+    for one in (episode, after_a_miss):
+        env.sim.set_state_from_flattened(one.states[0])
         env.sim.forward()
         heights.append(float(env.sim.data.get_body_xpos("butter_1_main")[2]))
     assert heights[1] == pytest.approx(heights[0], abs=0.03)  # the target is on the floor, not in the hand
@@ -199,41 +198,24 @@ def test_missed_grasps_are_spread_evenly_over_the_attempts(share, expected):
     assert abs(sum(chosen[:10]) - expected / 2) <= 0.5
 
 
-def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(collected_demos, tmp_path):
-    """Undisturbed, of two workers: the fixture. Here one worker, killed after its first demo and started again."""
-    arguments = ("--data_directory", tmp_path, "--demos_per_task", 2, "--num_workers", 1, *SAME_SETTINGS)
-    first_demo = tmp_path / UNFINISHED / NAME / "attempt_00000.hdf5"
-    killed = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not first_demo.exists():
-        assert killed.poll() is None, "the run ended before it wrote a demo"
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    with h5py.File(first_demo, "r+") as file:
-        file["demo"].attrs["kept"] = True
-
-    continued = run(*arguments)
-    assert continued.returncode == 0, continued.stderr
-    assert "6                 2/2   100.0%" in continued.stdout
-    assert [path.name for path in tmp_path.iterdir()] == [demo_file(tmp_path).name]
-    with h5py.File(demo_file(tmp_path)) as found, h5py.File(demo_file(collected_demos)) as expected:
-        assert "kept" in found["data/demo_0"].attrs
-        assert_same_demos(found, expected)
+def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(collected_demos, env, episode):
+    """The fixture's was killed after its first demo. Here both are played in one simulator, one after the other."""
+    assert [path.name for path in collected_demos.iterdir() if path.is_file()] == [demo_file(collected_demos).name]
+    assert not (collected_demos / UNFINISHED).exists()
+    second = demonstrate(env, TASK, attempt=1, settings=SETTINGS)
+    with h5py.File(demo_file(collected_demos)) as file:
+        assert ["kept" in file[f"data/demo_{number}"].attrs for number in range(2)] == [True, False]
+        for number, expected in enumerate((episode, second)):
+            for name in ("actions", "states"):
+                np.testing.assert_array_equal(file[f"data/demo_{number}/{name}"][:], getattr(expected, name))
 
 
-def assert_same_demos(found: h5py.File, expected: h5py.File):
-    def compare(name, item):
-        if isinstance(item, h5py.Dataset):
-            np.testing.assert_array_equal(found[name][:], item[:], err_msg=name)
-
-    assert sorted(found["data"]) == sorted(expected["data"])
-    expected.visititems(compare)
-
-
-def test_rerun_with_everything_there_changes_nothing(collected_demos):
+def test_rerun_with_everything_there_changes_nothing(collected_demos, monkeypatch, capsys):
     before = demo_file(collected_demos).stat()
-    again = run("--data_directory", collected_demos, "--demos_per_task", 2, *SAME_SETTINGS)
-    assert again.returncode == 0, again.stderr
+    words = command("--data_directory", collected_demos, "--demos_per_task", 2, *SAME_SETTINGS)[1:]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    collect_demos.main()
+    assert "6                 2/2   100.0%" in capsys.readouterr().out
     assert demo_file(collected_demos).stat() == before
 
 
@@ -563,15 +545,15 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_demo_leaves_no_part_of_it(tmp_p
 # Several collectors
 
 
-def test_a_second_collector_of_a_task_is_refused_in_one_sentence(tmp_path):
-    with claimed([NAME], tmp_path):
-        second = run("--data_directory", tmp_path, "--demos_per_task", 2, *SAME_SETTINGS)
-    assert second.returncode == 2
+def test_a_second_collector_of_a_task_is_refused_in_one_sentence(tmp_path, said_by):
+    folder = tmp_path / "demos"
+    folder.mkdir()
+    with claimed([NAME], folder):
+        said = said_by("--demos_per_task", 2, *SAME_SETTINGS)
     assert re.fullmatch(
-        rf"error: another collect_demos\.py is collecting {NAME} in {tmp_path} \(process {os.getpid()} on .+\)\n",
-        second.stderr,
+        rf"error: another collect_demos\.py is collecting {NAME} in {folder} \(process {os.getpid()} on .+\)\n", said
     )
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_collectors_of_different_tasks_share_a_folder(tmp_path):

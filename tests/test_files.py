@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -327,5 +328,9 @@ def raised(problem):
     raise problem
 
 
-def test_ctrl_c_ends_with_the_shells_number(capsys):
-    assert said_by(lambda: raised(KeyboardInterrupt()), capsys) == (130, "stopped\n")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_the_shells_number_and_one_sentence(number, capsys):
+    before = signal.getsignal(number)
+    sentence = f"\n{number.name}: stopped; no file is left half written, and the same command starts again\n"
+    assert said_by(lambda: os.kill(os.getpid(), number), capsys) == (128 + number, sentence)
+    assert signal.getsignal(number) == before

@@ -2,9 +2,9 @@
 
 import errno
 import json
-import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from helpers import CPU, LANGUAGE, batches_of, data_config, fitted, load, samples_of, small_config
 from libero_files import write_task_file
+from small_trainings import ranks_of
 
 from dataloader import LowDimensional, every_frame, frame_rows, transition_rows
 from demos.frames import DeviceFrames, FlatFrames, HDF5Frames, open_frames
@@ -230,27 +231,23 @@ def test_the_gpu_cache_needs_a_gpu(tmp_path):
         frames_of(tmp_path, "data.cache=gpu")
 
 
-def convert_and_report(directory, start, results):
-    start.wait()
+def convert_and_report(rank: int, directory: Path, results: Path) -> None:
     demos, frames = frames_of(directory)
-    results.put(int(all_frames(demos, frames).sum(dtype=np.int64)))
+    (results / str(rank)).write_text(str(int(all_frames(demos, frames).sum(dtype=np.int64))))
 
 
 @pytest.mark.slow
 def test_processes_that_convert_at_once_agree_and_write_one_file(tmp_path):
-    write_task_file(tmp_path, demos=6)
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Event(), context.Queue()
-    processes = [context.Process(target=convert_and_report, args=(tmp_path, start, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    start.set()
-    sums = {results.get(timeout=120) for _ in processes}
-    for process in processes:
-        process.join()
-    demos, _ = load(tmp_path)
-    assert sums == {int(all_frames(demos, HDF5Frames(demos, 32)).sum(dtype=np.int64))}
-    assert len(cached(tmp_path)) == 1
+    data, results = tmp_path / "data", tmp_path / "results"
+    data.mkdir()
+    results.mkdir()
+    write_task_file(data, demos=6)
+    ends = ranks_of(3, tmp_path / "said", convert_and_report, data, results)
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    demos, _ = load(data)
+    expected = str(int(all_frames(demos, HDF5Frames(demos, 32)).sum(dtype=np.int64)))
+    assert [path.read_text() for path in results.iterdir()] == [expected] * 3
+    assert len(cached(data)) == 1
 
 
 def test_where_files_cannot_be_locked_nobody_reads_half_a_conversion(tmp_path, monkeypatch, capsys):

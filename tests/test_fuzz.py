@@ -6,6 +6,7 @@
 import contextlib
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,16 @@ from broken_demos import close_the_fingers, settings, verdict, write_embeddings
 from helpers import INSTRUCTION
 from hypothesis import strategies as st
 from libero_files import write_task_file
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from config import load_config, parse_config
 from demos.language import load_language
 from errors import BadInput
+from observation import CAMERAS, ROBOT_STATES, STATE_WIDTHS
+from serving.libero_message import MOST_DECISIONS, RequestReader, message_of
+from serving.messages import BadMessage, packed, unpacked
+from serving.policy_server import PolicyServer, in_background
 from training.checkpoint import config_of, read_checkpoint
 
 ASKED = int(os.environ.get("STATEVLA_FUZZ", "0"))
@@ -292,3 +299,107 @@ def test_any_config_file_is_read_or_refused(tmp_path):
 
 def nested(place: tuple, value: object) -> object:
     return {place[0]: nested(place[1:], value)} if place else value
+
+
+# --------------------------------------------------------------------------------------- messages of policy servers
+
+READER = RequestReader(list(ROBOT_STATES["joints"]), 8, 8, [INSTRUCTION])
+SEEN = {camera: np.arange(192, dtype=np.uint8).reshape(8, 8, 3) for camera in CAMERAS}
+SEEN |= {part: np.linspace(-1, 1, width, dtype=np.float32) for part, width in STATE_WIDTHS.items()}
+GOOD = message_of(SEEN, INSTRUCTION, 7, 3)
+CHUNK = np.linspace(-1, 1, 70).reshape(10, 7)
+STATES = st.lists(st.floats(width=32), min_size=6, max_size=8).map(lambda values: np.array(values, np.float32))
+SIZES = st.lists(st.integers(-1, 8) | st.sampled_from([2**31, 2**62, 2**63, 0.5, True, None, "3"]), max_size=9)
+LAID_OUT = st.fixed_dictionaries(  # an array as a client claims it to be
+    {b"__ndarray__": st.just(True)},
+    optional={
+        b"dtype": st.sampled_from(
+            ["|O", "|O8", "<f4", "|u1", "<U3", "<c8", "(9,9)f4", "<f9", "<M8", b"<f4", 4, "f4,i4"]
+        ),
+        b"shape": SIZES | st.integers() | st.just([8, 8, 3]),
+        b"data": st.binary(max_size=16) | st.just(bytes(192)) | TEXTS,
+    },
+)
+NUMBER = st.fixed_dictionaries(
+    {b"__npgeneric__": st.just(True)},
+    optional={b"dtype": st.sampled_from(["|i1", "<f4", "|O8", "|b1"]), b"data": st.integers() | st.floats() | TEXTS},
+)
+SENT = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), TEXTS, st.binary(max_size=8), STATES,
+        LAID_OUT, NUMBER, st.builds(filled, TYPES.filter(lambda name: name not in ("c8", "S3", "f8,i4")), SHAPES,
+                                    st.integers(0, 300)),
+        st.integers(1, 60).map(lambda size: np.zeros((size, size, 3), np.uint8)), st.just("pick up " * 20_000),
+        st.sampled_from(["Pick the milk and place it in the basket.", 3, np.int64(5)]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.binary(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)  # fmt: skip
+KNOWN = st.sampled_from([*sorted(GOOD), "observation/state"])
+MESSAGES = st.one_of(
+    st.dictionaries(KNOWN | TEXTS, SENT | st.just(...), max_size=2).map(
+        lambda changes: packed({key: value for key, value in (GOOD | changes).items() if value is not ...})
+    ),
+    SENT.map(packed),
+    TEXTS.map(lambda prompt: packed(GOOD | {"prompt": prompt})),
+    damaged_bytes(packed(GOOD)),
+    st.binary(max_size=30),
+    st.builds(lambda level, depth: level * depth, st.sampled_from([b"\x91", b"\x81\xa1a", b"\xdc\x4e\x20"]),
+              st.integers(1, 3000)),
+)  # fmt: skip
+
+
+def test_any_message_to_a_policy_server_is_read_or_refused():
+    def read(data: bytes) -> None:
+        try:
+            request = READER.read(unpacked(data))
+        except BadMessage as refused:
+            assert str(refused).isprintable() and len(str(refused)) < 400
+            raise BadInput(str(refused)) from None
+        assert request.obs.keys() == {*CAMERAS, *READER.robot_state}
+        for name, value in request.obs.items():
+            is_picture = name in CAMERAS
+            assert value.dtype == (np.uint8 if is_picture else np.float32) and np.isfinite(value).all()
+            assert value.shape == ((len(value),) * 2 + (3,) if is_picture else (STATE_WIDTHS[name],))
+        assert request.instruction == INSTRUCTION
+        assert request.seed is None or 0 <= request.seed < 2**63
+        assert 0 <= request.decision < MOST_DECISIONS
+
+    outcomes(MESSAGES, 200, read)
+
+
+def test_a_server_answers_any_message_with_a_chunk_or_a_sentence_and_the_next_good_one_with_its_chunk():
+    """What is beyond the bound, or is no websocket message at all, ends its own connection alone."""
+    most = READER.largest_message
+    outside = st.sampled_from([b"", bytes(most + 1), b"GET /", b"\x88\x80", b"\xff" * 40])
+    sent = st.one_of(MESSAGES, MESSAGES, TEXTS, st.tuples(outside, st.booleans()))
+    begin = lambda: lambda request: CHUNK  # noqa: E731
+    with in_background(PolicyServer(begin, READER, {"name": "test"}, "127.0.0.1", 0)) as server:
+
+        def talk():
+            connection = connect(server.address, compression=None, proxy=None)
+            connection.recv(10)
+            return connection
+
+        def read(message: bytes | str | tuple) -> None:
+            if isinstance(message, tuple):  # another client, with or without a handshake
+                data, has_joined = message
+                with (
+                    contextlib.suppress(OSError, ConnectionClosed),
+                    socket.create_connection(("127.0.0.1", server.port)) if not has_joined else talk() as other,
+                ):
+                    (other.send if has_joined else other.sendall)(data)
+            else:
+                steady.send(message)
+            answers = [steady.recv(10)] if not isinstance(message, tuple) else []
+            steady.send(packed(GOOD))
+            answers.append(steady.recv(10))
+            assert np.array_equal(unpacked(answers[-1])["actions"], CHUNK)
+            if isinstance(answers[0], str):
+                assert answers[0].isprintable()
+                raise BadInput(answers[0])
+            assert np.array_equal(unpacked(answers[0])["actions"], CHUNK)
+
+        with talk() as steady:
+            outcomes(sent, 60, read)
+    assert not server.clients

@@ -10,10 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
-import torch.distributed.run
-from helpers import ROOT, batches_of, data_config, fitted, phase1_batch, refused, run, small_config, train_here
+import torch.distributed
+from helpers import batches_of, data_config, fitted, phase1_batch, refused, run, small_config, train_here
 from small_trainings import (
     EPOCHS,
     FORK,
@@ -28,8 +29,12 @@ from small_trainings import (
     trained,
 )
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
+import check_demos
+import convert_lerobot
+import embed_language
 import train
 import training.interruption
 import training.processes
@@ -130,6 +135,45 @@ def test_a_second_signal_ends_a_process_at_once_unless_it_is_the_first_one_twice
     with Interruption():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize(
+    "main, words, number",
+    [
+        (train.main, ["--phase", "1", "--config", "conf/quickstart.yaml"], signal.SIGTERM),
+        (train.main, ["--phase", "1", "--config", "conf/quickstart.yaml"], signal.SIGINT),
+        (embed_language.main, ["--output", "OUT/embeddings.npz"], signal.SIGTERM),
+        (check_demos.main, ["DATA"], signal.SIGTERM),
+        (convert_lerobot.main, ["export", "DATA", "OUT/set"], signal.SIGTERM),
+        (convert_lerobot.main, ["export", "DATA", "OUT/set"], signal.SIGINT),
+    ],
+)
+def test_a_signal_while_files_are_read_is_one_sentence_and_the_number_of_the_signal(
+    data, tmp_path, monkeypatch, capsys, main, words, number
+):
+    class Opened(h5py.File):  # the first file is opened, and the signal comes
+        def __init__(self, *place, **options):
+            super().__init__(*place, **options)
+            monkeypatch.setattr(h5py, "File", file)
+            send(number)()
+
+    file = h5py.File
+    monkeypatch.setattr(h5py, "File", Opened)
+    words = [word.replace("OUT", str(tmp_path)).replace("DATA", str(data)) for word in words]
+    here = [] if main is convert_lerobot.main else ["--set", f"data.data_directory={data}"]
+    here += ["--set", f"training.checkpoint_directory={tmp_path}"] if main is train.main else []
+    monkeypatch.setattr(sys, "argv", [main.__module__, *words, *here])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 128 + number
+    printed = capsys.readouterr()
+    last = [line for line in (printed.out + printed.err).splitlines() if line][-1]
+    if main is convert_lerobot.main:
+        assert last == f"Stopped. What is done is kept in {tmp_path}/set.part; the same command continues."
+    else:
+        assert last == f"{number.name}: stopped; no file is left half written, and the same command starts again"
+    assert not list(tmp_path.glob("**/*.pt")) and not list(tmp_path.glob("**/*.npz"))
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
@@ -297,47 +341,36 @@ def stopped_ones_killed(folder: Path):
         thread.join()
 
 
-def node(number: int, port: int, command: list[str]) -> None:
-    """One machine's torchrun, the second of which comes later."""
+def killed_the_first_time(command: list[str]) -> None:
+    """A training that torchrun has started, the second of which is killed after its first epoch."""
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    trained(int(os.environ["RANK"]), command, {1: (STEPS + 2, send(signal.SIGKILL))} if is_first else {})
+
+
+def machine(number: int, port: int, command: list[str]) -> None:
+    """torchrun's agent on one of two machines, the second of which comes later. It forks what it starts."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.chdir(ROOT)
     time.sleep(number)
-    torch.distributed.run.main([
-        "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-        "--local_addr=127.0.0.1", "--max_restarts=1", "--monitor_interval=0.2", "train.py", *command,
-    ])  # fmt: skip
-
-
-def children_of(parent: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def killed_once_saved(latest: Path, killed: list[int]) -> None:
-    """Kills the one training of one of the two machines."""
-    while not latest.exists():
-        time.sleep(0.05)
-    torchrun = FORK.active_children()[1].pid
-    trainings = [pid for pid in children_of(torchrun) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(trainings[0], signal.SIGKILL)
-    killed.append(trainings[0])
+    agent = LaunchConfig(
+        min_nodes=2, max_nodes=2, nproc_per_node=1, run_id="two machines", rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}", local_addr="127.0.0.1", max_restarts=1, monitor_interval=0.2,
+        start_method="fork",
+    )  # fmt: skip
+    elastic_launch(agent, killed_the_first_time)(command)
 
 
 @pytest.mark.slow
 def test_two_machines_start_again_after_a_training_was_killed_and_go_on_from_what_was_saved(data, tmp_path):
-    changes = {"training__save_minutes": 1e-9, "training__phase1__num_epochs": 6}
-    command, folder = ["--phase", "1", "--resume", *small(1, data, tmp_path, 2, **changes)], PHASE_DIRECTORIES[1]
-    killed: list[int] = []
-    killer = threading.Thread(target=killed_once_saved, args=(tmp_path / folder / LATEST, killed), daemon=True)
-    killer.start()
-    ends = ranks_of(2, tmp_path / "said", node, free_port(), command, patience=300)
-    killer.join(1)
+    command = ["--phase", "1", "--resume", *small(1, data, tmp_path, 2, training__save_minutes=1e-9)]
+    ends = ranks_of(2, tmp_path / "said", machine, free_port(), command)
     assert [code for code, _ in ends] == [0, 0], ends
-    assert killed and not list(tmp_path.glob("*_earlier_*"))
-    assert read_checkpoint(tmp_path / folder / "checkpoint_latest.pt")["epoch"] == 6
-    steps = [line["step"] for line in lines_of(tmp_path / folder).values() if line["split"] == "validation"]
-    assert steps == [STEPS * epoch for epoch in range(1, 7)]
+    said = "".join(said for _, said in ends)
+    assert said.count("samples, 5 steps an epoch on 2 process(es)") == 2, said
+    folder = tmp_path / PHASE_DIRECTORIES[1]
+    assert read_checkpoint(folder / LATEST)["epoch"] == EPOCHS and not list(tmp_path.glob("*_earlier_*"))
+    steps = [line["step"] for line in lines_of(folder).values() if line["split"] == "validation"]
+    assert steps == [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
 
 
 # ----------------------------------------------------------------------------------------------- uneven held-out rows

@@ -259,6 +259,7 @@ JOINTS = "observation/joint_position"
         (GOOD | {JOINTS: np.full(7, 1e300)}, f"key {JOINTS} has a value that is not finite"),
         (GOOD | {"prompt": 3}, "key prompt is of type int, expected a text"),
         (GOOD | {"prompt": "dance"}, "key prompt is 'dance', which is none of the 1 instructions"),
+        (GOOD | {"prompt": "dance\n\x1b[2J"}, r"key prompt is 'dance\n\x1b[2J', which is none of the 1 instructions"),
         (GOOD | {"observation/sampling_seed": -1}, "key observation/sampling_seed is -1, expected a whole number"),
         (GOOD | {"observation/decision": 0.5}, "key observation/decision is 0.5, expected a whole number from 0"),
         *[

@@ -1,4 +1,4 @@
-"""train.py and eval.py as processes: checkpoints, resume, two processes with gloo, and bad input."""
+"""train.py and eval.py: checkpoints, resume, two processes with gloo, and bad input."""
 
 import json
 import math
@@ -14,9 +14,9 @@ import h5py
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from helpers import ROOT, fitted, one_sentence, phase1_batch, refused, run, settings, small_config, train_here
 from libero_files import write_task_file
+from small_trainings import ranks_of, trained
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -28,7 +28,7 @@ from provenance import code_version
 from statevla_model import StateVLATrainer, build_trainer, load_checkpoint
 from training.average import WeightAverage
 from training.checkpoint import SCHEMA, read_checkpoint, save_checkpoint
-from training.processes import seed_noise
+from training.processes import join_processes, seed_noise
 from training.run_log import PHASE_DIRECTORIES, against_divergence, check_finite, is_collapsing
 
 
@@ -46,12 +46,9 @@ def runs(data, tmp_path_factory) -> Path:
     """The guide's two commands, phase 1 then phase 2."""
     directory = tmp_path_factory.mktemp("checkpoints")
     both = settings(data__data_directory=data, training__checkpoint_directory=directory)
-    process = {"OMP_NUM_THREADS": "1"}
-    run("train.py", "--config", "conf/config.yaml", "--phase", 1, *both, **process)
-    run(
-        "train.py", "--config", "conf/config.yaml", "--phase", 2,
-        "--phase1_checkpoint", directory / "phase1_temporal_jepa/checkpoint_best.pt", *both, **process,
-    )  # fmt: skip
+    run("train.py", "--config", "conf/config.yaml", "--phase", 1, *both)
+    encoder = directory / "phase1_temporal_jepa/checkpoint_best.pt"
+    run("train.py", "--config", "conf/config.yaml", "--phase", 2, "--phase1_checkpoint", encoder, *both)
     return directory
 
 
@@ -506,28 +503,31 @@ def test_starting_anew_keeps_the_earlier_run(runs, data, tmp_path):
     assert earlier.read_bytes() == first
 
 
+def trained_by_nobody(_rank: int, command: list[object], home: Path) -> None:
+    """In a home without an account of wandb's."""
+    os.environ |= {"HOME": str(home), "NETRC": str(home / "netrc"), "WANDB_API_KEY": ""}
+    trained(0, list(map(str, command)), {})
+
+
 @pytest.mark.slow
-def test_offline_wandb_run_is_written_beside_the_checkpoints(data, tmp_path):
-    changes = {"wandb__mode": "offline", "training__phase1__num_epochs": 1}
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_wandb_run_is_written_beside_the_checkpoints_or_needs_an_account_in_one_sentence(data, tmp_path, mode):
+    changes = {"wandb__mode": mode, "training__phase1__num_epochs": 1}
     both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, **changes)
-    run("train.py", "--phase", 1, *both, OMP_NUM_THREADS="1")
-    assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
-
-
-@pytest.mark.slow
-def test_wandb_online_without_an_account_is_one_sentence(data, tmp_path):
-    both = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, wandb__mode="online")
-    nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
-    said = one_sentence(run("train.py", "--phase", 1, *both, expect=2, **nobody))
-    assert "wandb.mode is online, but wandb says: " in said and "wandb login" in said
+    [(code, said)] = ranks_of(1, tmp_path / "said", trained_by_nobody, ["--phase", 1, *both], tmp_path)
+    if mode == "offline":
+        assert code == 0, said
+        assert list((tmp_path / "phase1_temporal_jepa/wandb").glob("offline-run-*/*.wandb"))
+    else:
+        said = one_sentence(subprocess.CompletedProcess([], code, "", said))
+        assert code == 2 and "wandb.mode is online, but wandb says: " in said and "wandb login" in said
 
 
 # --------------------------------------------------------------------------------------------------- two processes
 
 
-def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+def gradients_of_one_rank(rank: int, ranks: int, results: Path) -> None:
+    join_processes("cpu", 1)
     torch.manual_seed(0)
     trainer = build_trainer(small_config("training.phase1.foresight_weight=1.0"), 1).double()
     batch = phase1_batch(8)
@@ -543,16 +543,15 @@ def gradients_of_one_rank(rank: int, ranks: int, store: str, results: str) -> No
     ddp_trainer(share)["loss"].backward()
     gradients = {name: p.grad for name, p in trainer.named_parameters() if p.requires_grad}
     rows = gather_rows(torch.arange(rank + 1)[:, None])  # rank 0 has one row, rank 1 two
-    torch.save({"gradients": gradients, "rows": rows}, f"{results}_{ranks}_{rank}")
-    dist.destroy_process_group()
+    torch.save({"gradients": gradients, "rows": rows}, results / f"{ranks}_{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
     for ranks in (1, 2):
-        arguments = (ranks, tmp_path / f"store{ranks}", tmp_path / "rank")
-        multiprocessing.spawn(gradients_of_one_rank, arguments, nprocs=ranks)
-    alone, first, second = (torch.load(tmp_path / f"rank_{name}") for name in ("1_0", "2_0", "2_1"))
+        ends = ranks_of(ranks, tmp_path / "said", gradients_of_one_rank, ranks, tmp_path)
+        assert [code for code, _ in ends] == [0] * ranks, ends
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert len(alone["gradients"]) > 40
     for name, gradient in alone["gradients"].items():
         assert torch.equal(first["gradients"][name], second["gradients"][name]), name
@@ -560,10 +559,15 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
     assert first["rows"].flatten().tolist() == second["rows"].flatten().tolist() == [0, 0, 1]
 
 
-def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, data, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_both_phases_as_one_with_the_joint_batch(runs, data, tmp_path):
     half = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__batch_size=8)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    run(*torchrun, "--config", "conf/config.yaml", "--phase", 1, *half)
+    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    other_policy = ("--set", "model.policy_layers=2")  # phase 2 takes the encoder alone
+    for command in (("--phase", 1), ("--phase", 2, "--phase1_checkpoint", encoder, *other_policy)):
+        words = [str(word) for word in (*command, *half, *command[4:])]
+        ends = ranks_of(2, tmp_path / "said", trained, words, {})
+        assert [code for code, _ in ends] == [0, 0], ends
     alone, together = (
         read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"]
         for root in (runs, tmp_path)
@@ -573,9 +577,6 @@ def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, d
     validation = [metrics(root / "phase1_temporal_jepa", "validation")[-1]["loss"] for root in (runs, tmp_path)]
     assert validation[0] == pytest.approx(validation[1], rel=1e-3)
 
-    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
-    other_policy = ("--set", "model.policy_layers=2")  # phase 2 takes the encoder alone
-    run(*torchrun, "--phase", 2, "--phase1_checkpoint", encoder, *half, *other_policy)
     state = [
         read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
         for root in (runs, tmp_path)
