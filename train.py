@@ -277,7 +277,7 @@ def main() -> None:
                         gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
                         values = losses | {"gradient_norm": gradient_norm}
                         # This look waits for a GPU's step to end. Without it optimizer, average, target and log would
-                        # each need a condition on the device. On a CPU it costs nothing (docs/speed.md).
+                        # each need a condition on the device. On a CPU its cost is not measurable (docs/speed.md).
                         if gradient_norm.isfinite():
                             optimizer.step()
                             if average:
