@@ -27,13 +27,12 @@ PYTHON ?= $(if $(IS_SOUND),$(RUN),python3)
 ifndef IS_SOUND
 .PHONY: $(VENV)/.installed
 endif
-TORCH ?= torch==2.13.0
-# A torch that is there already stays (your GPU's build), unless TORCH asks for another one.
-ifneq ($(origin TORCH),file)
+# A torch that is there already stays (your GPU's build), unless TORCH=... asks for another one.
 CHOSEN := $(TORCH)
-ifneq ($(CHOSEN),$(shell cat $(VENV)/.installed 2>/dev/null))
+ifeq ($(CHOSEN),)
+override TORCH := torch==2.13.0
+else ifneq ($(CHOSEN),$(shell cat $(VENV)/.installed 2>/dev/null))
 .PHONY: $(VENV)/.installed
-endif
 endif
 # Without an NVIDIA GPU PyTorch's own CPU build is enough: 0.2 GB instead of 3. It sorts before PyPI's build.
 CPU_BUILD := $(shell command -v nvidia-smi >/dev/null || \
@@ -157,24 +156,31 @@ lock: $(VENV)/tools/.installed
 	@$(VENV)/tools/bin/uv pip compile --quiet $(UPGRADE) $(LOCKED) -c <(echo "$(TORCH)") -o requirements-lock.txt
 	@$(MAKE) --no-print-directory licences
 
-# TODO audit
+licences: install
+	@$(RUN) .ci/licences.py
 
-$(VENV)/tools/.installed: .ci/requirements-tools.txt | install
-	@$(RUN) -m venv --clear $(VENV)/tools
+# What is known and stays, with its reason in docs/dependencies.md.
+ACCEPTED := CVE-2025-53644 CVE-2025-50817
+audit: $(VENV)/tools/.installed
+	@$(VENV)/tools/bin/pip-audit --no-deps --disable-pip -r requirements-lock.txt -r <(echo "$(TORCH)") \
+	  $(ACCEPTED:%=--ignore-vuln %)
+
+# Neither needs what the lock installs.
+$(VENV)/tools/.installed: .ci/requirements-tools.txt
+	@$(PYTHON) -m venv --clear $(VENV)/tools
 	@$(VENV)/tools/bin/pip install --quiet -r $<
 	@touch $@
 
 # mamba-ssm's Python files, without kernels and beside the environment, where only the tests find them: they hold
 # jepa/mamba.py against mamba-ssm's own module on any CPU.
-$(VENV)/reference/.installed: | install
-	@$(VENV)/bin/pip install --quiet setuptools wheel packaging
+$(VENV)/reference/.installed: benchmarks/requirements-reference.txt | install
 	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/pip install --quiet --no-build-isolation --no-deps \
-	  --target $(VENV)/reference mamba-ssm==2.3.2.post1
+	  --require-hashes --target $(VENV)/reference -r $<
 	@touch $@
 
 # Other implementations of Mamba, which benchmarks/encoder.py compares with.
 $(VENV)/peers/.installed: benchmarks/requirements.txt | install
-	@$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/peers -r benchmarks/requirements.txt
+	@$(VENV)/bin/pip install --quiet --no-deps --require-hashes --target $(VENV)/peers -r $<
 	@touch $@
 
 # What no Python package brings: the software renderer's libraries, venv itself on Debian, and a C++ compiler. A Python
