@@ -1,82 +1,81 @@
-"""docs/licences.md: the licence of every package in requirements-lock.txt, in its publisher's own words.
+"""docs/licences.md: the licence of every package in requirements-lock.txt, in its publisher's own words. What the page
+says above its table is written by hand, and kept.
 
 make licences
 """
 
-import email.message
+import email
 import importlib.metadata
-import json
 import re
 import subprocess
 import sys
+import tempfile
+import zipfile
+from email.message import Message
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 LOCK, TABLE = ROOT / "requirements-lock.txt", ROOT / "docs/licences.md"
-COPYLEFT = re.compile(r"\b[AL]?GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|CC-BY-SA", re.I)
+COPYLEFT = re.compile(r"\b[AL]?GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|CC-BY-SA", re.IGNORECASE)
 UNKNOWN = "not stated"
 
 
 def locked() -> dict[str, list[str]]:
-    """name -> its versions; which of them a Python or a system gets, the lock says."""
+    """name -> its versions; the lock says which Python gets which."""
     found: dict[str, list[str]] = {}
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.M):
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.MULTILINE):
         found.setdefault(name, []).append(version)
     return found
 
 
-def licence_of(metadata: dict[str, list[str]]) -> str:
-    """SPDX where the publisher gives it, otherwise the classifiers, otherwise the first line of the free text."""
-    expression, text = (metadata.get(key, [""])[0].strip() for key in ("license_expression", "license"))
-    classifiers = [line for line in metadata.get("classifier", []) if line.startswith("License :: ")]
-    named = [line.rpartition(" :: ")[2] for line in classifiers if not line.endswith("OSI Approved")]
-    first = text.splitlines()[0][:60] if text and text.upper() != "UNKNOWN" else ""
-    return expression or ", ".join(sorted(named)) or first or UNKNOWN
+def licence_of(metadata: Message, licence_file: str) -> str:
+    """SPDX where the publisher gives it, otherwise the classifiers, otherwise the first line of the free text or of the
+    file that comes along."""
+    classifiers = [line for line in metadata.get_all("Classifier", []) if line.startswith("License :: ")]
+    named = sorted(line.rpartition(" :: ")[2] for line in classifiers if not line.endswith("OSI Approved"))
+    texts = [(metadata["License"] or "").replace("UNKNOWN", ""), licence_file]
+    first_lines = [text.strip().splitlines()[0].strip() for text in texts if text.strip()]
+    return metadata["License-Expression"] or ", ".join(named) or [*first_lines, UNKNOWN][0]
 
 
-def installed(name: str) -> dict[str, list[str]] | None:
-    """What the package says of itself in this environment; None where it is not for this Python or system."""
+def installed(name: str) -> str | None:
+    """The licence of a package of this environment; None where it is not for this Python or system."""
     try:
-        message: email.message.Message = importlib.metadata.metadata(name)  # type: ignore[assignment]
+        package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    found: dict[str, list[str]] = {}
-    for key, value in message.items():
-        found.setdefault(key.lower().replace("-", "_"), []).append(str(value))
-    return found
+    files = [file for file in package.files or [] if re.search(r"info/.*LICEN[CS]E", str(file))]
+    return licence_of(package.metadata, files[0].read_text() if files else "")  # type: ignore[arg-type]
 
 
-def published(requirements: list[str]) -> dict[str, dict[str, list[str]]]:
-    """The same of packages that are not installed, as their index has it."""
-    if not requirements:
-        return {}
-    command = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps",
-        "--ignore-requires-python", "--report", "-", *requirements,
-    ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def published(requirements: list[str]) -> dict[str, str]:
+    """The licences of packages that are not installed, out of their wheels."""
     found = {}
-    for package in json.loads(done.stdout)["install"]:
-        metadata = package["metadata"]
-        lists = {key: value if isinstance(value, list) else [str(value)] for key, value in metadata.items()}
-        found[canonicalize_name(metadata["name"])] = lists
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["download", "--quiet", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:"]
+        if requirements:
+            subprocess.run([sys.executable, "-m", "pip", *command, "--dest", folder, *requirements], check=True)
+        for wheel in Path(folder).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+                metadata = email.message_from_bytes(archive.read(name))
+            found[canonicalize_name(metadata["Name"])] = licence_of(metadata, "")
     return found
 
 
 def main() -> None:
     packages = locked()
-    known = {name: installed(name) for name in packages}
-    others = published([f"{name}=={packages[name][-1]}" for name, metadata in known.items() if metadata is None])
-    licences = {name: licence_of(metadata or others[name]) for name, metadata in known.items()}
-    lines = [f"| {name} | {', '.join(packages[name])} | {licences[name]} |" for name in sorted(packages)]
-    page = TABLE.read_text()
-    head = page[: page.index("| package |")]
-    TABLE.write_text(head + "\n".join(["| package | versions | licence |", "|---|---|---|", *lines]) + "\n")
-    for name in sorted(packages):
-        if COPYLEFT.search(licences[name]) or licences[name] == UNKNOWN:
-            print(f"{name}: {licences[name]}" + ("" if f"**{name}**" in head else f"; say in {TABLE.name} what of it"))
+    here = {name: installed(name) for name in packages}
+    others = published([f"{name}=={packages[name][-1]}" for name, licence in here.items() if licence is None])
+    licences = {name: licence or others[name] for name, licence in here.items()}
+    rows = [f"| {name} | {', '.join(packages[name])} | {licences[name]} |" for name in sorted(packages)]
+    said = TABLE.read_text().partition("| package |")[0]
+    TABLE.write_text(said + "\n".join(["| package | version | licence |", "|---|---|---|", *rows]) + "\n")
+    for name, licence in sorted(licences.items()):
+        if (COPYLEFT.search(licence) or licence == UNKNOWN) and f"**{name}**" not in said:
+            print(f"{name}: {licence}; {TABLE.relative_to(ROOT)} should say above its table what that means")
 
 
 if __name__ == "__main__":
