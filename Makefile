@@ -48,7 +48,7 @@ PHASE2 := $(RUNS)/phase2_flow_matching
 ROLLOUTS := $(RUNS)/rollouts
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,14p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
 
 demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
 	@echo
