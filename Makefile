@@ -162,8 +162,8 @@ licences: install
 # What is known and stays, with its reason in docs/dependencies.md.
 ACCEPTED := CVE-2025-53644 CVE-2025-50817
 audit: $(VENV)/tools/.installed
-	@$(VENV)/tools/bin/pip-audit --no-deps --disable-pip -r requirements-lock.txt -r <(echo "$(TORCH)") \
-	  $(ACCEPTED:%=--ignore-vuln %)
+	@$(VENV)/tools/bin/pip-audit --no-deps --disable-pip --progress-spinner off --strict $(ACCEPTED:%=--ignore-vuln %) \
+	  -r <(sed 's/ *\\$$//; /--hash=/d' requirements-lock.txt; echo "$(TORCH)")
 
 # Neither needs what the lock installs.
 $(VENV)/tools/.installed: .ci/requirements-tools.txt
