@@ -22,7 +22,7 @@ from published.hub import downloaded
 LOCK = ROOT / "requirements-lock.txt"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCH = re.search(r"TORCH := (torch==[\d.]+)", (ROOT / "Makefile").read_text())[1]
-MEANT = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # depends on the machine, or comes with what does
+TORCHS_OWN = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # depends on the machine, or comes with what does
 
 
 def asked_by(name: str) -> list[tuple[str, Requirement]]:
@@ -75,8 +75,8 @@ def test_every_python_gets_what_the_requirements_files_ask_for(python):
         name = canonicalize_name(requirement.name)
         if name == "torch" or (requirement.marker and not requirement.marker.evaluate(environment(python))):
             continue
-        version = found.get(name, "no version")
-        assert requirement.specifier.contains(version, prereleases=True) if name in found else False, (
+        version = found.get(name)
+        assert version and requirement.specifier.contains(version, prereleases=True), (
             f"{file} asks for {requirement}, {LOCK.name} has {version} for Python {python}; run `make lock`"
         )
 
@@ -102,7 +102,7 @@ def test_what_a_locked_package_needs_is_locked_as_well():
         looked_at += 1
         for line in package.requires or []:
             needed = Requirement(line)
-            if MEANT.fullmatch(needed.name) or (needed.marker and not needed.marker.evaluate({"extra": ""})):
+            if TORCHS_OWN.fullmatch(needed.name) or (needed.marker and not needed.marker.evaluate({"extra": ""})):
                 continue
             if name == "torch" and f"torch=={package.version.partition('+')[0]}" != TORCH:
                 continue
@@ -114,7 +114,7 @@ def test_what_a_locked_package_needs_is_locked_as_well():
 
 def test_each_line_has_hashes_and_none_depends_on_the_machine():
     for requirement, hashes, _ in LOCKED:
-        assert not MEANT.fullmatch(requirement.name), f"{requirement} belongs to torch's build, not into the lock"
+        assert not TORCHS_OWN.fullmatch(requirement.name), f"{requirement} belongs to torch's build, not into the lock"
         assert hashes, f"{requirement} has no hash"
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", found) for found in hashes), requirement
     assert not re.search(r"://|^--|@", LOCK.read_text(), re.M), "the lock names an index, which is the machine's matter"
