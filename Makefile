@@ -7,13 +7,16 @@
 # make lint checks style and types, make bench measures how fast all of it is, make table prints the component table,
 # make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks.
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes. Another Python is tested beside the
-# first one with: make test PYTHON=python3.13 VENV=/tmp/venv313
+# first one with: make test PYTHON=python3.13 VENV=/tmp/venv313; another torch with: make test TORCH=torch==2.6.0 VENV=DIR
+#
+# make lock writes requirements-lock.txt anew from the other requirements files, make audit looks it up in databases of
+# vulnerabilities, and make licences lists the licences of what is in it (docs/licences.md).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help demo libero-object-cpu libero-object-gpu test test-fast test-interop lint bench table clean-demo install
-.PHONY: system-packages
+.PHONY: system-packages lock audit licences
 
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -24,7 +27,13 @@ PYTHON ?= $(if $(IS_SOUND),$(RUN),python3)
 ifndef IS_SOUND
 .PHONY: $(VENV)/.installed
 endif
-TORCH := torch==2.13.0
+# A torch that is there already stays (your GPU's build), unless TORCH=... asks for another one.
+CHOSEN := $(TORCH)
+ifeq ($(CHOSEN),)
+override TORCH := torch==2.13.0
+else ifneq ($(CHOSEN),$(shell cat $(VENV)/.installed 2>/dev/null))
+.PHONY: $(VENV)/.installed
+endif
 # Without an NVIDIA GPU PyTorch's own CPU build is enough: 0.2 GB instead of 3. It sorts before PyPI's build.
 CPU_BUILD := $(shell command -v nvidia-smi >/dev/null || \
   echo --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu)
@@ -39,7 +48,7 @@ PHASE2 := $(RUNS)/phase2_flow_matching
 ROLLOUTS := $(RUNS)/rollouts
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
 
 demo: $(PHASE2)/curves.png $(PHASE2)/offline.txt $(ROLLOUTS)/.done
 	@echo
@@ -133,24 +142,45 @@ table: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-interop.txt | system-packages
+# torch comes last: all that it needs is there then, but for a CUDA build's libraries.
+$(VENV)/.installed: requirements-lock.txt | system-packages
 	@echo "== installing into $(VENV)"
 	@$(if $(IS_SOUND),,$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV))
-	@$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet $(TORCH) $(CPU_BUILD)
-	@time $(VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	@time .ci/install-lock $(RUN) $<
+	@$(if $(CHOSEN),false,$(RUN) -c "import torch" 2>/dev/null) || $(RUN) -m pip install --quiet $(TORCH) $(CPU_BUILD)
+	@echo "$(CHOSEN)" > $@
+
+# The lock keeps the versions that it has, as far as the requirements let it; make lock UPGRADE=--upgrade takes the newest.
+LOCKED := requirements.txt requirements-dev.txt
+lock: $(VENV)/tools/.installed
+	@$(VENV)/tools/bin/uv pip compile --quiet $(UPGRADE) $(LOCKED) -c <(echo "$(TORCH)") -o requirements-lock.txt
+	@$(MAKE) --no-print-directory licences
+
+licences: install
+	@$(RUN) .ci/licences.py
+
+# What is known and stays, with its reason in docs/dependencies.md.
+ACCEPTED := CVE-2025-53644 CVE-2025-50817
+audit: $(VENV)/tools/.installed
+	@$(VENV)/tools/bin/pip-audit --no-deps --disable-pip --progress-spinner off --strict $(ACCEPTED:%=--ignore-vuln %) \
+	  -r <(sed 's/ *\\$$//; /--hash=/d' requirements-lock.txt; echo "$(TORCH)")
+
+# Neither needs what the lock installs.
+$(VENV)/tools/.installed: .ci/requirements-tools.txt
+	@$(PYTHON) -m venv --clear $(VENV)/tools
+	@$(VENV)/tools/bin/pip install --quiet -r $<
 	@touch $@
 
 # mamba-ssm's Python files, without kernels and beside the environment, where only the tests find them: they hold
 # jepa/mamba.py against mamba-ssm's own module on any CPU.
-$(VENV)/reference/.installed: | install
-	@$(VENV)/bin/pip install --quiet setuptools wheel packaging
+$(VENV)/reference/.installed: benchmarks/requirements-reference.txt | install
 	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/pip install --quiet --no-build-isolation --no-deps \
-	  --target $(VENV)/reference mamba-ssm==2.3.2.post1
+	  --require-hashes --target $(VENV)/reference -r $<
 	@touch $@
 
 # Other implementations of Mamba, which benchmarks/encoder.py compares with.
 $(VENV)/peers/.installed: benchmarks/requirements.txt | install
-	@$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/peers -r benchmarks/requirements.txt
+	@$(VENV)/bin/pip install --quiet --no-deps --require-hashes --target $(VENV)/peers -r $<
 	@touch $@
 
 # What no Python package brings: the software renderer's libraries, venv itself on Debian, and a C++ compiler. A Python

@@ -147,7 +147,9 @@ def clip_embeddings(texts: list[str]) -> tuple[str, np.ndarray]:
         import transformers
         from huggingface_hub.errors import HTTPError
     except (ImportError, OSError) as problem:
-        raise BadInput(f"the clip encoder cannot be used: {one_line(problem)}; `pip install transformers`") from None
+        raise BadInput(
+            f"the clip encoder cannot be used: {one_line(problem)}; `pip install -r requirements-clip.txt`"
+        ) from None
 
     # What comes out of transformers for files that are missing, cut short or not sent. Connections end in exceptions of
     # the hub's own client, in OSErrors with older ones.

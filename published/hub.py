@@ -31,7 +31,9 @@ def downloaded(address: str) -> Path:
     try:
         from huggingface_hub import constants, errors, hf_hub_download
     except ImportError as problem:
-        raise BadInput(f"{address}: huggingface_hub is missing ({problem}); `pip install huggingface_hub`") from None
+        raise BadInput(
+            f"{address}: huggingface_hub is missing ({problem}); `pip install -r requirements-interop.txt`"
+        ) from None
     hub = constants.ENDPOINT  # HF_ENDPOINT, where it is set
     name, revision = match["name"], match["revision"]
     question = f"{hub}/{name}/resolve/{revision or 'main'}/{FACTS}"

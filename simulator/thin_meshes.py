@@ -75,7 +75,7 @@ def _thinned_corners(vertices, normals, vertex_of, normal_of, texture_points, ta
         import fast_simplification
     except ModuleNotFoundError as problem:
         raise BadInput(
-            f"thinning meshes needs fast-simplification ({problem}); run `pip install -r requirements.txt`"
+            f"thinning meshes needs fast-simplification ({problem}); run `pip install -r requirements-meshes.txt`"
         ) from None
     except ImportError as problem:  # it is there, built for another machine
         raise BadInput(f"thinning meshes needs fast-simplification, which cannot be loaded ({problem})") from None

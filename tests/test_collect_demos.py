@@ -676,7 +676,7 @@ def test_a_mesh_package_that_is_broken_is_not_called_missing(tmp_path, monkeypat
     with pytest.raises(BadInput, match=r"fast-simplification, which cannot be loaded \(undefined symbol: no_such_symb"):
         _thinned_corners(nothing, nothing, [], [], None, 1)
     monkeypatch.setitem(sys.modules, "fast_simplification", None)
-    with pytest.raises(BadInput, match=r"run `pip install -r requirements\.txt`"):
+    with pytest.raises(BadInput, match=r"run `pip install -r requirements-meshes\.txt`"):
         _thinned_corners(nothing, nothing, [], [], None, 1)
 
 

@@ -1,7 +1,7 @@
 """jepa/mamba.py against the recurrence it stands for, against mamba-ssm's own code, and under hard numbers.
 
-The comparison with mamba-ssm needs its Python files, which install without CUDA:
-MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install mamba-ssm==2.3.2.post1 --no-build-isolation --no-deps
+The comparison with mamba-ssm needs its Python files, which install without CUDA: benchmarks/requirements-reference.txt
+says how.
 """
 
 import importlib
