@@ -7,7 +7,7 @@
 # make lint checks style and types, make bench measures how fast all of it is, make table prints the component table,
 # make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks.
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes. Another Python is tested beside the
-# first one with: make test PYTHON=python3.13 VENV=/tmp/venv313; another torch with: make test TORCH=torch==2.6.0 VENV=DIR
+# first one with: make test PYTHON=python3.13 VENV=/tmp/venv313, another torch with TORCH=torch==2.6.0 in its place.
 #
 # make lock writes requirements-lock.txt anew from the other requirements files, make audit looks it up in databases of
 # vulnerabilities, and make licences lists the licences of what is in it (docs/licences.md).
@@ -150,7 +150,7 @@ $(VENV)/.installed: requirements-lock.txt | system-packages
 	@$(if $(CHOSEN),false,$(RUN) -c "import torch" 2>/dev/null) || $(RUN) -m pip install --quiet $(TORCH) $(CPU_BUILD)
 	@echo "$(CHOSEN)" > $@
 
-# The lock keeps the versions that it has, as far as the requirements let it; make lock UPGRADE=--upgrade takes the newest.
+# The lock keeps its versions, as far as the requirements let it; make lock UPGRADE=--upgrade takes the newest.
 LOCKED := requirements.txt requirements-dev.txt
 lock: $(VENV)/tools/.installed
 	@$(VENV)/tools/bin/uv pip compile --quiet $(UPGRADE) $(LOCKED) -c <(echo "$(TORCH)") -o requirements-lock.txt
