@@ -187,7 +187,7 @@ def evaluate(evaluation: Evaluation, all_sides: Path | None = None) -> Played:
         "init_states": num_init_states(tasks),
         "init_states_played": evaluation.init_states_played(num_init_states(tasks)),
         "random_resets": evaluation.random_resets,
-        "layouts": evaluation.layouts,
+        "layouts": None if evaluation.layouts == "libero" else evaluation.layouts,
         "max_steps": evaluation.max_steps,
         "shift_target": evaluation.shift_target,
         "seed": evaluation.seed,

@@ -140,7 +140,7 @@ def command_of(settings: dict, checkpoint: dict, place: str) -> str:
         "precision": "fp32",
         "max_steps": step_limit(settings["task_suite"]),
         "shift_target": 0.0,
-        "layouts": "libero",
+        "layouts": None,
         "visual_mesh_ratio": checkpoint["observation"]["visual_mesh_ratio"],
         "decision_delay_steps": 0,
         "seed": 0,

@@ -111,7 +111,7 @@ def read_settings(directory: Path) -> dict:
 def completed(settings: dict) -> dict:
     """The settings of an evaluation with those that it had no choice of when it was made."""
     of_policy = {"precision": "fp32"} if settings["policy"] == "checkpoint" else {}
-    usual = {"init_states_played": None, "random_resets": None, "layouts": "libero", "decision_delay_steps": 0}
+    usual = {"init_states_played": None, "random_resets": None, "layouts": None, "decision_delay_steps": 0}
     return usual | of_policy | settings
 
 

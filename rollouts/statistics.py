@@ -22,6 +22,7 @@ USUAL = {  # what the value None of a setting means
     "shard": "the whole",
     "init_states_played": "the first",
     "random_resets": "none",
+    "layouts": "LIBERO's own",
 }
 NAMES_OF_LAYOUTS = {
     "shuffled": "shuffled layouts",
@@ -139,7 +140,7 @@ def describe(settings: dict, num_episodes: int) -> str:
     which_states = f"all {trials}" if trials == settings["init_states"] else f"{trials} of {settings['init_states']}"
     which_states += " init states" + (f" ({played})" if (played := settings.get("init_states_played")) else "")
     if settings.get("random_resets"):
-        of_layouts = NAMES_OF_LAYOUTS.get(settings.get("layouts", "libero"), "not the suite's init states")
+        of_layouts = NAMES_OF_LAYOUTS.get(settings.get("layouts") or "", "not the suite's init states")
         which_states = f"{trials} random resets ({of_layouts})"
     title = f"{who}{settings['task_suite']}, {which_tasks} tasks x {which_states}"
     if settings.get("shift_target"):

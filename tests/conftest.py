@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,8 @@ LONGEST_FIRST = (  # files that take half a minute or more: one that begins last
 SLOW_FILES = {"test_benchmarks.py", "test_supported_pythons.py"}
 SLOW_FIXTURES = {"runs", "joint", "long_training", "empty_cache", "built", "repository", "clone", "tab"}
 
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # models this small are faster so, and the tests run in two processes
 
 
