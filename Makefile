@@ -175,12 +175,12 @@ $(VENV)/tools/.installed: .ci/requirements-tools.txt
 # jepa/mamba.py against mamba-ssm's own module on any CPU.
 $(VENV)/reference/.installed: benchmarks/requirements-reference.txt | install
 	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/pip install --quiet --no-build-isolation --no-deps \
-	  --require-hashes --target $(VENV)/reference -r $<
+	  --require-hashes --upgrade --target $(VENV)/reference -r $<
 	@touch $@
 
 # Other implementations of Mamba, which benchmarks/encoder.py compares with.
 $(VENV)/peers/.installed: benchmarks/requirements.txt | install
-	@$(VENV)/bin/pip install --quiet --no-deps --require-hashes --target $(VENV)/peers -r $<
+	@$(VENV)/bin/pip install --quiet --no-deps --require-hashes --upgrade --target $(VENV)/peers -r $<
 	@touch $@
 
 # What no Python package brings: the software renderer's libraries, venv itself on Debian, and a C++ compiler. A Python

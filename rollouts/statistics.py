@@ -85,11 +85,11 @@ def lifted_in_failures(finished: Sequence[dict]) -> dict[str, int]:
 
 
 def causes_text(lifted: dict[str, int]) -> str:
-    """Such as "3 nothing, 2 the object asked for, 1 another (milk_1 1)"; "" where there is nothing to say."""
+    """Such as "3 nothing, 2 the object asked for, 3 another (2 x milk_1, butter_1)"; "" where there is nothing to say."""
     others = {name: count for name, count in lifted.items() if name not in (NOTHING, ASKED_FOR)}
     parts = [f"{lifted[kind]} {kind}" for kind in (NOTHING, ASKED_FOR) if kind in lifted]
     if others:
-        which = ", ".join(f"{name} {count}" for name, count in others.items())
+        which = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in others.items())
         parts.append(f"{sum(others.values())} another ({which})")
     return ", ".join(parts)
 

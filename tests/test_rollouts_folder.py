@@ -699,7 +699,8 @@ def test_a_failure_is_told_by_what_it_lifted(tmp_path):
     found = row["lifted_in_failures"]
     assert found == {"nothing": 2, "the object asked for": 1, "milk_1": 1, "ketchup_1": 1}  # 6 was not recorded yet
     text = causes_text(found)
-    assert text == "2 nothing, 1 the object asked for, 2 another (milk_1 1, ketchup_1 1)"
+    assert text == "2 nothing, 1 the object asked for, 2 another (milk_1, ketchup_1)"
+    assert causes_text({"milk_1": 2, "butter_1": 1}) == "3 another (2 x milk_1, butter_1)"
     folder = folder_with(tmp_path, solved, *failures)
     results = {
         "title": "t", "overall": row, "tasks": [{"task_id": 6, "task": "pick"} | row], "episodes": folder.episodes,
