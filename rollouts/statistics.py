@@ -85,7 +85,7 @@ def lifted_in_failures(finished: Sequence[dict]) -> dict[str, int]:
 
 
 def causes_text(lifted: dict[str, int]) -> str:
-    """Such as "3 nothing, 2 the object asked for, 3 another (2 x milk_1, butter_1)"; "" where there is nothing to say."""
+    """Such as "3 nothing, 2 the object asked for, 3 another (2 x milk_1, butter_1)", or ""."""
     others = {name: count for name, count in lifted.items() if name not in (NOTHING, ASKED_FOR)}
     parts = [f"{lifted[kind]} {kind}" for kind in (NOTHING, ASKED_FOR) if kind in lifted]
     if others:
