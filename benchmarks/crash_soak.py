@@ -4,10 +4,10 @@ command until it is done. What it leaves has to equal what an undisturbed run le
     python benchmarks/crash_soak.py --kills 200 --minutes 40
     python benchmarks/crash_soak.py --programs phase1 phase2 embed        without a simulator
 
-Each program gets the same share of the time, in runs that are killed up to three times, at moments that are drawn
-evenly over the time that a run takes. They are forked from this process, where what they import is loaded: a kill meets
-a program at work, not Python at its imports. A training saves after every step, so that many kills fall into a save.
-After --minutes none is killed any more. Results go to benchmarks/results/crash_soak.json.
+Each program gets the same share of the kills, as far as the time allows, in runs that are killed up to three times, at
+moments that are drawn evenly over the time that a run takes. They are forked from this process, where what they import
+is loaded: a kill meets a program at work, not Python at its imports. A training saves after every step, so that many
+kills fall into a save. After --minutes none is killed any more. Results go to benchmarks/results/crash_soak.json.
 """
 
 import contextlib
@@ -55,10 +55,12 @@ LATEST = {phase: Path(folder, "checkpoint_latest.pt") for phase, folder in
 
 @dataclass
 class Program:
-    """`command` gives the words for a run that works in a folder; `result` reads what the run left there."""
+    """`command` gives the words for a run that works in a folder; `result` reads what the run left there. One that
+    `keeps` what is there already says so: it was killed when all was done."""
 
     command: Callable[[Path], list[object]]
     result: Callable[[Path], object]
+    keeps: bool = False
 
 
 @dataclass
@@ -143,10 +145,11 @@ def programs(work: Path) -> dict[str, Program]:
                             folder / "embeddings.npz"],
             arrays,
         ),
-        "export": Program(lambda folder: ["convert_lerobot.py", "export", data, folder / "out"], files),
+        "export": Program(lambda folder: ["convert_lerobot.py", "export", data, folder / "out"], files, keeps=True),
         "import": Program(
             lambda folder: ["convert_lerobot.py", "import", work / "lerobot", folder / "out", "--closes", "high"],
             demonstrations,
+            keeps=True,
         ),
         "collect": Program(
             lambda folder: [SCRIPTS["collect"], "--data_directory", folder, "--demos_per_task", 2, *DRAWN],
@@ -240,6 +243,8 @@ def run(program: Program, folder: Path, pauses: Iterable[float] = ()) -> tuple[i
             if pause is None:
                 return kills, f"it hangs: {said.read_text()[-1000:]}"
             kills += 1
+        elif process.exitcode and kills and program.keeps and "/out: is there already" in said.read_text():
+            return kills, ""
         elif process.exitcode:
             return kills, f"exit code {process.exitcode}: {said.read_text()[-1000:]}"
         else:
@@ -293,17 +298,17 @@ def main() -> None:
             expected[name], seconds[name] = program.result(work / name), time.perf_counter() - began
             print(f"{name}: {seconds[name]:.1f} s undisturbed", flush=True)
 
-        def left() -> int:
-            return most - sum(tally.killed for tally in tallies.values()) if time.monotonic() < until else 0
+        def left(name: str) -> int:
+            return -(-most // len(known)) - tallies[name].killed if time.monotonic() < until else 0
 
-        def pauses(of_a_run: float) -> Iterator[float]:
-            for _ in range(min(KILLS_OF_A_RUN, left())):
+        def pauses(name: str) -> Iterator[float]:
+            for _ in range(min(KILLS_OF_A_RUN, left(name))):
                 if time.monotonic() < until:
-                    yield drawn.uniform(0, of_a_run)
+                    yield drawn.uniform(0, seconds[name])
 
-        while left() > 0:
-            name = min(known, key=lambda one: tallies[one].minutes)
-            disturb(known[name], work / f"{name}_killed", tallies[name], expected[name], pauses(seconds[name]))
+        while names := [name for name in known if left(name) > 0]:
+            name = min(names, key=lambda one: tallies[one].minutes)
+            disturb(known[name], work / f"{name}_killed", tallies[name], expected[name], pauses(name))
             print(", ".join(f"{name} {tally.killed}" for name, tally in tallies.items()), flush=True)
     rows = [{"program": name, "seconds": seconds[name], **vars(tally)} for name, tally in tallies.items()]
     write_results("crash_soak", rows, [f"{options.seed} is the seed of the moments"], options.quick)

@@ -51,7 +51,7 @@ from lerobot_format.layout import (
 )
 from lerobot_format.pictures import png_of, resized, turned, written_video
 from lerobot_format.statistics import picture_counts, picture_statistics, vector_statistics
-from lerobot_format.unfinished import becomes_whole, write_json
+from lerobot_format.unfinished import RESULT, becomes_whole, write_json
 from observation import CAMERAS, ORIENTATION
 from provenance import code_version
 
@@ -303,10 +303,10 @@ def export(data: DataConfig, out: Path, pictures: str, with_language: bool, imag
         for number, episodes in enumerate(work.shards):
             finished = folder / f"finished/{number:05d}.json"
             if not finished.exists():
-                write_json(finished, work.write_shard(number, folder / "result"))
+                write_json(finished, work.write_shard(number, folder / RESULT))
             shards.append(json.loads(finished.read_text()))
             bar.update(sum(map(len, episodes)))
-        work.write_meta(folder / "result", shards)
+        work.write_meta(folder / RESULT, shards)
     return work
 
 

@@ -26,7 +26,7 @@ from lerobot_format.gripper import GripperConvention
 from lerobot_format.keys import sources_of
 from lerobot_format.layout import FPS, INFO, KEPT_ATTRIBUTES, OWN
 from lerobot_format.pictures import turned
-from lerobot_format.unfinished import becomes_whole
+from lerobot_format.unfinished import RESULT, becomes_whole
 from observation import CAMERAS, ORIENTATION
 
 LARGEST_DELTA = 1 + 1e-6  # of a pose; what is larger is in other units
@@ -232,7 +232,7 @@ def convert(work: Import, out: Path) -> None:
     """Writes the folder `out`. Raises BadInput as `becomes_whole` does, and for an episode that cannot be read."""
     file_of = {episode.number: name for name, of_task in work.files.items() for episode in of_task}
     with becomes_whole(out, work.plan()) as folder:
-        parts, result = folder / "episodes", folder / "result"
+        parts, result = folder / "episodes", folder / RESULT
         parts.mkdir(exist_ok=True)
         with tqdm(work.dataset.episodes, unit="episode", desc="importing") as episodes:
             for episode in episodes:

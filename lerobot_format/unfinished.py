@@ -12,6 +12,7 @@ from errors import BadInput
 from files import Lock, unwritable_named, written_whole
 
 PLAN = "plan.json"
+RESULT = "result"
 
 
 @contextmanager
@@ -19,21 +20,32 @@ def becomes_whole(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """The folder OUT.part for the block's work, whose `result/` becomes `out` when the block ends without an error.
 
     `plan` is all that decides the result. Raises BadInput where `out` is there already, where OUT.part was begun by
-    another plan or another process is at it, and where OUT.part
-    cannot be made.
+    another plan or another process is at it, and where OUT.part cannot be made.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BadInput(f"{out}: is there already; delete it or choose another place")
     work = out.with_name(f"{out.name}.part")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if (work / PLAN).exists() and not (work / RESULT).exists():  # of a run that was killed while it cleared it away
+            _clear(work)
+        raise BadInput(f"{out}: is there already; delete it or choose another place")
     with unwritable_named(work):
         work.mkdir(parents=True, exist_ok=True)
         lock = Lock(work / "lock", f"{work}: another process is converting into it")
     with lock:
         _same_plan(work / PLAN, json.loads(json.dumps(plan)))
-        (work / "result").mkdir(exist_ok=True)
+        (work / RESULT).mkdir(exist_ok=True)
         lock.forget_parts(work, "**/*")
         yield work
-        os.rename(work / "result", out)
+        os.rename(work / RESULT, out)
+    _clear(work)
+
+
+def _clear(work: Path) -> None:
+    """Removes it, the plan last: as long as it is there, the folder is known to be one of these."""
+    for path in list(work.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != PLAN:
+            path.unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
 
 

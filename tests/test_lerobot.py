@@ -27,6 +27,7 @@ from errors import BadInput
 from jepa.tokenizer import resize_images
 from lerobot_format.gripper import GripperConvention
 from lerobot_format.statistics import picture_counts, picture_statistics
+from lerobot_format.unfinished import becomes_whole
 
 OTHER_TASK = "pick_up_the_butter_and_place_it_in_the_basket"
 INSTRUCTIONS = [task.replace("_", " ") for task in (OTHER_TASK, TASK)]  # in the order of the files
@@ -262,6 +263,18 @@ def stopping(function, after: int):
         return function(*arguments)
 
     return stops
+
+
+@pytest.mark.parametrize(
+    ("left", "stays"), [(["plan.json", "lock", "more/x"], False), (["plan.json", "result/x"], True), (["x"], True)]
+)
+def test_what_a_conversion_leaves_that_was_killed_after_its_end_goes_the_next_time(tmp_path, left, stays):
+    for name in ["out/meta/info.json", *(f"out.part/{name}" for name in left)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(BadInput, match="out: is there already"), becomes_whole(tmp_path / "out", {}):
+        pass
+    assert (tmp_path / "out/meta/info.json").exists() and (tmp_path / "out.part").exists() == stays
 
 
 @pytest.mark.parametrize("pictures", ["image", "video"])
