@@ -176,7 +176,7 @@ def time_all_reduce(quick: bool) -> None:
 
     # interleaved draws its orders from one seed, so both processes always run the same side
     sides = {"step": step, "no all-reduce": step_alone, "agreement": step_agreed, "finite": step_looked_at}
-    times = interleaved(sides, rounds=2 if quick else 15)
+    times = interleaved(sides, rounds=2 if quick else 60)
     found = {name: row["ratio"] for name, row in compared(times, "step").items()}
     if dist.get_rank() == 0:
         trained_bytes = 4 * sum(parameter.numel() for parameter in trained)

@@ -198,16 +198,25 @@ def test_missed_grasps_are_spread_evenly_over_the_attempts(share, expected):
     assert abs(sum(chosen[:10]) - expected / 2) <= 0.5
 
 
-def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(collected_demos, env, episode):
+def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(collected_demos, env, episode, tmp_path):
     """The fixture's was killed after its first demo. Here both are played in one simulator, one after the other."""
     assert [path.name for path in collected_demos.iterdir() if path.is_file()] == [demo_file(collected_demos).name]
     assert not (collected_demos / UNFINISHED).exists()
     second = demonstrate(env, TASK, attempt=1, settings=SETTINGS)
-    with h5py.File(demo_file(collected_demos)) as file:
+    with h5py.File(demo_file(collected_demos)) as file, h5py.File(tmp_path / "undisturbed.hdf5", "w") as undisturbed:
         assert ["kept" in file[f"data/demo_{number}"].attrs for number in range(2)] == [True, False]
-        for number, expected in enumerate((episode, second)):
-            for name in ("actions", "states"):
-                np.testing.assert_array_equal(file[f"data/demo_{number}/{name}"][:], getattr(expected, name))
+        for number, played in enumerate((episode, second)):
+            write_demo(undisturbed.create_group(f"data/demo_{number}"), env, played, "after")
+        assert_same_demos(file, undisturbed)
+
+
+def assert_same_demos(found: h5py.File, expected: h5py.File):
+    def compare(name, item):
+        if isinstance(item, h5py.Dataset):
+            np.testing.assert_array_equal(found[name][:], item[:], err_msg=name)
+
+    assert sorted(found["data"]) == sorted(expected["data"])
+    expected.visititems(compare)
 
 
 def test_rerun_with_everything_there_changes_nothing(collected_demos, monkeypatch, capsys):

@@ -193,6 +193,7 @@ def test_every_client_gets_the_chunks_that_the_model_decides_without_a_server(po
     def answers(episode: int) -> list[np.ndarray]:
         with talk(server) as connection:
             assert unpacked(connection.recv()) == {"name": "test"}
+            all_connected.wait(30)
             replies = [asked(connection, message_of(seen(n), INSTRUCTION, episode, n)) for n in decisions]
             last = asked(connection, message_of(seen(0), INSTRUCTION, episode, 0))["actions"]  # the first once more
         assert replies[0].keys() == {"actions", "server_timing"} and "prev_total_ms" not in replies[0]["server_timing"]
@@ -200,10 +201,11 @@ def test_every_client_gets_the_chunks_that_the_model_decides_without_a_server(po
         np.testing.assert_array_equal(last, replies[0]["actions"])
         return [reply["actions"] for reply in replies]
 
+    all_connected = threading.Barrier(len(episodes))
     with served(lambda: begin(policy, policy.model.language)) as server:
         with ThreadPoolExecutor(len(episodes)) as clients:
             found = list(clients.map(answers, episodes))
-        assert server.decisions == 16
+        assert server.decisions == 16 and server.most_clients == 4
     np.testing.assert_array_equal(found, [expected(episode) for episode in episodes])
 
 
