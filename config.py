@@ -72,6 +72,7 @@ class DataConfig:
     cache: Literal["disk", "ram", "gpu", "none"]
     cache_directory: FilePath | None
     language_embeddings: FilePath | None
+    scenes: FilePath | None
 
     @property
     def folders(self) -> list[Path]:
@@ -99,6 +100,7 @@ class ModelConfig:
     policy_layers: Count
     policy_embed_dim: Count
     prediction_gap: Count  # K, frames from z_t to the state that the temporal predictor predicts
+    gaze: bool
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Phase1Config:
     covariance_weight: NumberOrZero
     inverse_dynamics_weight: NumberOrZero
     foresight_weight: NumberOrZero
+    gaze_weight: NumberOrZero
+    gaze_scenes_weight: NumberOrZero
     proprioception_masking: Share
     image_shift: CountOrZero
 
@@ -356,6 +360,10 @@ def _check_consistency(config: Config, source: str) -> None:
         )
     if model.action_dim != 7:
         raise BadInput(f"{source}: model.action_dim is {model.action_dim}, expected 7 (6 pose deltas + gripper)")
+    if config.data.scenes is not None and not model.gaze:
+        raise BadInput(
+            f"{source}: data.scenes is {config.data.scenes}, but they teach gaze alone; set model.gaze to true"
+        )
     robot_state = config.data.robot_state
     parts = ROBOT_STATES[robot_state]
     if model.robot_state_dim != sum(parts.values()):

@@ -20,6 +20,7 @@ from torch import Tensor
 from demos.frames import DeviceFrames, Frames
 from demos.hdf5 import Demo
 from demos.language import LanguageTable
+from demos.scenes import Scenes
 from errors import BadInput
 from jepa.tokenizer import robot_state_vector
 from observation import CAMERAS
@@ -202,7 +203,9 @@ class Batches:
 
     Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
     with `frames`: `obs`, equal to observation.from_simulator's; with a `gap` also `next_obs`, as many rows later, and
-    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8);
+    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8); with `targets`
+    (N, 2, 2), by row, where the asked object appears on both pictures of `obs`, `target_at` (B, 2, 2); with `scenes`
+    also as many of those as half a batch has samples;
     with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
     Raises BadInput as `RowOrder`.
@@ -219,6 +222,8 @@ class Batches:
         gap: int = 0,
         ahead: Sequence[int] = (),
         states: Tensor | None = None,
+        targets: Tensor | None = None,
+        scenes: Scenes | None = None,
         seed: int | None = None,
     ):
         self.order = RowOrder(rows, batch_size, seed)
@@ -227,6 +232,8 @@ class Batches:
         self.offsets = (0, gap) if gap else (0,)
         self.reader = None if frames is None else PictureReader(frames, self.offsets, batch_size, self.device)
         self.states = None if states is None else states.to(self.device)
+        self.targets = None if targets is None else targets.to(self.device)
+        self.scenes = scenes
 
     def __len__(self) -> int:
         return len(self.order)
@@ -256,11 +263,15 @@ class Batches:
                 of_encoder = {} if self.states is None else {"z_t": self.states[rows.to(self.device)]}
                 yield self._low_dimensional(rows) | of_encoder
 
-    def _low_dimensional(self, rows: Tensor) -> dict[str, Tensor]:
+    def _low_dimensional(self, rows: Tensor) -> dict:
         rows = rows.to(self.device)
-        batch = {"actions": self.low_dimensional.actions_from(rows, self.num_actions)}
+        batch: dict = {"actions": self.low_dimensional.actions_from(rows, self.num_actions)}
         if self.ahead:
             batch["robot_ahead"] = self.low_dimensional.robot_ahead(rows, self.ahead)
+        if self.targets is not None:
+            batch["target_at"] = self.targets[rows]
+        if self.scenes is not None:
+            batch["scenes"] = self.scenes.draw(-(-len(rows) // 2), self.device)
         return batch
 
     def _observations(self, rows: Tensor, pictures: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -306,16 +317,31 @@ def shift_pictures(batch: dict, pixels: int, image_size: int) -> dict:
     """Moves the pictures of every sample by up to `pixels` in both directions, edges repeated (Kostrikov et al. 2021).
 
     The pixels are those of the model, `image_size` a side, whatever the size of the pictures here. Both cameras move
-    alike, and so do both frames of a sample: what happens between them is untouched.
+    alike, and so do both frames of a sample: what happens between them is untouched. What is said to be on the pictures
+    moves with them.
     """
-    B, size, device = len(batch["actions"]), batch["obs"][CAMERAS[0]].shape[1], batch["actions"].device
-    shift = torch.randint(-pixels, pixels + 1, (2, B, 1), device=device)
-    shift = (shift * size / image_size).round().long()
-    rows, columns = (torch.arange(size, device=device) + shift).clamp(0, size - 1)  # (B, S) each
-    sample = torch.arange(B, device=device)[:, None, None]
-    shifted = dict(batch)
+    shift = torch.randint(-pixels, pixels + 1, (2, len(batch["actions"]), 1), device=batch["actions"].device)
+    moved = dict(batch)
     for name in ("obs", "next_obs"):
         if name in batch:
-            pictures = {key: batch[name][key][sample, rows[:, :, None], columns[:, None, :]] for key in CAMERAS}
-            shifted[name] = batch[name] | pictures
-    return shifted
+            moved[name], by = _shifted(batch[name], shift, image_size)
+    if "target_at" in batch:
+        moved["target_at"] = batch["target_at"] + by
+    if "scenes" in batch:
+        scenes = batch["scenes"]
+        shift = torch.randint(-pixels, pixels + 1, (2, len(scenes["language"]), 1), device=shift.device)
+        pictures, by = _shifted(scenes, shift, image_size)
+        moved["scenes"] = pictures | {"target_at": scenes["target_at"] + by}
+    return moved
+
+
+def _shifted(obs: dict, shift: Tensor, image_size: int) -> tuple[dict, Tensor]:
+    """shift (2, B, 1): how many of the model's pixels down and left of it what each picture then shows has been. -> the
+    observation so moved, and by how much things on its pictures have moved (B, 1, 2), right and up, their half side
+    being 1."""
+    size = obs[CAMERAS[0]].shape[1]
+    shift = (shift * size / image_size).round().long()
+    rows, columns = (torch.arange(size, device=shift.device) + shift).clamp(0, size - 1)  # (B, S) each
+    sample = torch.arange(shift.shape[1], device=shift.device)[:, None, None]
+    pictures = {key: obs[key][sample, rows[:, :, None], columns[:, None, :]] for key in CAMERAS}
+    return obs | pictures, -shift.flip(0).permute(1, 2, 0) * 2 / size

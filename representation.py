@@ -10,8 +10,6 @@ Prediction: the error of the predicted z, up to 20 frames ahead, as a share of t
 Letters: N frames, D state_dim, K prediction gap.
 """
 
-import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,90 +24,18 @@ from torch import Tensor, nn
 from dataloader import LowDimensional, every_frame
 from demos.frames import Frames
 from demos.hdf5 import Demo, numbered_alone
-from demos.hdf5_errors import open_dataset, open_hdf5, text_attribute
 from demos.language import LanguageTable
+from demos.simulator_truth import simulator_truth
 from demos.states import encode_all
 from errors import BadInput
 from files import replaced_whole
 from jepa.temporal_predictor import representation_health
 from statevla_model import StateVLA
 
-POSITION_SIZE = {"free": 7, "ball": 4, "slide": 1, "hinge": 1}  # numbers that a MuJoCo joint has in qpos
 MOVED = 0.005  # metres after which the target no longer counts as standing where it stood
 HORIZONS = (1, 2, 3, 5, 10, 15, 20)  # frames ahead
 RIDGE = 1e-3  # of the linear probe, relative to z's variance
 MLP_STEPS, MLP_BATCH, MLP_WIDTH = 500, 256, 128
-
-
-# ------------------------------------------------------------------------------------------------------ the truth
-
-
-def simulator_truth(demo: Demo) -> dict[str, Tensor]:
-    """What the simulator knows at each obs[t], in metres: target, end_effector (T, 3), gripper (T, 1), and, where it is
-    an object, the goal that the target is brought to (T, 3).
-
-    An observation recorded after actions[t] shows states[t + 1], so the last frame of such a demo has no truth (NaN).
-    Raises BadInput where the file lacks what this takes: states, model_file, obs/ee_pos and a target that can move.
-    """
-    with open_hdf5(demo.path) as file:
-        group = file["data"][demo.key]
-        for key, width in (("states", None), ("obs/ee_pos", 3)):
-            if key not in group:
-                raise BadInput(f"{demo.path}: {demo.key}: key {key} is missing, the probes need it")
-            shape = open_dataset(demo.path, demo.key, group, key).shape
-            if len(shape) != 2 or shape[0] != len(demo) or shape[1] != (width or shape[1]):
-                raise BadInput(
-                    f"{demo.path}: {demo.key}: key {key} is {shape}, the probes need ({len(demo)}, {width or 'S'})"
-                )
-        addresses = _free_joint_addresses(demo, text_attribute(group.attrs, "model_file", demo.path))
-        target, *others = _objects_of_interest(demo, text_attribute(file["data"].attrs, "bddl_file_content", demo.path))
-        states = torch.from_numpy(group["states"][()]).float()
-        truth = {"end_effector": torch.from_numpy(group["obs/ee_pos"][()]).float()}
-    later = torch.full_like(states, torch.nan)
-    later[: len(states) - demo.lag] = states[demo.lag :]
-    if target not in addresses:
-        raise BadInput(
-            f"{demo.path}: {demo.key}: its target {target} is no object that moves freely, the probes need one"
-        )
-    for name, things in (("target", [target]), ("goal", others[:1])):
-        for thing in addresses.keys() & set(things):
-            first = 1 + addresses[thing]  # states[:, 0] is the time
-            if states.shape[1] < first + 3:
-                raise BadInput(
-                    f"{demo.path}: {demo.key}: key states has {states.shape[1]} columns, too few for {thing}"
-                )
-            truth[name] = later[:, first : first + 3]
-    truth["gripper"] = demo.robot_state["gripper_states"].abs().sum(dim=1, keepdim=True)
-    return truth
-
-
-def _free_joint_addresses(demo: Demo, model_file: str) -> dict[str, int]:
-    """Object -> where its position starts in qpos. MuJoCo numbers joints depth first, as they stand in the file."""
-    if not model_file:
-        raise BadInput(f"{demo.path}: {demo.key}: attribute model_file is missing, the probes need it")
-    try:
-        world = ElementTree.fromstring(model_file).find("worldbody")
-    except ElementTree.ParseError as problem:
-        raise BadInput(f"{demo.path}: {demo.key}: attribute model_file is no MuJoCo model ({problem})") from None
-    addresses, address = {}, 0
-    for joint in () if world is None else world.iter():
-        if joint.tag not in ("joint", "freejoint"):
-            continue
-        kind = "free" if joint.tag == "freejoint" else joint.get("type", "hinge")
-        if kind not in POSITION_SIZE:
-            raise BadInput(f"{demo.path}: {demo.key}: attribute model_file has a joint of the unknown type {kind}")
-        if kind == "free":
-            addresses[re.sub(r"_joint\d+$", "", joint.get("name", ""))] = address
-        address += POSITION_SIZE[kind]
-    return addresses
-
-
-def _objects_of_interest(demo: Demo, bddl: str) -> list[str]:
-    """What a task is about, as its BDDL file names it: what is moved and, mostly, where to."""
-    match = re.search(r"\(:obj_of_interest\s([^)]*)\)", bddl)
-    if not match or not match.group(1).strip():
-        raise BadInput(f"{demo.path}: attribute bddl_file_content names no obj_of_interest, the probes need it")
-    return match.group(1).split()
 
 
 # -------------------------------------------------------------------------------------------------------- the report

@@ -23,6 +23,7 @@ from demos.instructions import canonical_instruction
 from demos.language import LanguageTable
 from errors import BadInput, exits_on_bad_input
 from jepa.all_ranks import rows_of_all_ranks
+from jepa.gaze import losses_of_looks
 from jepa.mamba import backend
 from jepa.precision import blocks_in_bfloat16, in_precision
 from jepa.temporal_predictor import (
@@ -174,6 +175,9 @@ class StateVLATrainer(nn.Module):
         self.proprioception_masking, self.vicreg_on = recipe.proprioception_masking, recipe.vicreg_on
         self.freeze_encoder, self.state_noise = config.phase2.freeze_encoder, config.phase2.state_noise
         self.inverse_dynamics = self.foresight = None
+        if phase == 1 and model.config.gaze:
+            taught = {"gaze": recipe.gaze_weight, "gaze_scenes": recipe.gaze_scenes_weight}
+            self.weights |= {name: weight for name, weight in taught.items() if weight > 0}
         encoder, state_dim = model.state_encoder, model.config.state_dim
         hidden_dim = encoder.predictor.project_state.out_features
         if phase == 1 and recipe.inverse_dynamics_weight > 0:
@@ -202,9 +206,11 @@ class StateVLATrainer(nn.Module):
         return self
 
     def forward(self, *batches: dict) -> dict[str, Tensor]:
-        """The losses of a step over one batch or, as those of one batch of all their rows, over several. Phase 1: a
-        batch has obs, next_obs (K frames later), actions (B, K, 7) between them and, for foresight, robot_ahead
-        (B, F, 9 or 8). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
+        """The losses of a step over one batch or, as those of one batch of all their rows, over several.
+
+        Phase 1: a batch has obs, next_obs (K frames later) and actions (B, K, 7) between them, for foresight
+        robot_ahead (B, F, 9 or 8), and for gaze target_at (B, 2, 2) and scenes (demos/scenes.py). Phase 2: z_t (B, D)
+        or obs, and actions (B, H, 7)."""
         if self.phase == 1:
             return self.phase1_losses(batches)
         of_batches = [self.kept_small(self.phase2_losses, batch, len(batches)) for batch in batches]
@@ -246,16 +252,31 @@ class StateVLATrainer(nn.Module):
             if self.foresight is not None:
                 foreseen = self.foresight(z_t)  # (B, F, R)
                 losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
+            signs: dict[str, Tensor] = {}
+            for name in ("gaze", "gaze_scenes"):
+                if f"{name}_loss" in rows:
+                    in_view = rows[f"{name}_in_view"].sum(0).clamp_min(1)  # (2,) rows of each camera
+                    losses[name] = (rows[f"{name}_loss"].sum(0) / in_view).sum()
+                    in_agentview, in_hand = rows[f"{name}_found"].sum(0) / in_view
+                    signs |= {f"{name}_found": in_agentview, f"{name}_found_in_hand": in_hand}
             weighted = (self.weights[name] * value for name, value in losses.items())
             losses["loss"] = sum(weighted, start=torch.zeros_like(losses["jepa_mse"]))
             if not self.training:
-                losses |= {"jepa_copy_mse": F.mse_loss(z_t, z_next_target), **representation_health(z_t)}
+                losses |= {"jepa_copy_mse": F.mse_loss(z_t, z_next_target), **representation_health(z_t), **signs}
         return losses
 
     def phase1_rows(self, batch: dict) -> dict[str, Tensor]:
         """What phase 1's losses are made of: z_t, z_next_pred and z_next_target (B, D), and some of the batch."""
         encoder = self.model.state_encoder
-        part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]))}  # (B, D)
+        tokenizer, looks = encoder.tokenizer, encoder.tokenizer.looks(batch["obs"])
+        part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]), looks)}  # (B, D)
+        if "target_at" in batch:
+            taught = losses_of_looks(tokenizer.eyes, looks, batch["target_at"])  # (B, 2) each
+            part |= {f"gaze_{name}": values for name, values in taught.items()}
+        if "scenes" in batch:
+            scenes = batch["scenes"]
+            taught = losses_of_looks(tokenizer.eyes, tokenizer.looks(scenes), scenes["target_at"])
+            part |= {f"gaze_scenes_{name}": values for name, values in taught.items()}
         part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
         part["z_next_target"] = encoder.target(batch["next_obs"])  # (B, D), the EMA copy's, no gradient
         return part | {
@@ -368,6 +389,7 @@ def component_table(model: StateVLA) -> str:
             count_parameters(tokenizer.robot_state),
             " + ".join(f"{name}({width})" for name, width in model.robot_state.items()) + " -> 1 token",
         ),
+        *([("Gaze", count_parameters(*tokenizer.eyes), "an eye a camera -> 2 tokens")] if tokenizer.eyes else []),
         ("CLS token", tokenizer.cls.numel(), "last position, z_t is read here"),
         ("Context Encoder", count_parameters(encoder.encoder), f"Mamba x {config.encoder_depth}"),
         ("Target Encoder", 0, f"EMA copy, no gradient ({count_parameters(encoder.target):,} values)"),

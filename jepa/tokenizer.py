@@ -1,20 +1,23 @@
 """An observation becomes one causal sequence of tokens: [lang][robot][agentview P][eye-in-hand P][CLS].
 
 Mamba reads from left to right, so the image patches are read in the light of the instruction and the arm's pose, and
-CLS, the last token, has seen everything.
+CLS, the last token, has seen everything. With model.gaze two more tokens stand before CLS, one of each camera's eye
+(jepa/gaze.py).
 
-Letters: B batch, h x w source image, S image_size, P patches of one image (196 at 224 px), L = 2P + 3 tokens, D width.
+Letters: B batch, h x w source image, S image_size, P patches of one image (196 at 224 px), L = 2P + 3 tokens (2P + 5
+with gaze), D width.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa import bf16
+from jepa.gaze import Gaze, Look
 from jepa.mamba import backend
-from observation import UNITS, state_of_width
+from observation import CAMERAS, UNITS, state_of_width
 
 
 def resize_images(images: Tensor, image_size: int) -> Tensor:
@@ -76,17 +79,37 @@ class Tokenizer(nn.Module):
     the parts of the robot state (B, width), language (B, lang_emb_dim).
     """
 
-    def __init__(self, image_size: int, patch_size: int, embed_dim: int, lang_emb_dim: int, robot_state_dim: int):
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        lang_emb_dim: int,
+        robot_state_dim: int,
+        gaze: bool = False,
+    ):
         super().__init__()
+        self.image_size = image_size
         self.language = nn.Linear(lang_emb_dim, embed_dim)
         self.robot_state = RobotStateTokenizer(robot_state_dim, embed_dim)
         self.agentview = ImageTokenizer(image_size, patch_size, embed_dim)
         self.eye_in_hand = ImageTokenizer(image_size, patch_size, embed_dim)
+        eyes = [Gaze(image_size, embed_dim, lang_emb_dim) for _ in CAMERAS] if gaze else []
+        self.eyes: Sequence[Gaze] = nn.ModuleList(eyes)  # type: ignore[assignment]  # of each camera
         self.cls = nn.Parameter(torch.empty(1, 1, embed_dim))
         nn.init.trunc_normal_(self.cls, std=0.02)
 
-    def forward(self, obs: dict[str, Tensor], masked: Tensor | None = None) -> Tensor:
-        """masked (B,) bool: samples whose robot token is left at zero, so that the arm must be seen."""
+    def looks(self, obs: Mapping[str, Tensor]) -> list[Look]:
+        """What the eye of each camera says, [] without gaze. Of an observation it needs pictures and language."""
+        language = obs["language"].to(self.cls.dtype)
+        pictures = (resize_images(obs[camera], self.image_size) for camera in CAMERAS)  # (B, 3, S, S) each
+        return [eye(picture, language) for eye, picture in zip(self.eyes, pictures, strict=False)]
+
+    def forward(
+        self, obs: dict[str, Tensor], masked: Tensor | None = None, looks: Sequence[Look] | None = None
+    ) -> Tensor:
+        """masked (B,) bool: samples whose robot token is left at zero, so that the arm must be seen. looks: those of
+        `obs`, where they are there already."""
         dtype = self.cls.dtype
         robot_state = self.robot_state({name: obs[name].to(dtype) for name in self.robot_state.names})  # (B, 1, D)
         if masked is not None:
@@ -96,6 +119,7 @@ class Tokenizer(nn.Module):
             robot_state,
             self.agentview(obs["agentview_rgb"]),  # (B, P, D)
             self.eye_in_hand(obs["eye_in_hand_rgb"]),  # (B, P, D)
+            *[look.token for look in (self.looks(obs) if looks is None else looks)],  # (B, 1, D) each
             self.cls.expand(len(obs["language"]), -1, -1),  # (B, 1, D)
         ]
         return torch.cat(tokens, dim=1)

@@ -9,8 +9,9 @@ import torch
 from helpers import load, one_sentence, run, settings, small_config
 from libero_files import write_task_file
 
+from demos.simulator_truth import simulator_truth
 from errors import BadInput
-from representation import prediction_errors, probe, simulator_truth, spread_within
+from representation import prediction_errors, probe, spread_within
 from simulator.env import make_env
 from simulator.suites import make_suite
 from statevla_model import build_trainer
@@ -139,8 +140,8 @@ def test_files_without_what_the_probes_need_are_named(collected_demos, tmp_path)
         ("<mujoco", "attribute model_file is no MuJoCo model"),
         ("<mujoco/>", "its target butter_1 is no object that moves freely"),
         (
-            "<mujoco><worldbody><joint type='x'/></worldbody></mujoco>",
-            "attribute model_file has a joint of the unknown type x",
+            "<mujoco><worldbody><body><joint type='x'/></body></worldbody></mujoco>",
+            "attribute model_file is no MuJoCo model .*invalid keyword: 'x'",
         ),
     ):
         with h5py.File(broken, "a") as file:

@@ -11,6 +11,8 @@ from dataloader import Batches, LowDimensional, chunk_rows, every_frame, frame_r
 from demos.frames import DeviceFrames, Frames, open_frames
 from demos.hdf5 import Demo, load_demos, split_demos
 from demos.language import LanguageTable, load_languages
+from demos.scenes import Scenes, load_scenes
+from demos.simulator_truth import target_on_pictures
 from demos.states import encode_all, frozen_states
 from errors import BadInput
 from jepa.temporal_predictor import FORESIGHT
@@ -28,6 +30,7 @@ class Data:
     observation: dict
     language: LanguageTable
     low_dimensional: LowDimensional
+    scenes: Scenes | None = None  # phase 1's, without demonstrations
 
 
 def load_data(config: Config, phase: int, device: torch.device, held_out: Sequence[str]) -> Data:
@@ -44,13 +47,21 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
         which = f"{folder}: {len(found)} demos, {found[0].image_size} px, " if len(of_folders) > 1 else ""
         report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}")
     low_dimensional = LowDimensional(demos, language, device)
-    return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional)
+    scenes = None
+    if phase == 1 and config.data.scenes and config.training.phase1.gaze_scenes_weight > 0:
+        scenes = load_scenes(Path(config.data.scenes), config.model.image_size, language)
+        report(f"data: {len(scenes):,} scenes without demonstrations, for gaze")
+    return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional, scenes)
 
 
 def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
-    """What Batches makes a sample of: a frame, the one K later, the actions between them, the robot's state ahead."""
+    """What Batches makes a sample of: a frame, the one K later, the actions between them, the robot's state ahead, and
+    where the asked object is."""
     gap, device = config.model.prediction_gap, data.low_dimensional.device
+    needed_by = "training.phase1.gaze_weight needs it; set it to 0 to do without labels"
+    taught = "gaze" in trainer.weights
     return {
+        "targets": torch.cat([target_on_pictures(demo, needed_by) for demo in data.demos]) if taught else None,
         "num_actions": gap,
         "gap": gap,
         "ahead": FORESIGHT if trainer.foresight else (),
@@ -87,7 +98,14 @@ def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple
         transition_rows(demos, gap) if phase == 1 else chunk_rows(demos, chunk_length)
         for demos in (data.train_demos, data.held_out_demos)
     )
-    batches = Batches(train_rows, data.low_dimensional, batch_size=batch_size, seed=config.training.seed, **samples)
+    batches = Batches(
+        train_rows,
+        data.low_dimensional,
+        batch_size=batch_size,
+        seed=config.training.seed,
+        scenes=data.scenes,
+        **samples,
+    )
     held_out_batches = Batches(held_out_rows, data.low_dimensional, batch_size=batch_size, **samples)
     ranks = batches.order.ranks
     least = 2 if phase == 1 else 1

@@ -1,0 +1,104 @@
+"""Scenes without a demonstration, as `collect_demos.py --scenes` draws them: pictures of random layouts, and where
+everything appears on them. Phase 1 teaches gaze on them, beside the demonstrations.
+
+They are few bytes at the model's picture size (150 MB for 6,000 of 64 px) and are held in memory.
+
+Letters: N scenes, K objects that can be asked for, B batch, S pixels, D language's width.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from demos.hdf5_errors import hdf5_problems_named, open_hdf5, text_attribute
+from demos.instructions import canonical_instruction
+from demos.language import LanguageTable
+from demos.simulator_truth import Kinematics
+from errors import BadInput
+from jepa.gaze import in_view
+from jepa.tokenizer import resize_images
+from observation import CAMERAS
+
+PATTERN = "*_scenes.hdf5"
+AT_ONCE = 500  # scenes whose pictures are read and made smaller together
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """pictures of each camera (N, S, S, 3) uint8; at (N, 2, K, 2) right and up from the pictures' middles, NaN for what
+    a scene does not have; language (K, D) of the instructions that ask for the K objects."""
+
+    pictures: dict[str, Tensor]
+    at: Tensor
+    language: Tensor
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """Scenes at random, in each of which one of the objects that the first camera sees is asked for: pictures,
+        language and target_at (B, 2, 2)."""
+        chosen = torch.randint(len(self), (count,))
+        asked = torch.multinomial(in_view(self.at[chosen, 0]).float(), 1).squeeze(1)
+        batch = {camera: pictures[chosen] for camera, pictures in self.pictures.items()}
+        batch |= {"language": self.language[asked], "target_at": self.at[chosen, :, asked]}
+        return {name: values.to(device) for name, values in batch.items()}
+
+
+def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scenes:
+    """All scenes of a folder, their pictures at the size of the model's (or their own, where that is smaller).
+
+    Raises BadInput where there is none, a file lacks something, or an instruction has no embedding."""
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        raise BadInput(f"data.scenes: no {PATTERN} in {folder}; `python collect_demos.py --scenes` makes them")
+    files = [_read(path, image_size) for path in paths]
+    sizes = {path.name: pictures[CAMERAS[0]].shape[1] for path, (pictures, _) in zip(paths, files, strict=True)}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} has {size} px" for name, size in sizes.items())
+        raise BadInput(f"data.scenes: pictures of several sizes in {folder}, some smaller than the model's: {told}")
+    texts = list(dict.fromkeys(text for _, places in files for text in places))
+    for text in texts:
+        if text not in language.embeddings:
+            raise BadInput(f"data.scenes: {folder} asks to '{text}', which has no embedding; see embed_language.py")
+    at = [
+        torch.stack([places.get(text, torch.full((len(first), len(CAMERAS), 2), torch.nan)) for text in texts], dim=2)
+        for _, places in files
+        for first in [next(iter(places.values()))]
+    ]
+    pictures = {camera: torch.cat([pictures[camera] for pictures, _ in files]) for camera in CAMERAS}
+    scenes = Scenes(pictures, torch.cat(at), torch.stack([language[text] for text in texts]))
+    if not (seen := in_view(scenes.at[:, 0]).any(dim=1)).all():
+        raise BadInput(f"data.scenes: {folder} has {int((~seen).sum())} scenes without any object in {CAMERAS[0]}")
+    return scenes
+
+
+def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """-> pictures of each camera (N, S, S, 3), and by instruction where its object appears, (N, 2, 2)."""
+    with open_hdf5(path) as file, hdf5_problems_named(path):
+        if missing := [name for name in ("states", *CAMERAS) if name not in file]:
+            raise BadInput(f"{path}: key {missing[0]} is missing; expected a file of collect_demos.py --scenes")
+        states = file["states"][()]
+        try:
+            asked = {name: str(text) for name, text in json.loads(file.attrs["instructions"]).items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise BadInput(f"{path}: attribute instructions is no JSON of object -> instruction") from None
+        kinematics = Kinematics(text_attribute(file.attrs, "model_file", path), str(path), "scenes need it")
+        if unknown := [name for name in asked if name not in kinematics.bodies]:
+            raise BadInput(f"{path}: attribute instructions names {unknown[0]}, which the scene does not have")
+        at = torch.from_numpy(kinematics.on_pictures(states, list(asked)))  # (N, 2, K, 2)
+        pictures = {}
+        for camera in CAMERAS:
+            stored = file[camera]
+            if stored.shape[:1] != states.shape[:1] or stored.ndim != 4 or stored.dtype != np.uint8:
+                raise BadInput(
+                    f"{path}: key {camera} is {stored.shape} {stored.dtype}, expected {len(states)} pictures"
+                )
+            size = min(image_size, stored.shape[1])
+            parts = (torch.from_numpy(stored[i : i + AT_ONCE]) for i in range(0, len(states), AT_ONCE))
+            pictures[camera] = torch.cat([resize_images(part, size).permute(0, 2, 3, 1) for part in parts])
+    return pictures, {canonical_instruction(text): at[:, :, k] for k, text in enumerate(asked.values())}
