@@ -50,7 +50,7 @@ class SceneBlocks:
         arm_poses: np.ndarray,
         block: int = BLOCK,
     ):
-        """arm_poses (P, 9), as the function below has them, of which each scene gets one."""
+        """arm_poses (P, 9), as `arm_poses_in` has them; each scene gets one of them."""
         self.suite, self.task_id, self.settings, self.arm_poses = suite, task_id, settings, arm_poses
         self.name = name_of(task_id)
         self.path = data_directory / FOLDER / f"{self.name}.hdf5"
