@@ -12,26 +12,22 @@ and object have a file of their own. simulator/layouts.py has the rules, and wha
 
 A file that has fewer than --demos_per_task demos gets more, with the numbers that follow its highest. A demo that was
 deleted from it on purpose does not come back, and its number is not given again.
+
+With --scenes N nothing is demonstrated: of each task N scenes are drawn, shuffled, with the arm in poses of the
+demonstrations that lie in the data directory. They are files of their own in its folder scenes.
 """
 
 import argparse
-import contextlib
-import multiprocessing
 import os
-import signal
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from collection.demonstrator import TASK_SUITE, Demonstrator, prepare_worker
-from collection.files import CONTINUES, DemoSettings, claimed
-from collection.task_demos import TaskDemos, libero_attributes
+from collection import scenes
+from collection.files import CONTINUES, DemoSettings, SceneSettings, claimed
+from collection.pool import GB_PER_WORKER, collect
+from collection.task_demos import START_NOISE, TaskDemos, broken_attempts
+from collection.worker import TASK_SUITE
 from config import add_config_flags, load_config
 from errors import BadInput, exit_code, exits_on_bad_input, out_of_memory_named
 from files import expanded
@@ -40,111 +36,11 @@ from simulator.layouts import MOVED_BY, ShuffledTask, shuffled_tasks
 from simulator.self_check import simulator_difference
 from simulator.suites import make_suite, parse_task_ids
 
-START_NOISE = 0.02  # rad
-GB_PER_WORKER = 1.5
+# Flags that say what a demonstration is like.
+DEMOS_ALONE = "demos_per_task", "obs_alignment", "start_noise", "shift_target", "missed_grasps", "layouts"
 
 
-@contextlib.contextmanager
-def ctrl_c_waits() -> Iterator[None]:
-    """Until the block is over. A process that is started in it inherits the blocked signal, so Ctrl-C, which a terminal
-    sends to all, is the main process's alone, which ends its workers; half-started ones would print tracebacks."""
-    came, handler = [], signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # another thread, such as tqdm's, may take a signal that is blocked here
-        signal.signal(signal.SIGINT, lambda *_: came.append(True))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-def collect(tasks: list[TaskDemos], num_workers: int, finish) -> None:
-    """Runs attempts on all workers until every task has its demos; calls finish(task) when one has them."""
-    missing = sum(max(task.wanted - len(task.successes()), 0) for task in tasks)
-    running: dict[Future, tuple[TaskDemos, int, float]] = {}  # and the time when the attempt was handed out
-    processes: set[BaseProcess] = set()
-    open_tasks = list(tasks)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"):  # LP: Mesa's software renderer
-        os.environ[name] = "1"  # inherited by the workers, one of which keeps one core busy by itself
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), prepare_worker)
-    progress = tqdm(total=missing, unit="demo", desc="collecting", smoothing=0, disable=not missing)
-    try:
-        while True:
-            for task in [task for task in open_tasks if task.is_complete()]:
-                finish(task)
-                open_tasks.remove(task)
-            if not open_tasks:
-                break
-            for task in open_tasks:  # the first tasks first: changing the task costs a worker some seconds
-                while len(running) < num_workers and (attempt := task.next_attempt()) is not None:
-                    check_expert(task)
-                    task.lengths[attempt] = None
-                    order = task.task_id, attempt, task.settings, task.demo_file(attempt), task.asked
-                    with ctrl_c_waits():
-                        running[pool.submit(Demonstrator.attempt, *order)] = task, attempt, time.monotonic()
-                        processes.update(multiprocessing.active_children())
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task, attempt, begun = running.pop(future)
-                outcome = future.result()
-                task.lengths[attempt] = outcome.length
-                if outcome.why_broken:
-                    task.broken.append(outcome.why_broken)
-                task.discarded += outcome.discarded
-                task.seconds += time.monotonic() - begun
-                progress.update(outcome.length > 0)
-    except BrokenProcessPool:
-        pool.shutdown()  # waits for the other workers, which it ends with SIGTERM
-        raise BadInput(f"{how_it_ended([process.exitcode for process in processes])}; {CONTINUES}") from None
-    finally:
-        progress.close()
-        if running:  # stopped: nobody waits for what the workers are still at
-            for process in multiprocessing.active_children():
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-def how_it_ended(exit_codes: Sequence[int | None]) -> str:
-    """What the exit codes of all workers say about the one that was the first to end."""
-    codes = [code for code in exit_codes if code not in (0, None, -signal.SIGTERM)] or [-signal.SIGTERM]
-    if codes[0] >= 0:
-        return f"a worker ended with exit code {codes[0]}, it may have said above why"
-    if codes[0] == -signal.SIGKILL:
-        return (
-            f"a worker was killed (SIGKILL), most likely for want of memory ({GB_PER_WORKER} GB each);"
-            " use fewer --num_workers"
-        )
-    return f"a worker was ended by {signal.Signals(-codes[0]).name}"
-
-
-def check_expert(task: TaskDemos) -> None:
-    """Raises BadInput where the expert fails so often that collecting would never end."""
-    failures = sum(length == 0 for length in task.lengths.values()) - task.deleted
-    if failures <= 10 + 2 * task.wanted:
-        return
-    settings = task.settings
-    harder = [f"--start_noise {settings.start_noise}"] if settings.start_noise > START_NOISE else []
-    harder += [f"--shift_target {settings.shift_target}"] if settings.shift_target else []
-    advice = (
-        f"less than {' and '.join(harder)} makes it easier"
-        if harder
-        else "it solves nine of ten and more in the simulator that requirements.txt names"
-    )
-    raise BadInput(
-        f"task {task.task_id}: the expert failed {failures} times and succeeded {len(task.successes())} times;"
-        f" {''.join(f'{text}; ' for text in broken_attempts([task]))}{advice}"
-    )
-
-
-def broken_attempts(tasks: list[TaskDemos]) -> list[str]:
-    """One sentence about those that ended in the middle, if there were any in this run."""
-    broken = [why for task in tasks for why in task.broken]
-    return [f"in {len(broken)} attempts the simulation broke down, the last time with {broken[-1]}"] if broken else []
-
-
-def report(tasks: list[TaskDemos]) -> None:
+def report(tasks: Sequence[TaskDemos]) -> None:
     """All attempts of these files, also those of earlier runs; a demo that was deleted later was a success."""
     print("\ntask  successes/attempts  percent  mean length  worker seconds")
     successes = attempts = 0
@@ -160,7 +56,7 @@ def report(tasks: list[TaskDemos]) -> None:
         print(sentence)
 
 
-def discarded_layouts(tasks: list[TaskDemos]) -> list[str]:
+def discarded_layouts(tasks: Sequence[TaskDemos]) -> list[str]:
     """One sentence about layouts that were no attempt of the expert, if there were any in this run."""
     why = Counter(why for task in tasks for why in task.discarded)
     told = ", ".join(f"{count} because {reason}" for reason, count in sorted(why.items()))
@@ -197,13 +93,24 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--layouts", choices=("libero", "shuffled"), default="libero",
         help="libero: every object at its own place; shuffled: objects exchange their places, are moved by up to "
         f"{MOVED_BY:g} m, and any of them is asked for (default: %(default)s)")
+    add("--scenes", type=int, metavar="N",
+        help="instead of demonstrations draw N scenes of each task, in shuffled layouts and with the arm as in a frame "
+        "of the demonstrations in the data directory; more N add to them")
     # fmt: on
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    as_given = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(DEMOS_ALONE))))
+    args.of_demos_alone = [f"--{name}" for name in DEMOS_ALONE if as_given[name] is not None]
+    return args
 
 
 def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None:
+    if args.scenes is not None and args.of_demos_alone:
+        raise BadInput(
+            f"--scenes {args.scenes}: goes without {' and '.join(args.of_demos_alone)}, which say what a demonstration"
+            " is like"
+        )
     if wanted < 1:
-        raise BadInput(f"--demos_per_task {wanted}: expected at least 1")
+        raise BadInput(f"{'--demos_per_task' if args.scenes is None else '--scenes'} {wanted}: expected at least 1")
     if args.num_workers < 1:
         raise BadInput(f"--num_workers {args.num_workers}: expected at least 1")
     if not 16 <= args.image_size <= 1024:
@@ -232,6 +139,35 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"{folder}: the data directory is not writable")
 
 
+def demos_of(
+    args: argparse.Namespace, suite, task_ids: Sequence[int], folder: Path, wanted: int
+) -> tuple[list[str], Callable[[], list[TaskDemos]]]:
+    """The names of the files to be collected, and what reads how far they are, once this process alone writes them."""
+    settings = DemoSettings(
+        args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
+        args.missed_grasps, args.layouts,
+    )  # fmt: skip
+    orders: list[tuple[int, int, ShuffledTask | None]] = [(task_id, wanted, None) for task_id in task_ids]
+    if args.layouts == "shuffled":
+        shuffled = [(task, task.share_of(wanted)) for task in shuffled_tasks(suite, task_ids)]
+        orders = [(task.scene, share, task) for task, share in shuffled if share]
+    names = [asked.name if asked else suite.get_task(task_id).name for task_id, _, asked in orders]
+    return names, lambda: [
+        TaskDemos(suite, task_id, folder, share, settings, asked) for task_id, share, asked in orders
+    ]
+
+
+def scenes_of(
+    args: argparse.Namespace, suite, task_ids: Sequence[int], folder: Path, wanted: int
+) -> tuple[list[str], Callable[[], list[scenes.SceneBlocks]]]:
+    """The same of scenes."""
+    poses = scenes.arm_poses_in(folder)
+    settings = SceneSettings(args.image_size, args.visual_mesh_ratio, args.seed, scenes.fingerprint(poses))
+    return [scenes.name_of(task_id) for task_id in task_ids], lambda: [
+        scenes.SceneBlocks(suite, task_id, folder, wanted, settings, poses) for task_id in task_ids
+    ]
+
+
 @exits_on_bad_input
 def main() -> None:
     args = parse_arguments()
@@ -241,40 +177,34 @@ def main() -> None:
             f"data.data_directory lists {len(data.folders)} folders; say with --data_directory which of them to fill"
         )
     folder = Path(expanded(args.data_directory)) if "data_directory" in args else data.folders[0]
-    wanted = getattr(args, "demos_per_task", data.demos_per_task)
+    of_scenes = args.scenes is not None
+    wanted = args.scenes if of_scenes else getattr(args, "demos_per_task", data.demos_per_task)
     check_arguments(args, folder, wanted)
-    settings = DemoSettings(
-        args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
-        args.missed_grasps, args.layouts,
-    )  # fmt: skip
 
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)
-    orders: list[tuple[int, int, ShuffledTask | None]] = [(task_id, wanted, None) for task_id in task_ids]
-    if args.layouts == "shuffled":
-        shuffled = [(task, task.share_of(wanted)) for task in shuffled_tasks(suite, task_ids)]
-        orders = [(task.scene, share, task) for task, share in shuffled if share]
-    with claimed([asked.name if asked else suite.get_task(task_id).name for task_id, _, asked in orders], folder):
-        tasks = [TaskDemos(suite, task_id, folder, share, settings, asked) for task_id, share, asked in orders]
+    names, read = (scenes_of if of_scenes else demos_of)(args, suite, task_ids, folder, wanted)
+    with claimed(names, folder / scenes.FOLDER if of_scenes else folder):
+        collections = read()
         if args.visual_mesh_ratio < 1:
             print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")
         if simulator := simulator_difference():
             print(f"warning: {simulator}")
 
-        def finish(task: TaskDemos) -> None:
-            attributes = libero_attributes(suite, task.task_id, settings.image_size, task.asked)
-            task.assemble(attributes | {"simulator": simulator or "as LIBERO's own"})
+        def finish(collection) -> None:
+            collection.assemble(collection.attributes() | {"simulator": simulator or "as LIBERO's own"})
 
         no_memory = (
             f"out of memory with --num_workers {args.num_workers} ({GB_PER_WORKER} GB each); use fewer; {CONTINUES}"
         )
         try:
             with out_of_memory_named(no_memory):
-                collect(tasks, args.num_workers, finish)
+                collect(collections, args.num_workers, finish)
         except KeyboardInterrupt as stop:
-            print(f"\nStopped. Finished demos are kept in {folder}; the same command continues.")
+            print(f"\nStopped. What is finished is kept in {folder}; the same command continues.")
             raise SystemExit(exit_code(stop)) from None
-    report(tasks)
+    print_report: Callable = scenes.report if of_scenes else report
+    print_report(collections)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,6 @@ scene and the object that is asked for in it.
 """
 
 import itertools
-import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +13,15 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from collection.files import CONTINUES, DemoSettings, settings_text, written_hdf5
+from collection.files import CONTINUES, DemoSettings, picture_datasets, settings_text, written_hdf5
+from collection.worker import Worker
 from errors import BadInput, is_out_of_memory
-from observation import CAMERAS, SIMULATOR_KEYS, SIMULATOR_QUATERNION, axis_angle
+from observation import SIMULATOR_KEYS, SIMULATOR_QUATERNION, axis_angle
 from provenance import code_version
-from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.env import LiberoEnv, SimulatorError
 from simulator.layouts import ShuffledTask, graspable, training_layout
 from simulator.scripted_expert import ScriptedExpert
-from simulator.suites import make_suite
 
-TASK_SUITE = "libero_object"
 LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
 LAYOUTS_DRAWN = 20  # at most, until one is found whose target can be taken
 SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
@@ -128,13 +123,7 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, o
     demo["robot_states"], demo["rewards"], demo["dones"] = robot_states, only_the_last, only_the_last
     demo["obs/joint_states"], demo["obs/gripper_states"] = joints, fingers
     demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/ee_states"] = ee_pos, ee_ori, np.hstack([ee_pos, ee_ori])
-    picture = (env.image_size, env.image_size, 3)
-    cameras = {
-        name: demo["obs"].create_dataset(
-            name, (len(frames), *picture), np.uint8, chunks=(1, *picture), compression="gzip", compression_opts=1
-        )
-        for name in CAMERAS
-    }
+    cameras = picture_datasets(demo["obs"], len(frames), env.image_size)
     for i, t in enumerate(frames):
         pictures = env.draw(demonstration.poses[t])
         for name, dataset in cameras.items():
@@ -152,22 +141,15 @@ class Outcome(NamedTuple):
     discarded: Sequence[str] = ()  # why each layout was that was drawn anew before the expert began
 
 
-class Demonstrator:
-    """What a worker process keeps between attempts: the environment of the task that it worked on last."""
-
-    task_id: int | None = None
-    env: LiberoEnv | None = None
+class Demonstrator(Worker):
+    """The worker process of demonstrations."""
 
     @classmethod
     def attempt(
         cls, task_id: int, attempt: int, settings: DemoSettings, demo_file: Path, asked: ShuffledTask | None = None
     ) -> Outcome:
         """Plays one attempt and writes it to `demo_file` if it succeeds."""
-        env = cls.env
-        if env is None or cls.task_id != task_id:
-            cls.close()
-            env = make_env(make_suite(TASK_SUITE), task_id, settings.image_size, settings.visual_mesh_ratio)
-            cls.env, cls.task_id = env, task_id
+        env = cls.env_of(task_id, settings)
         discarded: list[str] = []
         try:
             demonstration = demonstrate(env, task_id, attempt, settings, asked, discarded)
@@ -190,19 +172,3 @@ class Demonstrator:
         except SimulatorError as problem:  # only the renderer works here
             raise BadInput(f"task {task_id}: drawing a demo failed ({problem}); {CONTINUES}") from None
         return Outcome(len(demonstration.actions), "", discarded)
-
-    @classmethod
-    def close(cls) -> None:
-        if cls.env is not None:
-            cls.env.close()
-        cls.env = cls.task_id = None
-
-
-def prepare_worker() -> None:
-    """However the main process dies, its workers end, too."""
-
-    def end_with_parent():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -4,11 +4,15 @@ import json
 import operator
 import re
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import h5py
 
+from collection.demonstrator import Demonstrator, Outcome
 from collection.files import UNFINISHED, DemoSettings, check_settings, settings_text, written_hdf5
+from collection.pool import Order
 from demos.hdf5_errors import open_hdf5
 from errors import BadInput
 from observation import ORIENTATION
@@ -16,10 +20,14 @@ from simulator.layouts import ShuffledTask, problem_text
 from simulator.libero import import_libero
 from simulator.suites import instruction_in
 
+START_NOISE = 0.02  # rad, of the start joints where nothing else is asked for
+
 
 class TaskDemos:
     """The demos of one task on disk, and which attempt comes next. With `asked` the task is a scene, that of `task_id`,
     in shuffled layouts, and an object that is asked for in it."""
+
+    unit = "demo"
 
     def __init__(
         self,
@@ -30,7 +38,7 @@ class TaskDemos:
         settings: DemoSettings,
         asked: ShuffledTask | None = None,
     ):
-        self.task_id, self.wanted, self.settings, self.asked = task_id, wanted, settings, asked
+        self.suite, self.task_id, self.wanted, self.settings, self.asked = suite, task_id, wanted, settings, asked
         self.name = asked.name if asked else suite.get_task(task_id).name
         self.path = folder / f"{self.name}_demo.hdf5"
         self.unfinished = folder / UNFINISHED / self.name
@@ -47,6 +55,27 @@ class TaskDemos:
     def deleted(self) -> int:
         """Demos that somebody deleted from the file."""
         return self.next_number - self.in_file
+
+    def missing(self) -> int:
+        return max(self.wanted - len(self.successes()), 0)
+
+    def next_order(self) -> Order | None:
+        """Raises BadInput where the expert fails so often that collecting would never end."""
+        attempt = self.next_attempt()
+        if attempt is None:
+            return None
+        check_expert(self)
+        self.lengths[attempt] = None
+        arguments = self.task_id, attempt, self.settings, self.demo_file(attempt), self.asked
+        return Order(Demonstrator.attempt, arguments, partial(self._finished, attempt))
+
+    def _finished(self, attempt: int, outcome: Outcome, seconds: float) -> int:
+        self.lengths[attempt] = outcome.length
+        if outcome.why_broken:
+            self.broken.append(outcome.why_broken)
+        self.discarded += outcome.discarded
+        self.seconds += seconds
+        return int(outcome.length > 0)
 
     def next_attempt(self) -> int | None:
         """The first attempt not begun, unless the ones before it may already give the wanted number of demos.
@@ -70,6 +99,10 @@ class TaskDemos:
 
     def is_complete(self) -> bool:
         return self.next_attempt() is None and None not in self.lengths.values()
+
+    def attributes(self) -> dict:
+        """What LIBERO's own files say about the task."""
+        return libero_attributes(self.suite, self.task_id, self.settings.image_size, self.asked)
 
     def assemble(self, attributes: dict) -> None:
         """Puts the demos of the finished attempts into the task's file, after those that it has already."""
@@ -134,6 +167,31 @@ class TaskDemos:
             self.lengths.setdefault(attempt, 0)  # it was tried before a later one was kept, or its demo was deleted
         for attempt in self.kept:
             self.lengths.setdefault(attempt, 0)
+
+
+def check_expert(task: TaskDemos) -> None:
+    """Raises BadInput where the expert fails so often that collecting would never end."""
+    failures = sum(length == 0 for length in task.lengths.values()) - task.deleted
+    if failures <= 10 + 2 * task.wanted:
+        return
+    settings = task.settings
+    harder = [f"--start_noise {settings.start_noise}"] if settings.start_noise > START_NOISE else []
+    harder += [f"--shift_target {settings.shift_target}"] if settings.shift_target else []
+    advice = (
+        f"less than {' and '.join(harder)} makes it easier"
+        if harder
+        else "it solves nine of ten and more in the simulator that requirements.txt names"
+    )
+    raise BadInput(
+        f"task {task.task_id}: the expert failed {failures} times and succeeded {len(task.successes())} times;"
+        f" {''.join(f'{text}; ' for text in broken_attempts([task]))}{advice}"
+    )
+
+
+def broken_attempts(tasks: Sequence[TaskDemos]) -> list[str]:
+    """One sentence about those that ended in the middle, if there were any in this run."""
+    broken = [why for task in tasks for why in task.broken]
+    return [f"in {len(broken)} attempts the simulation broke down, the last time with {broken[-1]}"] if broken else []
 
 
 def attempt_and_length(path: Path, demo: h5py.Group) -> tuple[int, int]:

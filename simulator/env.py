@@ -114,10 +114,18 @@ class LiberoEnv:
     @_breakdowns_named()
     def add_start_noise(self, rng: np.random.Generator, std: float) -> None:
         """Turns every arm joint by N(0, std) rad. Call it after `reset()`, whose start pose never varies by itself."""
-        robot = self.domain.robots[0]
-        joints = robot._ref_joint_pos_indexes
-        self.sim.data.qpos[joints] = robot.init_qpos + rng.normal(0, std, len(joints))
-        self.sim.data.qvel[:] = 0
+        start = self.domain.robots[0].init_qpos
+        self.pose_arm(start + rng.normal(0, std, len(start)))
+
+    @_breakdowns_named()
+    def pose_arm(self, joints: np.ndarray, fingers: np.ndarray | None = None) -> None:
+        """Puts the arm's joints (7,) in rad, and the fingers (2,) in metres where they are given, as observations have
+        them. Nothing in the scene moves then, and the controller holds the arm there. Call it after `reset()`."""
+        robot, data = self.domain.robots[0], self.sim.data
+        data.qpos[robot._ref_joint_pos_indexes] = joints
+        if fingers is not None:
+            data.qpos[robot._ref_gripper_joint_pos_indexes] = fingers
+        data.qvel[:] = 0
         self.sim.forward()
         robot.controller.update(force=True)
         robot.controller.reset_goal()
@@ -153,12 +161,15 @@ class LiberoEnv:
         self._read_sensors_anew()
 
     @_breakdowns_named()
-    def place_objects(self, layout: Mapping[str, np.ndarray]) -> None:
-        """Puts each named object at its x and y (2,) in metres; height and rotation stay. Call it after `reset()`."""
+    def place_objects(self, layout: Mapping[str, np.ndarray], heights: Mapping[str, float] | None = None) -> None:
+        """Puts each named object at its x and y (2,) in metres. Its rotation stays, and so does its height where
+        `heights`, as `object_heights` gives them, has none. Call it after `reset()`."""
         data = self.sim.data
         for name, xy in layout.items():
             joint = self.domain.objects_dict[name].joints[-1]
-            data.set_joint_qpos(joint, np.append(xy, data.get_joint_qpos(joint)[2:]))
+            pose = np.append(xy, data.get_joint_qpos(joint)[2:])
+            pose[2] = (heights or {}).get(name, pose[2])
+            data.set_joint_qpos(joint, pose)
         self.sim.forward()
         self._read_sensors_anew()
 

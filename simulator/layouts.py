@@ -262,6 +262,12 @@ class ShuffledTask:
     rank: int  # of the scene among those that hold the object; 0 is the one whose own task asks for it
     scenes: int  # that hold the object
 
+    @property
+    def instruction(self) -> str:
+        """What the robot is told, in the words of LIBERO's own file names."""
+        _, _, words = self.name.split("_", 2)
+        return words.replace("_", " ")
+
     def share_of(self, demos: int) -> int:
         """How many of an instruction's demonstrations come from this scene: equally many from each, as long as that is
         two at least, since the loader needs one to train on and one to hold out."""

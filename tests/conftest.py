@@ -19,8 +19,8 @@ from browser import Tab, installed_browser, tab_of  # noqa: E402
 from helpers import ROOT  # noqa: E402
 
 SIMULATOR_FILES = {
-    "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_shuffled_layouts.py",
-    "test_simulator.py", "test_simulator_check.py",
+    "test_collect_demos.py", "test_libero_eval.py", "test_rollouts_pool.py", "test_scenes.py",
+    "test_shuffled_layouts.py", "test_simulator.py", "test_simulator_check.py",
 }  # fmt: skip
 LONGEST_FIRST = (  # files that take half a minute or more: one that begins last would keep one process alone at work
     "test_collect_demos.py", "test_shuffled_layouts.py",  # the second of which does not wait for the first one's demos

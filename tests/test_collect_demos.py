@@ -22,11 +22,12 @@ from failing_worker import SEEDS, FailingWorker
 from helpers import ROOT, batches_of, load, samples_of
 
 import collect_demos
-from collect_demos import check_expert, collect, how_it_ended, report
-from collection import demonstrator
+from collect_demos import report
+from collection import demonstrator, task_demos
 from collection.demonstrator import Demonstration, Demonstrator, Outcome, begins_after_a_miss, demonstrate, write_demo
 from collection.files import UNFINISHED, DemoSettings, claimed, settings_text, written_hdf5
-from collection.task_demos import TaskDemos
+from collection.pool import collect, how_it_ended
+from collection.task_demos import TaskDemos, check_expert
 from config import load_config
 from dataloader import frame_rows
 from demos.frames import open_frames
@@ -290,9 +291,7 @@ def test_a_renderer_that_breaks_down_is_no_failed_attempt(worker, tmp_path, monk
 
     monkeypatch.setattr(demonstrator, "demonstrate", lambda env, *arguments: standing_still(env))
     monkeypatch.setattr(worker.env, "draw", draw)
-    with pytest.raises(
-        BadInput, match=r"^task 6: drawing a demo failed \(FatalError: OpenGL error 0x505\); finished demos"
-    ):
+    with pytest.raises(BadInput, match=r"^task 6: drawing a demo failed \(FatalError: OpenGL error 0x505\); what is"):
         worker.attempt(TASK, 0, SETTINGS, tmp_path / "attempt_00000.hdf5")
     assert list(tmp_path.iterdir()) == []
 
@@ -527,7 +526,7 @@ def test_a_full_disk_takes_nothing_that_was_written_before(suite, tmp_path):
     before = path.read_bytes()
     more = TaskDemos(suite, TASK, tmp_path, wanted=3, settings=SETTINGS)
     finish(more, 2, 3000)
-    full = pytest.raises(BadInput, match=f"^{path}: cannot be written \\(File too large\\); finished demos are kept")
+    full = pytest.raises(BadInput, match=f"^{path}: cannot be written \\(File too large\\); what is finished is kept")
     with full, files_of_at_most(50_000):
         more.assemble({})
     assert path.read_bytes() == before
@@ -610,7 +609,7 @@ def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
         os.killpg(stopped.pid, signal.SIGINT)  # a terminal sends it to the workers, too
         printed, complaints = stopped.communicate(timeout=60)
     assert stopped.returncode == 130
-    assert f"Finished demos are kept in {tmp_path}; the same command continues." in printed.decode()
+    assert f"What is finished is kept in {tmp_path}; the same command continues." in printed.decode()
     assert b"Traceback" not in complaints
     assert list(tmp_path.iterdir()) == []
 
@@ -627,13 +626,13 @@ def test_ctrl_c_says_how_to_continue_and_leaves_no_lock(tmp_path, delay):
         ),
         (
             "ended",
-            r"a worker ended with exit code 3, it may have said above why; finished demos are kept, and the same",
+            r"a worker ended with exit code 3, it may have said above why; what is finished is kept, and the same",
         ),
         ("bad input", r"the renderer has no GPU"),
     ],
 )
 def test_the_failure_of_a_worker_process_is_named_as_what_it_is(suite, tmp_path, monkeypatch, failure, sentence):
-    monkeypatch.setattr(collect_demos, "Demonstrator", FailingWorker)
+    monkeypatch.setattr(task_demos, "Demonstrator", FailingWorker)
     settings = replace(SETTINGS, seed=SEEDS[failure])
     with pytest.raises(BadInput, match=f"^{sentence}"):
         collect([TaskDemos(suite, TASK, tmp_path, wanted=2, settings=settings)], 2, finish=None)

@@ -13,7 +13,11 @@ SCRIPTS = {
     "train", "eval", "run_libero_eval", "collect_demos", "check_demos", "convert_lerobot", "embed_language",
     "export_policy", "plot_curves", "serve_policy", "simulator_check",
 }  # fmt: skip
-WORKERS = ("rollouts.worker", "collection.demonstrator")  # without torch they start sooner and hold less memory
+WORKERS = (
+    "rollouts.worker",
+    "collection.demonstrator",
+    "collection.scene_drawer",
+)  # without torch they start sooner and hold less memory
 FILE_LINES, FUNCTION_LINES = 500, 80
 STORIES = {"train.py: main"}  # the training loop is read from top to bottom in one sitting
 LARGEST_MB = 70
