@@ -209,8 +209,9 @@ def object_in(path: Path, within: str, group: h5py.Group, name: str, kind: type)
 
 
 def open_dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Dataset:
-    """A demo's dataset of numbers, all of whose parts are there: as many bytes as its shape announces."""
-    within = f"{key}: key {name}"
+    """A demo's dataset of numbers, all of whose parts are there: as many bytes as its shape announces. `key` is "" for
+    one at the file's root."""
+    within = f"{key}: key {name}" if key else f"key {name}"
     *folders, last = name.split("/")
     for folder in folders:
         demo = object_in(path, within, demo, folder, h5py.Group)

@@ -10,11 +10,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
-from demos.hdf5_errors import hdf5_problems_named, open_hdf5, text_attribute
+from demos.hdf5_errors import hdf5_problems_named, open_dataset, open_hdf5, text_attribute
 from demos.instructions import canonical_instruction
 from demos.language import LanguageTable
 from demos.simulator_truth import Kinematics
@@ -80,25 +81,38 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
 def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """-> pictures of each camera (N, S, S, 3), and by instruction where its object appears, (N, 2, 2)."""
     with open_hdf5(path) as file, hdf5_problems_named(path):
-        if missing := [name for name in ("states", *CAMERAS) if name not in file]:
-            raise BadInput(f"{path}: key {missing[0]} is missing; expected a file of collect_demos.py --scenes")
-        states = file["states"][()]
-        try:
-            asked = {name: str(text) for name, text in json.loads(file.attrs["instructions"]).items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise BadInput(f"{path}: attribute instructions is no JSON of object -> instruction") from None
+        states = open_dataset(path, "", file, "states")[()].astype(np.float64)
+        if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
+            raise BadInput(f"{path}: key states is {states.shape}, expected finite (N, S)")
+        asked = _instructions(path, file)
         kinematics = Kinematics(text_attribute(file.attrs, "model_file", path), str(path), "scenes need it")
         if unknown := [name for name in asked if name not in kinematics.bodies]:
             raise BadInput(f"{path}: attribute instructions names {unknown[0]}, which the scene does not have")
         at = torch.from_numpy(kinematics.on_pictures(states, list(asked)))  # (N, 2, K, 2)
-        pictures = {}
-        for camera in CAMERAS:
-            stored = file[camera]
-            if stored.shape[:1] != states.shape[:1] or stored.ndim != 4 or stored.dtype != np.uint8:
-                raise BadInput(
-                    f"{path}: key {camera} is {stored.shape} {stored.dtype}, expected {len(states)} pictures"
-                )
-            size = min(image_size, stored.shape[1])
-            parts = (torch.from_numpy(stored[i : i + AT_ONCE]) for i in range(0, len(states), AT_ONCE))
-            pictures[camera] = torch.cat([resize_images(part, size).permute(0, 2, 3, 1) for part in parts])
-    return pictures, {canonical_instruction(text): at[:, :, k] for k, text in enumerate(asked.values())}
+        datasets = {camera: open_dataset(path, "", file, camera) for camera in CAMERAS}
+        for camera, stored in datasets.items():
+            side = stored.shape[1] if stored.ndim == 4 else 0
+            if stored.shape != (len(states), side, side, 3) or not side or stored.dtype != np.uint8:
+                expected = f"({len(states)}, h, h, 3) uint8"
+                raise BadInput(f"{path}: key {camera} is {stored.shape} {stored.dtype}, expected {expected}")
+        size = min(image_size, *(stored.shape[1] for stored in datasets.values()))
+        pictures = {camera: _smaller(stored, size) for camera, stored in datasets.items()}
+    return pictures, {text: at[:, :, k] for k, text in enumerate(asked.values())}
+
+
+def _instructions(path: Path, file: h5py.File) -> dict[str, str]:
+    """Object -> what asks for it, as `canonical_instruction` writes it."""
+    try:
+        told = json.loads(text_attribute(file.attrs, "instructions", path))
+        asked = {name: canonical_instruction(text) for name, text in told.items()}
+    except (TypeError, ValueError, AttributeError):
+        asked = {}
+    if not asked:
+        raise BadInput(f"{path}: attribute instructions is no JSON of object -> instruction")
+    return asked
+
+
+def _smaller(stored: h5py.Dataset, size: int) -> Tensor:
+    """Pictures (N, h, h, 3) -> (N, S, S, 3), few at a time."""
+    parts = (torch.from_numpy(stored[first : first + AT_ONCE]) for first in range(0, len(stored), AT_ONCE))
+    return torch.cat([resize_images(part, size).permute(0, 2, 3, 1) for part in parts])

@@ -25,7 +25,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from config import load_config, parse_config
-from demos.language import load_language
+from demos.language import LanguageTable, load_language
+from demos.scenes import load_scenes
 from errors import BadInput
 from observation import CAMERAS, ROBOT_STATES, STATE_WIDTHS
 from serving.libero_message import MOST_DECISIONS, RequestReader, message_of
@@ -176,6 +177,40 @@ def test_an_hdf5_file_with_any_bytes_damaged_is_read_or_refused(good_file, tmp_p
         read_demonstrations(tmp_path / "damaged.hdf5")
 
     outcomes(damaged_bytes(good_file.read_bytes()), 40, read)
+
+
+MODEL = """<mujoco><worldbody>
+  <camera name="agentview" pos="1 0 1" xyaxes="0 1 0 -0.7 0 0.7"/>
+  <body name="hand" pos="0 0 1"><joint axis="0 0 1"/><camera name="robot0_eye_in_hand" euler="3.1 0 0"/></body>
+  <body name="milk_1_main"><freejoint name="milk_1_joint0"/></body>
+</worldbody></mujoco>"""
+
+
+def test_any_structure_of_a_file_of_scenes_is_read_or_refused(tmp_path):
+    path, language = tmp_path / "OBJECT_SCENE1_scenes.hdf5", LanguageTable("e", {INSTRUCTION: torch.ones(512)})
+    places = st.sampled_from(["states", *CAMERAS])
+    names = st.sampled_from(["model_file", "instructions"])
+    texts = '{"milk_1": 3}', '{"milk_1": "lift it"}', "[1]", "{}", "<mujoco>", MODEL.replace("_1", "_2")
+    changes = st.one_of(
+        st.tuples(st.just("delete"), places), st.tuples(st.just("group"), places),
+        st.tuples(st.just("array"), places, TYPES, SHAPES, st.integers(0, 300)),
+        st.tuples(st.just("number"), places, st.integers(0, 300), st.floats()),
+        st.tuples(st.just("attribute"), st.just("/"), names, VALUES | st.sampled_from(texts)),
+        st.tuples(st.just("no attribute"), st.just("/"), names),
+    )  # fmt: skip
+
+    def read(change_of_it) -> None:
+        with h5py.File(path, "w") as file:
+            file["states"] = np.tile([0, 0.1, 0, 0, 0.1, 1, 0, 0, 0], (4, 1))
+            for camera in CAMERAS:
+                file[camera] = np.zeros((4, 16, 16, 3), np.uint8)
+            file.attrs["model_file"], file.attrs["instructions"] = MODEL, f'{{"milk_1": "{INSTRUCTION}"}}'
+            with contextlib.suppress(KeyError, ValueError, TypeError, OSError, AttributeError, RuntimeError):
+                change(file, *change_of_it)
+        scenes = load_scenes(tmp_path, 16, language)
+        assert scenes.draw(3, torch.device("cpu"))["target_at"].shape == (3, 2, 2)
+
+    outcomes(changes, 80, read)
 
 
 # -------------------------------------------------------------------------------------------- language embeddings
