@@ -115,6 +115,8 @@ class Phase1Config:
     foresight_weight: NumberOrZero
     gaze_weight: NumberOrZero
     gaze_scenes_weight: NumberOrZero
+    place_weight: NumberOrZero
+    place_scenes_weight: NumberOrZero
     proprioception_masking: Share
     image_shift: CountOrZero
 
@@ -360,9 +362,14 @@ def _check_consistency(config: Config, source: str) -> None:
         )
     if model.action_dim != 7:
         raise BadInput(f"{source}: model.action_dim is {model.action_dim}, expected 7 (6 pose deltas + gripper)")
-    if config.data.scenes is not None and not model.gaze:
+    recipe = config.training.phase1
+    taught_on_scenes = (model.gaze and recipe.gaze_scenes_weight) or (
+        recipe.place_weight and recipe.place_scenes_weight
+    )
+    if config.data.scenes is not None and not taught_on_scenes:
         raise BadInput(
-            f"{source}: data.scenes is {config.data.scenes}, but they teach gaze alone; set model.gaze to true"
+            f"{source}: data.scenes is {config.data.scenes}, but nothing is taught on them; set model.gaze to true, or "
+            "training.phase1.place_weight and place_scenes_weight above 0"
         )
     robot_state = config.data.robot_state
     parts = ROBOT_STATES[robot_state]

@@ -11,7 +11,7 @@ Letters: N rows, B batch, K prediction gap, H actions per chunk, D state_dim, S 
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -203,9 +203,8 @@ class Batches:
 
     Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
     with `frames`: `obs`, equal to observation.from_simulator's; with a `gap` also `next_obs`, as many rows later, and
-    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8); with `targets`
-    (N, 2, 2), by row, where the asked object appears on both pictures of `obs`, `target_at` (B, 2, 2); with `scenes`
-    also as many of those as half a batch has samples;
+    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8); with `labels`,
+    name -> (N, ...) by row, those of each row; with `scenes` half as many of those as the batch has samples;
     with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
     Raises BadInput as `RowOrder`.
@@ -222,7 +221,7 @@ class Batches:
         gap: int = 0,
         ahead: Sequence[int] = (),
         states: Tensor | None = None,
-        targets: Tensor | None = None,
+        labels: Mapping[str, Tensor] | None = None,
         scenes: Scenes | None = None,
         seed: int | None = None,
     ):
@@ -232,7 +231,7 @@ class Batches:
         self.offsets = (0, gap) if gap else (0,)
         self.reader = None if frames is None else PictureReader(frames, self.offsets, batch_size, self.device)
         self.states = None if states is None else states.to(self.device)
-        self.targets = None if targets is None else targets.to(self.device)
+        self.labels = {name: values.to(self.device) for name, values in (labels or {}).items()}
         self.scenes = scenes
 
     def __len__(self) -> int:
@@ -268,8 +267,7 @@ class Batches:
         batch: dict = {"actions": self.low_dimensional.actions_from(rows, self.num_actions)}
         if self.ahead:
             batch["robot_ahead"] = self.low_dimensional.robot_ahead(rows, self.ahead)
-        if self.targets is not None:
-            batch["target_at"] = self.targets[rows]
+        batch |= {name: values[rows] for name, values in self.labels.items()}
         if self.scenes is not None:
             batch["scenes"] = self.scenes.draw(-(-len(rows) // 2), self.device)
         return batch

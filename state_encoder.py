@@ -21,7 +21,8 @@ class JEPAStateEncoder(nn.Module):
             config.gaze,
         )  # fmt: skip
         self.encoder = ContextEncoder(
-            config.encoder_depth, config.embed_dim, config.state_dim, config.d_state, config.d_conv, config.expand
+            config.encoder_depth, config.embed_dim, config.state_dim, config.d_state, config.d_conv, config.expand,
+            tokens_read=1 + len(self.tokenizer.eyes),
         )  # fmt: skip
         self.target = TargetEncoder(self.tokenizer, self.encoder)
         self.predictor = TemporalPredictor(

@@ -175,8 +175,13 @@ class StateVLATrainer(nn.Module):
         self.proprioception_masking, self.vicreg_on = recipe.proprioception_masking, recipe.vicreg_on
         self.freeze_encoder, self.state_noise = config.phase2.freeze_encoder, config.phase2.state_noise
         self.inverse_dynamics = self.foresight = None
-        if phase == 1 and model.config.gaze:
-            taught = {"gaze": recipe.gaze_weight, "gaze_scenes": recipe.gaze_scenes_weight}
+        self.place = None
+        if phase == 1:
+            gaze, place = float(model.config.gaze), float(recipe.place_weight > 0)
+            taught = {
+                "gaze": gaze * recipe.gaze_weight, "gaze_scenes": gaze * recipe.gaze_scenes_weight,
+                "place": recipe.place_weight, "place_scenes": place * recipe.place_scenes_weight,
+            }  # fmt: skip
             self.weights |= {name: weight for name, weight in taught.items() if weight > 0}
         encoder, state_dim = model.state_encoder, model.config.state_dim
         hidden_dim = encoder.predictor.project_state.out_features
@@ -188,8 +193,17 @@ class StateVLATrainer(nn.Module):
             self.weights["foresight"] = recipe.foresight_weight
             self.foresight = Foresight(state_dim, model.config.robot_state_dim, hidden_dim)
             self.robot_normalizer = Normalizer(model.config.robot_state_dim)
+        if "place" in self.weights:
+            self.place, self.place_normalizer = nn.Linear(state_dim, 3), Normalizer(3)
         trained: dict[int, list[nn.Module | None]] = {
-            1: [encoder.tokenizer, encoder.encoder, encoder.predictor, self.inverse_dynamics, self.foresight],
+            1: [
+                encoder.tokenizer,
+                encoder.encoder,
+                encoder.predictor,
+                self.inverse_dynamics,
+                self.foresight,
+                self.place,
+            ],
             2: [model.policy, model.gripper, *([] if self.freeze_encoder else [encoder.tokenizer, encoder.encoder])],
         }
         self.trained = [module for module in trained[phase] if module is not None]  # a plain list: registers nothing
@@ -209,8 +223,8 @@ class StateVLATrainer(nn.Module):
         """The losses of a step over one batch or, as those of one batch of all their rows, over several.
 
         Phase 1: a batch has obs, next_obs (K frames later) and actions (B, K, 7) between them, for foresight
-        robot_ahead (B, F, 9 or 8), and for gaze target_at (B, 2, 2) and scenes (demos/scenes.py). Phase 2: z_t (B, D)
-        or obs, and actions (B, H, 7)."""
+        robot_ahead (B, F, 9 or 8), for gaze target_at (B, 2, 2), for place target_place (B, 3), and for both scenes
+        (demos/scenes.py). Phase 2: z_t (B, D) or obs, and actions (B, H, 7)."""
         if self.phase == 1:
             return self.phase1_losses(batches)
         of_batches = [self.kept_small(self.phase2_losses, batch, len(batches)) for batch in batches]
@@ -252,6 +266,12 @@ class StateVLATrainer(nn.Module):
             if self.foresight is not None:
                 foreseen = self.foresight(z_t)  # (B, F, R)
                 losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
+            for name, z in (("place", z_t), ("place_scenes", rows.get("scenes_z"))):
+                if self.place is not None and z is not None and name in self.weights:
+                    truth = self.place_normalizer.normalize(rows[f"{name}_truth"])  # (B, 3)
+                    known = truth.isfinite().all(dim=1)
+                    errors = (self.place(z[known]) - truth[known]).square()
+                    losses[name] = errors.sum() / max(errors.numel(), 1)
             signs: dict[str, Tensor] = {}
             for name in ("gaze", "gaze_scenes"):
                 if f"{name}_loss" in rows:
@@ -270,18 +290,33 @@ class StateVLATrainer(nn.Module):
         encoder = self.model.state_encoder
         tokenizer, looks = encoder.tokenizer, encoder.tokenizer.looks(batch["obs"])
         part = {"z_t": encoder(batch["obs"], self.hidden_arms(batch["actions"]), looks)}  # (B, D)
-        if "target_at" in batch:
+        if "gaze" in self.weights:
             taught = losses_of_looks(tokenizer.eyes, looks, batch["target_at"])  # (B, 2) each
             part |= {f"gaze_{name}": values for name, values in taught.items()}
+        if "place" in self.weights:
+            part["place_truth"] = batch["target_place"]  # (B, 3), NaN where it is not known
         if "scenes" in batch:
-            scenes = batch["scenes"]
-            taught = losses_of_looks(tokenizer.eyes, tokenizer.looks(scenes), scenes["target_at"])
-            part |= {f"gaze_scenes_{name}": values for name, values in taught.items()}
+            part |= self.scenes_rows(batch["scenes"])
         part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
         part["z_next_target"] = encoder.target(batch["next_obs"])  # (B, D), the EMA copy's, no gradient
         return part | {
             name: batch[name] for name in ("actions", "robot_ahead") if name in batch
         }  # (B, K, 7), (B, F, R)
+
+    def scenes_rows(self, scenes: dict) -> dict[str, Tensor]:
+        """The part of scenes without a demonstration in phase 1's losses: what the eyes say and, for place, z (B, D).
+        Their robot token is hidden, for a scene's arm is in no motion."""
+        encoder = self.model.state_encoder
+        looks, part = encoder.tokenizer.looks(scenes), dict[str, Tensor]()
+        if "gaze_scenes" in self.weights:
+            taught = losses_of_looks(encoder.tokenizer.eyes, looks, scenes["target_at"])
+            part |= {f"gaze_scenes_{name}": values for name, values in taught.items()}
+        if "place_scenes" in self.weights:
+            rows = len(scenes["language"])
+            arm = {name: scenes["language"].new_zeros(rows, width) for name, width in self.model.robot_state.items()}
+            hidden = torch.ones(rows, dtype=torch.bool, device=scenes["language"].device)
+            part |= {"scenes_z": encoder(scenes | arm, hidden, looks), "place_scenes_truth": scenes["target_place"]}
+        return part
 
     def hidden_arms(self, actions: Tensor) -> Tensor | None:
         """Which of the samples have their robot token hidden, (B,) bool, so that the arm must be seen; in training."""

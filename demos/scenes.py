@@ -30,11 +30,13 @@ AT_ONCE = 500  # scenes whose pictures are read and made smaller together
 
 @dataclass(frozen=True)
 class Scenes:
-    """pictures of each camera (N, S, S, 3) uint8; at (N, 2, K, 2) right and up from the pictures' middles, NaN for what
-    a scene does not have; language (K, D) of the instructions that ask for the K objects."""
+    """pictures of each camera (N, S, S, 3) uint8; of each object that can be asked for, NaN where a scene does not have
+    it, `at` (N, 2, K, 2), right and up from the pictures' middles, and `places` (N, K, 3) in metres; language (K, D) of
+    the instructions that ask for them."""
 
     pictures: dict[str, Tensor]
     at: Tensor
+    places: Tensor
     language: Tensor
 
     def __len__(self) -> int:
@@ -42,11 +44,12 @@ class Scenes:
 
     def draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """Scenes at random, in each of which one of the objects that the first camera sees is asked for: pictures,
-        language and target_at (B, 2, 2)."""
+        language, target_at (B, 2, 2) and target_place (B, 3)."""
         chosen = torch.randint(len(self), (count,))
         asked = torch.multinomial(in_view(self.at[chosen, 0]).float(), 1).squeeze(1)
         batch = {camera: pictures[chosen] for camera, pictures in self.pictures.items()}
         batch |= {"language": self.language[asked], "target_at": self.at[chosen, :, asked]}
+        batch["target_place"] = self.places[chosen, asked]
         return {name: values.to(device) for name, values in batch.items()}
 
 
@@ -62,24 +65,30 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} has {size} px" for name, size in sizes.items())
         raise BadInput(f"data.scenes: pictures of several sizes in {folder}, some smaller than the model's: {told}")
-    texts = list(dict.fromkeys(text for _, places in files for text in places))
+    texts = list(dict.fromkeys(text for _, objects in files for text in objects))
     for text in texts:
         if text not in language.embeddings:
             raise BadInput(f"data.scenes: {folder} asks to '{text}', which has no embedding; see embed_language.py")
-    at = [
-        torch.stack([places.get(text, torch.full((len(first), len(CAMERAS), 2), torch.nan)) for text in texts], dim=2)
-        for _, places in files
-        for first in [next(iter(places.values()))]
-    ]
-    pictures = {camera: torch.cat([pictures[camera] for pictures, _ in files]) for camera in CAMERAS}
-    scenes = Scenes(pictures, torch.cat(at), torch.stack([language[text] for text in texts]))
+    known = [[objects.get(text) or _nothing(pictures) for text in texts] for pictures, objects in files]
+    scenes = Scenes(
+        {camera: torch.cat([pictures[camera] for pictures, _ in files]) for camera in CAMERAS},
+        torch.cat([torch.stack([at for at, _ in objects], dim=2) for objects in known]),
+        torch.cat([torch.stack([place for _, place in objects], dim=1) for objects in known]),
+        torch.stack([language[text] for text in texts]),
+    )
     if not (seen := in_view(scenes.at[:, 0]).any(dim=1)).all():
         raise BadInput(f"data.scenes: {folder} has {int((~seen).sum())} scenes without any object in {CAMERAS[0]}")
     return scenes
 
 
-def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """-> pictures of each camera (N, S, S, 3), and by instruction where its object appears, (N, 2, 2)."""
+def _nothing(pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of an object that a file's scenes do not have."""
+    count = len(pictures[CAMERAS[0]])
+    return torch.full((count, len(CAMERAS), 2), torch.nan), torch.full((count, 3), torch.nan)
+
+
+def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """-> pictures of each camera (N, S, S, 3), and by instruction where its object appears (N, 2, 2) and is (N, 3)."""
     with open_hdf5(path) as file, hdf5_problems_named(path):
         states = open_dataset(path, "", file, "states")[()].astype(np.float64)
         if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
@@ -97,7 +106,8 @@ def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, Ten
                 raise BadInput(f"{path}: key {camera} is {stored.shape} {stored.dtype}, expected {expected}")
         size = min(image_size, *(stored.shape[1] for stored in datasets.values()))
         pictures = {camera: _smaller(stored, size) for camera, stored in datasets.items()}
-    return pictures, {text: at[:, :, k] for k, text in enumerate(asked.values())}
+        places = {name: torch.from_numpy(kinematics.positions(states, name)).float() for name in asked}
+    return pictures, {text: (at[:, :, k], places[name]) for k, (name, text) in enumerate(asked.items())}
 
 
 def _instructions(path: Path, file: h5py.File) -> dict[str, str]:

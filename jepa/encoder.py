@@ -14,17 +14,24 @@ from jepa.mamba import MambaStack
 class ContextEncoder(nn.Module):
     """Mamba over the token sequence; z_t is read at CLS, the last position: (B, L, D) -> (B, state_dim).
 
+    With gaze it is read at the two tokens before CLS, too: what an eye says then reaches z_t without passing through
+    the memory of the sequence, which learns demonstrations by heart.
+
     There is no norm after the last block: VICReg's variance term must see the scale that the encoder itself gives z_t.
     """
 
-    def __init__(self, depth: int, embed_dim: int, state_dim: int, d_state: int, d_conv: int, expand: int):
+    def __init__(
+        self, depth: int, embed_dim: int, state_dim: int, d_state: int, d_conv: int, expand: int, tokens_read: int = 1
+    ):
         super().__init__()
+        self.tokens_read = tokens_read
         self.mamba = MambaStack(depth, embed_dim, d_state, d_conv, expand, with_mlp=True)
-        to_state = [] if state_dim == embed_dim else [nn.Linear(embed_dim, state_dim)]
+        read_dim = tokens_read * embed_dim
+        to_state = [] if state_dim == read_dim else [nn.Linear(read_dim, state_dim)]
         self.to_state = nn.Sequential(*to_state)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.to_state(self.mamba(tokens, last=1).squeeze(1))
+        return self.to_state(self.mamba(tokens, last=self.tokens_read).flatten(1))
 
 
 class TargetEncoder(nn.Module):

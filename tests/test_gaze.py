@@ -160,8 +160,33 @@ def test_words_choose_what_the_eye_finds_on_pictures_that_it_never_saw():
 
 
 def taught_batch(rows: int = 4) -> dict:
-    scenes = random_observation(rows) | {"target_at": torch.rand(rows, 2, 2) * 2.4 - 1.2}
-    return phase1_batch(rows) | {"target_at": torch.rand(rows, 2, 2) * 2.4 - 1.2, "scenes": scenes}
+    def labels() -> dict:
+        return {"target_at": torch.rand(rows, 2, 2) * 2.4 - 1.2, "target_place": torch.randn(rows, 3)}
+
+    return phase1_batch(rows) | labels() | {"scenes": random_observation(rows) | labels()}
+
+
+def test_place_is_told_linearly_from_z_on_demonstrations_and_scenes():
+    torch.manual_seed(0)
+    weights = ("training.phase1.place_weight=2", "training.phase1.place_scenes_weight=3")
+    trainer = build_trainer(small_config("model.gaze=true", *weights), phase=1)
+    trainer.place_normalizer.fit(torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 6.0]]))  # means 1, 2, 4 and stds 1, 1, 2
+    batch = taught_batch(6)
+    batch["target_place"][2] = torch.nan  # a frame that no state belongs to
+    losses = trainer(batch)
+    encoder = trainer.model.state_encoder
+    truth = (batch["target_place"] - torch.tensor([1.0, 2, 4])) / torch.tensor([1.0, 1, 2])
+    errors = (trainer.place(encoder(batch["obs"])) - truth).square()
+    torch.testing.assert_close(losses["place"], errors[[0, 1, 3, 4, 5]].mean())
+    hidden = torch.ones(6, dtype=torch.bool)  # of a scene the arm is not told
+    truth = (batch["scenes"]["target_place"] - torch.tensor([1.0, 2, 4])) / torch.tensor([1.0, 1, 2])
+    errors = (trainer.place(encoder(batch["scenes"], hidden)) - truth).square()
+    torch.testing.assert_close(losses["place_scenes"], errors.mean())
+    without = build_trainer(small_config("model.gaze=true"), phase=1)
+    without.load_state_dict(trainer.state_dict(), strict=False)
+    with torch.no_grad():
+        expected = without(batch)["loss"] + 2 * losses["place"] + 3 * losses["place_scenes"]
+    torch.testing.assert_close(losses["loss"].detach(), expected.detach())
 
 
 def test_gaze_is_two_tokens_before_cls_and_is_off_in_the_guides_model():
@@ -203,7 +228,9 @@ def test_both_losses_of_gaze_teach_its_eyes_and_a_weight_of_zero_needs_no_label(
 
 def test_a_step_over_two_batches_has_the_losses_of_their_joint_batch():
     torch.manual_seed(0)
-    trainer = build_trainer(small_config("model.gaze=true"), phase=1)
+    places = ("training.phase1.place_weight=1", "training.phase1.place_scenes_weight=1")
+    trainer = build_trainer(small_config("model.gaze=true", *places), phase=1)
+    trainer.place_normalizer.fit(torch.randn(10, 3))
     joint = taught_batch(8)
 
     def half(values, rows):
@@ -211,7 +238,7 @@ def test_a_step_over_two_batches_has_the_losses_of_their_joint_batch():
 
     expected = trainer(joint)
     got = trainer(half(joint, slice(0, 3)), half(joint, slice(3, 8)))
-    for name in ("gaze", "gaze_scenes", "loss"):
+    for name in ("gaze", "gaze_scenes", "place", "place_scenes", "loss"):
         torch.testing.assert_close(got[name], expected[name])
 
 
@@ -288,7 +315,7 @@ def test_a_batch_brings_labels_of_its_own_rows_and_half_as_many_scenes(collected
     language = two_instructions()
     rows = transition_rows(demos, 5)
     scenes = load_scenes(scenes_file.parent, 32, language)
-    batches = batches_of(demos, rows, 5, language=language, targets=targets, scenes=scenes, gap=5)
+    batches = batches_of(demos, rows, 5, language=language, labels={"target_at": targets}, scenes=scenes, gap=5)
     for batch, own in zip(batches, rows.split(16), strict=True):
         torch.testing.assert_close(batch["target_at"], targets[own], equal_nan=True)
         assert len(batch["scenes"]["language"]) == -(-len(own) // 2)
@@ -296,7 +323,7 @@ def test_a_batch_brings_labels_of_its_own_rows_and_half_as_many_scenes(collected
 
 def test_scenes_without_gaze_are_refused():
     done = run("train.py", "--phase", 1, "--set", "data.scenes=somewhere", expect=2)
-    assert "data.scenes is somewhere, but they teach gaze alone; set model.gaze to true" in one_sentence(done)
+    assert "data.scenes is somewhere, but nothing is taught on them; set model.gaze to true, or" in one_sentence(done)
 
 
 def test_the_trainers_signs_say_how_often_the_object_is_found():

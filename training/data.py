@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from config import Config
 from dataloader import Batches, LowDimensional, chunk_rows, every_frame, frame_rows, transition_rows
@@ -12,7 +13,7 @@ from demos.frames import DeviceFrames, Frames, open_frames
 from demos.hdf5 import Demo, load_demos, split_demos
 from demos.language import LanguageTable, load_languages
 from demos.scenes import Scenes, load_scenes
-from demos.simulator_truth import target_on_pictures
+from demos.simulator_truth import simulator_truth, target_on_pictures
 from demos.states import encode_all, frozen_states
 from errors import BadInput
 from jepa.temporal_predictor import FORESIGHT
@@ -48,9 +49,9 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
         report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}")
     low_dimensional = LowDimensional(demos, language, device)
     scenes = None
-    if phase == 1 and config.data.scenes and config.training.phase1.gaze_scenes_weight > 0:
+    if phase == 1 and config.data.scenes:
         scenes = load_scenes(Path(config.data.scenes), config.model.image_size, language)
-        report(f"data: {len(scenes):,} scenes without demonstrations, for gaze")
+        report(f"data: {len(scenes):,} scenes without demonstrations")
     return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional, scenes)
 
 
@@ -58,15 +59,26 @@ def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
     """What Batches makes a sample of: a frame, the one K later, the actions between them, the robot's state ahead, and
     where the asked object is."""
     gap, device = config.model.prediction_gap, data.low_dimensional.device
-    needed_by = "training.phase1.gaze_weight needs it; set it to 0 to do without labels"
-    taught = "gaze" in trainer.weights
     return {
-        "targets": torch.cat([target_on_pictures(demo, needed_by) for demo in data.demos]) if taught else None,
+        "labels": labels_of(trainer, data.demos),
         "num_actions": gap,
         "gap": gap,
         "ahead": FORESIGHT if trainer.foresight else (),
         "frames": open_frames(data.demos, config.data, config.model.image_size, device),
     }
+
+
+def labels_of(trainer: StateVLATrainer, demos: Sequence[Demo]) -> dict[str, Tensor]:
+    """What phase 1 is told of the simulator's states, by row: where the asked object appears on both pictures (N, 2, 2)
+    and where it is (N, 3), each only where a loss needs it."""
+    advice = "training.phase1.{}_weight needs it; set it to 0 to do without labels"
+    labels = {}
+    if "gaze" in trainer.weights:
+        labels["target_at"] = torch.cat([target_on_pictures(demo, advice.format("gaze")) for demo in demos])
+    if "place" in trainer.weights:
+        truths = [simulator_truth(demo, advice.format("place")) for demo in demos]
+        labels["target_place"] = torch.cat([truth["target"] for truth in truths])
+    return labels
 
 
 def phase2_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict:
@@ -134,6 +146,9 @@ def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples
         if trainer.foresight:
             rows = frame_rows(data.train_demos).to(data.low_dimensional.device)
             trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
+        if trainer.place:
+            places = samples["labels"]["target_place"][frame_rows(data.train_demos)]
+            trainer.place_normalizer.fit(places[places.isfinite().all(dim=1)])
         return
     states = samples.get("states")
     if states is None:  # the encoder's at the start: it is trained on, or its pictures move
