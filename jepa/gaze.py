@@ -60,7 +60,7 @@ class Gaze(nn.Module):
         self.stem = nn.Sequential(*layers)
         self.modulation = nn.Linear(lang_emb_dim, 2 * WIDTH)
         self.mix = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GELU())
-        self.score = nn.Conv2d(WIDTH, 1, 1)
+        self.score = nn.Linear(WIDTH, 1)  # of each cell
         self.token = nn.Sequential(nn.Linear(WIDTH + 6, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
         self.register_buffer("cells", cell_middles(G), persistent=False)
 
@@ -71,14 +71,14 @@ class Gaze(nn.Module):
         with torch.autocast("cpu", torch.bfloat16) if backend.bfloat16 else nullcontext():
             features = self.stem(pictures.contiguous(memory_format=torch.channels_last))  # (B, C, G, G)
             scale, shift = self.modulation(words).unsqueeze(-1).unsqueeze(-1).chunk(2, dim=1)  # (B, C, 1, 1) each
-            mixed = self.mix(features * (1 + scale) + shift)
-            scores = self.score(mixed)
-        scores, mixed = scores.flatten(1).float(), mixed.flatten(2).float()  # (B, G * G), (B, C, G * G)
+            mixed = self.mix(features * (1 + scale) + shift).flatten(2).transpose(1, 2)  # (B, G * G, C)
+            scores = self.score(mixed).squeeze(2)  # (B, G * G)
+        scores, mixed = scores.float(), mixed.float()
         share = scores.softmax(dim=1)
         place = share @ self.cells  # (B, 2)
         spread = (share @ self.cells.square() - place.square()).clamp_min(0).sqrt()  # (B, 2) standard deviations
         surest = [share.amax(dim=1, keepdim=True), scores.logsumexp(dim=1, keepdim=True) / 10]  # (B, 1) each
-        seen = torch.einsum("bn,bcn->bc", share, mixed)
+        seen = torch.einsum("bn,bnc->bc", share, mixed)  # (B, C)
         told = torch.cat([seen, 3 * place, 3 * spread, *surest], dim=1)  # (B, C + 6), each number about 1
         return Look(self.token(told).unsqueeze(1), scores)
 
