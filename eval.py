@@ -3,12 +3,14 @@
     python eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt
     python eval.py --checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt
     python eval.py --checkpoint checkpoints/phase2_flow_matching/checkpoint_best.pt --turning
+    python eval.py --checkpoint checkpoints/phase1_temporal_jepa/checkpoint_best.pt --sight
 
 Phase 2: how far are the predicted actions from the demonstrated ones? Prints the mean squared error per dimension (x,
 y, z, rx, ry, rz, gripper) in robot units, with the error of always predicting the mean training action beside it, and
 the gripper's accuracy. With --turning: does a policy look (rollouts/turning.py)? Phase 1: what does z know? Prints the
-report of representation.py and draws it beside the checkpoint. The checkpoint alone says which demos were held out, how
-observations are aligned and which language embeddings it knows.
+report of representation.py and draws it beside the checkpoint. With --sight: does an encoder with gaze or place see
+what the words ask for (rollouts/sight.py)? The checkpoint alone says which demos were held out, how observations are
+aligned and which language embeddings it knows.
 """
 
 import argparse
@@ -32,13 +34,15 @@ from jepa.mamba import choose_mamba_backend
 from provenance import code_version
 from representation import draw_report, print_report, representation_report
 from rollouts.policies import check_observation
+from rollouts.sight import LAYOUTS_SEEN, Seen, sight
 from rollouts.turning import CHANGES, turning
 from simulator.env import SimulatorError
-from statevla_model import StateVLA, model_from_checkpoint
+from statevla_model import StateVLA, StateVLATrainer, trainer_from_checkpoint
 from training.checkpoint import config_of, read_checkpoint
 from training.processes import choose_device
 
 SCENES_TO_TURN_IN = 2  # random resets of each task, for --turning
+SCENES_TO_SEE = 5  # random resets of each task and layout, for --sight
 DIMENSIONS = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 
 
@@ -61,12 +65,17 @@ def main() -> None:
     arguments.flow_start = arguments.flow_start or config.training.phase2.flow_start
     device = choose_device(config.training.device)
     choose_mamba_backend(config.training.mamba_backend, device)
-    model = model_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
+    trainer = trainer_from_checkpoint(checkpoint, arguments.checkpoint).to(device)
+    model = trainer.model
 
-    if arguments.turning and arguments.representation:
-        raise BadInput("--turning and --representation: each is all that is reported; give one of them")
+    reports = [f"--{name}" for name in ("turning", "sight", "representation") if getattr(arguments, name)]
+    if len(reports) > 1:
+        raise BadInput(f"{' and '.join(reports)}: each is all that is reported; give one of them")
     if arguments.turning:
         write_result(evaluate_turning(model, checkpoint, arguments), checkpoint, arguments.output)
+        return
+    if arguments.sight:
+        write_result(evaluate_sight(trainer, checkpoint, arguments), checkpoint, arguments.output)
         return
     demos, observation = load_demos(config.data, config.model.action_seq_len)
     folders = ", ".join(map(str, config.data.folders))
@@ -117,6 +126,23 @@ def evaluate_turning(model: StateVLA, checkpoint: dict, arguments: argparse.Name
         turn = "-" if found["turn"] is None else f"{found['turn']:.2f}"
         print(f"{turn:>6}  of {found['changes']:3} changes: {CHANGES[change]}")
     return {"turning": figures, "checkpoint": arguments.checkpoint, "epoch": checkpoint["epoch"]}
+
+
+def evaluate_sight(trainer: StateVLATrainer, checkpoint: dict, arguments: argparse.Namespace) -> dict:
+    """Either phase with gaze, phase 1 with place: does the encoder see what the words ask for?"""
+    if not trainer.model.config.gaze and trainer.place is None:
+        raise BadInput(f"--sight: {arguments.checkpoint} has neither model.gaze nor a head of place")
+    observation, instructions = checkpoint["observation"], list(checkpoint["language"]["embeddings"])
+    check_observation(observation, arguments.checkpoint)
+    found = sight(lambda *seen: Seen(*trainer.see(*seen)), instructions, observation, SCENES_TO_SEE, arguments.seed)
+    print("what the words ask for, in scenes that were never seen: found on the pictures, and told from z")
+    print(f"{'agentview':>14}{'eye in hand':>14}{'mean':>9}{'median':>9}")
+    for layout, one in found.items():
+        pairs = zip(one["found"], one["in_view"], strict=True) if "found" in one else [("-", "-")] * 2
+        cells = "".join(f"{f'{share} of {whole}':>14}" for share, whole in pairs)
+        errors = "".join(f"{one[key]:>6.0f} mm" if key in one else f"{'-':>9}" for key in ("mm_mean", "mm_median"))
+        print(f"{cells}{errors}  {LAYOUTS_SEEN[layout]}")
+    return {"sight": found, "checkpoint": arguments.checkpoint, "epoch": checkpoint["epoch"]}
 
 
 def evaluate_actions(
@@ -185,6 +211,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--turning", action="store_true",
         help="only ask whether a phase-2 policy looks: in the simulator, without demonstrations; some minutes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sight", action="store_true",
+        help="only ask whether an encoder with gaze or place sees what the words ask for: in the simulator; a minute",
     )  # fmt: skip
     parser.add_argument(
         "--data_directory", type=expanded, metavar="DIR", help="folder of *_demo.hdf5 files (default: the checkpoint's)"

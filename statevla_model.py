@@ -62,7 +62,11 @@ class StateVLA(nn.Module):
 
     def decide(self, obs: dict[str, np.ndarray], instruction: str, **sampling) -> np.ndarray:
         """One frame's observation (observation.py) and what the robot is told -> actions (H, 7), as `predict`, whose
-        other arguments are `sampling`.
+        other arguments are `sampling`. Raises BadInput as `batch_of`."""
+        return self.predict(self.batch_of(obs, instruction), **sampling).squeeze(0).cpu().numpy()
+
+    def batch_of(self, obs: dict[str, np.ndarray], instruction: str) -> dict[str, Tensor]:
+        """One frame's observation and what the robot is told, as a batch of one on the model's device.
 
         Raises BadInput where the model came without a language table, its table lacks the instruction, or the
         observation lacks a camera or a part of the robot state.
@@ -75,8 +79,7 @@ class StateVLA(nn.Module):
         frame = {name: torch.from_numpy(np.ascontiguousarray(obs[name])) for name in names}
         frame["language"] = self.language[canonical_instruction(instruction)]
         device = self.policy.positions.device
-        batch = {name: value.unsqueeze(0).to(device) for name, value in frame.items()}
-        return self.predict(batch, **sampling).squeeze(0).cpu().numpy()
+        return {name: value.unsqueeze(0).to(device) for name, value in frame.items()}
 
     @torch.no_grad()
     def predict(
@@ -345,6 +348,18 @@ class StateVLATrainer(nn.Module):
         losses["loss"] = losses["action_loss"]
         return losses
 
+    @torch.no_grad()
+    def see(self, obs: dict[str, np.ndarray], instruction: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """One frame, as `StateVLA.decide` -> where each eye looks (2, 2), the middle of its highest cell, and where
+        place tells the object to be (3,) in metres; None without eyes, or without that head."""
+        batch, encoder = self.model.batch_of(obs, instruction), self.model.state_encoder
+        looks = encoder.tokenizer.looks(batch)
+        at = [eye.cells[look.scores.argmax()] for eye, look in zip(encoder.tokenizer.eyes, looks, strict=True)]
+        place = None
+        if self.place is not None:
+            place = self.place_normalizer.unnormalize(self.place(encoder(batch, looks=looks))).squeeze(0).cpu().numpy()
+        return torch.stack(at).cpu().numpy() if at else None, place
+
     def update_target(self, momentum: float) -> None:
         """One EMA step of the target encoder."""
         self.model.state_encoder.update_target(momentum)
@@ -393,10 +408,15 @@ def load_checkpoint(source: str | Path, device: str | torch.device = "cpu") -> S
 
 def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
     """As `load_checkpoint`, from a dictionary that `read_checkpoint` has read from the file `source`."""
+    return trainer_from_checkpoint(checkpoint, source).model
+
+
+def trainer_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLATrainer:
+    """The same with the heads of its phase, in eval mode."""
     trainer = build_trainer(parse_config(checkpoint["config"], str(source)), checkpoint["phase"])
     load_weights(trainer, checkpoint["model_state_dict"], source)
     trainer.model.language = LanguageTable(**checkpoint["language"])
-    return trainer.model.eval()
+    return trainer.eval()
 
 
 def count_parameters(*modules: nn.Module) -> int:

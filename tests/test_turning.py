@@ -1,14 +1,16 @@
-"""eval.py --turning in the real simulator."""
+"""eval.py --turning and --sight in the real simulator."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, one_sentence, run
 
 import eval as offline_evaluation
+from demos.simulator_truth import Kinematics
 from rollouts import turning as turning_module
+from rollouts.sight import LAYOUTS_SEEN, Seen, Shown, figures, scenes_of_layout
 from rollouts.turning import CHANGES, Turn, expert_chunk, slope, turns_of_scene
 from simulator.env import make_env
 from simulator.suites import make_suite
@@ -85,3 +87,34 @@ def test_words_that_the_policy_does_not_know_are_never_said(env):
     env.reset(seed=3)
     alone = turns_of_scene(env, lambda obs, told: np.zeros((10, 7)), BUTTER, [BUTTER], 10, np.random.default_rng(0))
     assert {turn.change for turn in alone} == {"exchanged", "moved"}
+
+
+def test_sight_knows_where_the_object_is_in_layouts_that_differ(env):
+    def all_knowing(obs: dict, told: str) -> Seen:
+        assert told == BUTTER and obs["agentview_rgb"].shape == (64, 64, 3)
+        place = env.sim.data.body_xpos[env.domain.obj_body_id["butter_1"]]
+        return Seen(kinematics.on_pictures(env.state()[None], ["butter_1"])[0, :, 0], place + off)
+
+    kinematics, off = Kinematics(env.model_xml, "the scene", "the test needs it"), np.array([0.003, -0.004, 1.0])
+    places = []
+    for layout in LAYOUTS_SEEN:
+        shown = list(scenes_of_layout(env, all_knowing, BUTTER, layout, seeds=[3, 4]))
+        found = figures(shown)
+        assert found["scenes"] == 2 and found["found"] == found["in_view"] and found["in_view"][0] == 2
+        assert found["mm_mean"] == pytest.approx(5) == found["mm_median"]
+        places += [scene.place[:2] for scene in shown]
+    apart = np.linalg.norm(np.array(places)[:, None] - np.array(places), axis=2)
+    assert np.median(apart[np.triu_indices(6, 1)]) > 0.05
+
+
+def test_what_was_seen_elsewhere_or_is_not_in_view_is_not_found():
+    at = np.array([[0.5, 0.5], [np.nan, np.nan]])
+    scenes = [Shown(Seen(at + shift, None), at, np.zeros(3)) for shift in (0.0, 0.08, 0.09, -0.5)]
+    assert figures(scenes) == {"scenes": 4, "in_view": [4, 0], "found": [2, 0]}
+    scenes = [Shown(Seen(None, np.array([x, 0.0, 9.0])), at, np.zeros(3)) for x in (0.001, -0.002, 0.009)]
+    assert figures(scenes) == {"scenes": 3, "mm_mean": pytest.approx(4), "mm_median": pytest.approx(2)}
+
+
+def test_a_model_that_cannot_tell_what_it_sees_is_refused():
+    done = run("eval.py", "--checkpoint", PRETRAINED, "--sight", expect=2)
+    assert "has neither model.gaze nor a head of place" in one_sentence(done)
