@@ -5,7 +5,8 @@
 #                make test-interop those with other projects' programs, which get environments of their own
 #
 # make lint checks style and types, make bench measures how fast all of it is, make table prints the component table,
-# make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks.
+# make clean-demo forgets what the demo made, make libero-object-cpu (or -gpu) trains one policy for ten tasks, make
+# libero-object-looks one that looks.
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR where the environment goes. Another Python is tested beside the
 # first one with: make test PYTHON=python3.13 VENV=/tmp/venv313, another torch with TORCH=torch==2.6.0 in its place.
 #
@@ -15,8 +16,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo libero-object-cpu libero-object-gpu test test-fast test-interop lint bench table clean-demo install
-.PHONY: system-packages lock audit licences
+.PHONY: help demo libero-object-cpu libero-object-gpu libero-object-looks test test-fast test-interop lint bench
+.PHONY: table clean-demo install system-packages lock audit licences
 
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -104,6 +105,24 @@ libero-object-cpu libero-object-gpu: libero-object-%: install
 	  --phase1_checkpoint checkpoints/libero_object_$*/phase1_temporal_jepa/checkpoint_latest.pt
 	@$(RUN) run_libero_eval.py --checkpoint checkpoints/libero_object_$*/phase2_flow_matching/checkpoint_latest.pt \
 	  --num_trials 10 --side_by_side 0.05 --output_dir checkpoints/libero_object_$*/rollouts
+
+# The same with shuffled layouts beside LIBERO's own, and scenes without a demonstration: a policy that looks.
+LOOKS := --config conf/libero_object_cpu.yaml --config conf/libero_object_looks.yaml
+SHUFFLED := --data_directory data/libero_object_shuffled --image_size 128 --visual_mesh_ratio 0.2
+LOOKING := checkpoints/libero_object_looks
+libero-object-looks: install
+	@$(RUN) collect_demos.py --config conf/libero_object_cpu.yaml $(DEMOS) --visual_mesh_ratio 0.2
+	@$(RUN) collect_demos.py $(SHUFFLED) --layouts shuffled --missed_grasps 0.4 --demos_per_task 24
+	@$(RUN) collect_demos.py $(SHUFFLED) --scenes 400
+	@$(RUN) embed_language.py $(LOOKS) --encoder offline
+	@$(RUN) train.py $(LOOKS) --phase 1 --resume
+	@$(RUN) eval.py --checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt --sight
+	@$(RUN) train.py $(LOOKS) --phase 2 --resume --phase1_checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt
+	@$(RUN) eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt --turning
+	@$(RUN) run_libero_eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt \
+	  --task_suite libero_object_swap --num_trials 10 --output_dir $(LOOKING)/rollouts_swap
+	@$(RUN) run_libero_eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt \
+	  --num_trials 10 --side_by_side 0.05 --output_dir $(LOOKING)/rollouts
 
 clean-demo:
 	rm -rf $(DATA) $(RUNS)
