@@ -111,7 +111,7 @@ LOOKS := --config conf/libero_object_cpu.yaml --config conf/libero_object_looks.
 SHUFFLED := --data_directory data/libero_object_shuffled --image_size 128 --visual_mesh_ratio 0.2
 LOOKING := checkpoints/libero_object_looks
 libero-object-looks: install
-	@$(RUN) collect_demos.py --config conf/libero_object_cpu.yaml $(DEMOS) --visual_mesh_ratio 0.2
+	@$(RUN) collect_demos.py $(DEMOS) --data_directory data/libero_object_own --demos_per_task 50
 	@$(RUN) collect_demos.py $(SHUFFLED) --layouts shuffled --missed_grasps 0.4 --demos_per_task 24
 	@$(RUN) collect_demos.py $(SHUFFLED) --scenes 400
 	@$(RUN) embed_language.py $(LOOKS) --encoder offline
