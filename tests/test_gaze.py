@@ -1,5 +1,6 @@
 """The eye that looks for what the words ask for: its labels, what teaches it, and that words choose."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, LANGUAGE, batches_of, load, one_sentence, phase1_batch, random_observation, run, small_config
+from small_trainings import assert_same_run, lines_of, ranks_of, send, small, trained
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -21,6 +23,7 @@ from observation import CAMERAS, SIMULATOR_KEYS
 from simulator.env import make_env
 from simulator.suites import make_suite
 from statevla_model import StateVLATrainer, build_trainer, component_table, load_encoder
+from training.run_log import PHASE_DIRECTORIES
 
 NEEDED = "gaze needs it"
 
@@ -319,6 +322,25 @@ def test_a_batch_brings_labels_of_its_own_rows_and_half_as_many_scenes(collected
     for batch, own in zip(batches, rows.split(16), strict=True):
         torch.testing.assert_close(batch["target_at"], targets[own], equal_nan=True)
         assert len(batch["scenes"]["language"]) == -(-len(own) // 2)
+
+
+@pytest.mark.slow
+def test_a_training_on_scenes_that_was_stopped_goes_on_as_if_it_had_not_been(collected_demos, scenes_file, tmp_path):
+    embeddings, words = tmp_path / "language.npz", two_instructions().embeddings
+    vectors = torch.stack(list(words.values())).numpy()
+    np.savez(embeddings, texts=list(words), embeddings=vectors, encoder="test encoder")
+    changes = {
+        "data__language_embeddings": embeddings, "data__cache_directory": tmp_path / "cache",
+        "data__scenes": scenes_file.parent, "model__gaze": True, "training__phase1__place_weight": 1,
+        "training__phase1__place_scenes_weight": 1,
+    }  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, stops in ((whole, [{}]), (parts, [{0: (2, send(signal.SIGTERM))}, {0: (6, send(signal.SIGTERM))}, {}])):
+        command = ["--phase", "1", "--resume", *small(1, collected_demos, folder, **changes)]
+        ends = [ranks_of(1, tmp_path / "said", trained, command, stop)[0] for stop in stops]
+        assert [code for code, _ in ends] == [143 if stop else 0 for stop in stops], ends
+    assert_same_run(parts / PHASE_DIRECTORIES[1], whole / PHASE_DIRECTORIES[1])
+    assert lines_of(parts / PHASE_DIRECTORIES[1])[("train", 6)]["gaze_scenes"] > 0
 
 
 def test_scenes_without_gaze_are_refused():
