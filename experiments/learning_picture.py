@@ -42,6 +42,8 @@ def main() -> None:
     results = json.loads(settings.results.read_text())
     claims = {name: row for name, row in results["rows"].items() if row["claim"] and row["seeds"]}
     ingredients = {name: row for name, row in results["rows"].items() if not row["claim"] and row["seeds"]}
+    if not ingredients:
+        raise SystemExit(f"error: {settings.results}: has no ingredients; this draws the table of one task")
     figure = plt.figure(figsize=(13, 3.9 + 0.27 * len(ingredients)), dpi=110, layout="constrained")
     heights = [2.6, 1.3 + 0.27 * len(ingredients)]
     (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
