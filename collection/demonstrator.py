@@ -23,6 +23,7 @@ from simulator.layouts import ShuffledTask, graspable, training_layout
 from simulator.scripted_expert import ScriptedExpert
 
 LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
+SHORTEST_DEMO = 40  # steps; in fewer a miss has brought the object to the basket, and no grasp is left to show
 LAYOUTS_DRAWN = 20  # at most, until one is found whose target can be taken
 SUCCESS_STEPS = 10  # a demo ends after so many solved steps in a row, as LIBERO's do
 
@@ -46,7 +47,7 @@ def demonstrate(
     asked: ShuffledTask | None = None,
     discarded: list[str] | None = None,
 ) -> Demonstration | None:
-    """Lets the expert try once, without drawing. None when it failed.
+    """Lets the expert try once, without drawing. None when it failed, or solved the task in less than SHORTEST_DEMO.
 
     With `asked` the layout is shuffled. One whose target has fallen over or lies out of reach before the expert begins
     is drawn anew, and `discarded` gets the reason.
@@ -79,6 +80,8 @@ def demonstrate(
         poses.append(env.poses())
         solved_steps = solved_steps + 1 if solved else 0
         if solved_steps == SUCCESS_STEPS:
+            if len(actions) < SHORTEST_DEMO:
+                return None
             return Demonstration(np.array(actions), np.array(states), proprioception, poses)
     return None
 

@@ -304,6 +304,12 @@ def test_a_demo_names_the_code_that_made_it(worker, tmp_path, monkeypatch):
         assert file["demo"].attrs["attempt"] == 3
 
 
+def test_an_attempt_that_is_solved_too_soon_is_no_demo(env, episode, monkeypatch):
+    for shortest, kept in ((len(episode.actions), True), (len(episode.actions) + 1, False)):
+        monkeypatch.setattr(demonstrator, "SHORTEST_DEMO", shortest)
+        assert (demonstrate(env, TASK, attempt=0, settings=SETTINGS) is not None) == kept
+
+
 def test_any_seed_is_taken(env, monkeypatch):
     use_expert(monkeypatch, [0, 0, 0, 0, 0, 0, -1.0])
     huge = replace(SETTINGS, seed=2**70)

@@ -320,6 +320,7 @@ def test_a_demo_depends_on_seed_scene_object_and_attempt_alone(env, milk, monkey
     np.testing.assert_array_equal(first.actions, again.actions)
     np.testing.assert_array_equal(first.states, again.states)
     monkeypatch.setattr(demonstrator, "LONGEST_DEMO", 1)
+    monkeypatch.setattr(demonstrator, "SHORTEST_DEMO", 0)
     monkeypatch.setattr(demonstrator, "SUCCESS_STEPS", 0)  # what is left of a demo is its first state
     other = demonstrate(env, SCENE, 1, SETTINGS, milk)
     assert not np.array_equal(first.states[0], other.states[0])

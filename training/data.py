@@ -36,7 +36,7 @@ class Data:
 
 def load_data(config: Config, phase: int, device: torch.device, held_out: Sequence[str]) -> Data:
     """`held_out` are the demos that the checkpoint which this run goes on from has held out."""
-    min_actions = config.model.prediction_gap if phase == 1 else config.model.action_seq_len
+    min_actions = max(config.model.prediction_gap, config.model.action_seq_len)  # phase 2 is to read them, too
     demos, observation = load_demos(config.data, min_actions)
     train_demos, held_out_demos = split_demos(demos, config.data.train_split, config.data.split_seed, held_out)
     of_folders = {folder: [demo for demo in demos if demo.path.parent == folder] for folder in config.data.folders}
