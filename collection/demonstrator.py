@@ -96,7 +96,7 @@ def expert_at_start(
     env.add_start_noise(rng, settings.start_noise)
     if settings.shift_target:
         env.shift_target(rng, settings.shift_target)
-    expert = ScriptedExpert(env, rng, spares_tops=shuffled)
+    expert = ScriptedExpert(env, rng)
     for action in expert.settle():
         env.step(action)
     return expert

@@ -45,13 +45,13 @@ class ScriptedExpert:
     Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
     `env.step`.
 
-    With `spares_tops` tall objects are taken near their top. Without, the hand comes down on cartons and bottles until
-    the palm touches them, and a carton may stay on a finger that opens. Demos of LIBERO's own layouts are made without,
-    so that they stay what they were.
+    Tall objects are taken near their top. Lower, the hand comes down on cartons and bottles until the palm touches them:
+    it then presses for a second before it closes, which teaches a policy to press on, and a carton may stay on a finger
+    that opens.
     """
 
-    def __init__(self, env: LiberoEnv, rng: np.random.Generator, spares_tops: bool = False):
-        self.env, self.rng, self.spares_tops = env, rng, spares_tops
+    def __init__(self, env: LiberoEnv, rng: np.random.Generator):
+        self.env, self.rng = env, rng
         self.target, self.basket = env.domain.obj_of_interest[:2]
         self.hand_site = env.sim.model.site_name2id("gripper0_grip_site")
         self.pads = [env.sim.model.geom_name2id(f"gripper0_finger{i}_pad_collision") for i in (1, 2)]
@@ -196,7 +196,7 @@ class ScriptedExpert:
         boxes = self.env.collision_boxes(self.target)  # (n, 8, 3)
         top, bottom = boxes[..., 2].max(), boxes[..., 2].min()
         height = max(bottom + 0.010, min(top - 0.028, 0.5 * (top + bottom) + 0.015))
-        if self.spares_tops and top - height > PALM_HEIGHT:
+        if top - height > PALM_HEIGHT:
             height = top - 0.018  # on a carton's gable, above the ledge under which an open finger can catch
         between_fingers = (boxes[..., 2].min(axis=1) <= height + 0.008) & (boxes[..., 2].max(axis=1) >= height - 0.008)
         outline = boxes[between_fingers].reshape(-1, 3)[:, :2]

@@ -243,7 +243,7 @@ def use_expert(monkeypatch, action: list[float]) -> None:
     """Makes the expert do the same all the time, for 20 steps."""
 
     class OtherExpert:
-        def __init__(self, env, rng, spares_tops):
+        def __init__(self, env, rng):
             pass
 
         def settle(self):
