@@ -16,6 +16,8 @@ from observation import CAMERAS, FINGER_TRAVEL, STATE_WIDTHS
 STILL = 1e-3  # pose deltas below this move no arm: 0.05 mm or 0.03 degrees
 MANY_NO_OPS = 0.1  # share of a file's actions; a person at the device makes some
 MANY_CLIPPED = 0.35  # share of a file's steps; the scripted expert moves at full speed in up to a fourth
+PUSHES, BLOCKED = 0.15, 2e-3  # a pose delta that moves a free arm, and rad in a step that it then turns a joint by
+MANY_BLOCKED = 0.04  # share of a file's steps
 SMALL_ACTIONS = 0.06  # a file whose largest pose delta is below it has metres in place of the controller's units
 FINGERS_MOVE = 5e-4  # m in a step
 FEW_MOVES = 5  # steps from which no convention is concluded
@@ -69,6 +71,19 @@ def no_ops(actions: np.ndarray) -> np.ndarray:
     return still & np.append(False, actions[1:, 6] == actions[:-1, 6])
 
 
+def blocked(recording: Recording) -> np.ndarray:
+    """In which steps the actions ask for motion and neither arm nor fingers move: the hand pushes against something.
+    (T - 1,) of bool, empty where the demo does not say."""
+    joints = recording.robot_state.get("joint_states")
+    if recording.actions is None or joints is None or recording.opening is None:
+        return np.zeros(0, dtype=bool)
+    if not len(recording.actions) == len(joints) == len(recording.opening):
+        return np.zeros(0, dtype=bool)
+    asked = np.abs(recording.actions[:-1, :6]).max(axis=1) >= PUSHES
+    rests = np.abs(np.diff(recording.opening)) < FINGERS_MOVE
+    return asked & rests & (np.abs(np.diff(joints, axis=0)).max(axis=1) < BLOCKED)
+
+
 def clipped(actions: np.ndarray) -> np.ndarray:
     """Which steps have a pose delta at the end of its range. (T,) of bool."""
     return (np.abs(actions[:, :6]) >= 1 - 1e-6).any(axis=1)
@@ -77,6 +92,7 @@ def clipped(actions: np.ndarray) -> np.ndarray:
 def oddities(path: Path, recordings: Sequence[Recording]) -> Iterator[str]:
     """All that is odd about the demos of a file."""
     yield from _of_actions(path, [(one.key, one.actions) for one in recordings if one.actions is not None])
+    yield from _of_blocked_hands(path, recordings)
     yield from _of_gripper(path, recordings)
     yield from _of_robot_state(path, recordings)
     yield from _of_pictures(path, recordings)
@@ -115,6 +131,16 @@ def _of_actions(path: Path, demos: list[tuple[str, np.ndarray]]) -> Iterator[str
         first = seen.setdefault(of_demo.tobytes(), key)
         if first != key:
             yield f"{path}: {key}: key actions is that of {first}, expected a motion of its own"
+
+
+def _of_blocked_hands(path: Path, recordings: Sequence[Recording]) -> Iterator[str]:
+    steps = np.concatenate([blocked(one) for one in recordings]) if recordings else np.zeros(0)
+    if steps.size and steps.mean() > MANY_BLOCKED:
+        yield (
+            f"{path}: key actions: in {steps.mean():.0%} of the steps the hand is blocked (a pose delta of {PUSHES} or "
+            f"more turns no joint by {BLOCKED} rad, and the fingers rest), expected less than {MANY_BLOCKED:.0%}; a "
+            "policy learns to push on from them"
+        )
 
 
 def _of_gripper(path: Path, recordings: Sequence[Recording]) -> Iterator[str]:

@@ -45,9 +45,9 @@ class ScriptedExpert:
     Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
     `env.step`.
 
-    Tall objects are taken near their top. Lower, the hand comes down on cartons and bottles until the palm touches them:
-    it then presses for a second before it closes, which teaches a policy to press on, and a carton may stay on a finger
-    that opens.
+    Tall objects are taken near their top. Lower down, the palm would stand on a carton or a bottle before the fingers
+    are where they should be: the hand then presses for a second before it closes, from which a policy learns to press
+    on, and a carton may stay on a finger that opens.
     """
 
     def __init__(self, env: LiberoEnv, rng: np.random.Generator):

@@ -309,6 +309,14 @@ def still_joint(demo: h5py.Group) -> None:
     demo["states"][:, 7] = 0.785
 
 
+def blocked_hand(demo: h5py.Group) -> None:
+    """For 5 of the 30 steps the actions go on, and arm and fingers stay where they are."""
+    demo["states"][10:16, 1:8] = demo["states"][10, 1:8]
+    demo["obs/joint_states"][9:15] = demo["states"][10, 1:8]
+    demo["obs/gripper_states"][9:15] = demo["obs/gripper_states"][9]
+    demo["actions"][9:16, 2] = -0.2
+
+
 ODD = {  # what was done to the folder's one file -> (how, what a warning must say)
     "an inverted gripper": (scaled("actions", -1, slice(6, 7)), "fingers close after the lower gripper command"),
     "fingers with a will of their own": (
@@ -316,6 +324,7 @@ ODD = {  # what was done to the folder's one file -> (how, what a warning must s
         "the fingers do not follow the gripper commands",
     ),
     "many no-ops": (some_actions(0.4, 0.0), r"key actions: 3\d% do nothing"),
+    "a hand that is blocked": (in_all(blocked_hand), r"in 17% of the steps the hand is blocked .*learns to push on"),
     "clipped actions": (some_actions(0.6, 1.0), "60% of the steps have a pose delta of -1 or 1"),
     "actions in metres": (scaled("actions", 0.05, slice(0, 6)), "no pose delta is above 0.045, .*are they metres"),
     "a rotation that is never used": (scaled("actions", 0, slice(4, 5)), "key actions: ry is 0 in all of its demos"),
@@ -400,6 +409,7 @@ def still(demo: h5py.Group) -> None:
     demo["states"][:, 1:8] = demo["states"][0, 1:8] + np.linspace(0, 0.05, STEPS)[:, None]
     demo["obs/joint_states"][:-1] = demo["states"][1:, 1:8]
     demo["obs/joint_states"][-1] = demo["states"][-1, 1:8]
+    demo["actions"][:, :6] *= 0.1
     film(demo).write_direct(np.repeat(film(demo)[:1], STEPS, axis=0))
 
 
