@@ -136,11 +136,15 @@ def evaluate_sight(trainer: StateVLATrainer, checkpoint: dict, arguments: argpar
     check_observation(observation, arguments.checkpoint)
     found = sight(lambda *seen: Seen(*trainer.see(*seen)), instructions, observation, SCENES_TO_SEE, arguments.seed)
     print("what the words ask for, in scenes that were never seen: found on the pictures, and told from z")
-    print(f"{'agentview':>14}{'eye in hand':>14}{'mean':>9}{'median':>9}")
+    figures = {"mm_mean": "mean", "mm_median": "median"}
+    if "goal_mm_mean" in next(iter(found.values())):
+        figures |= {"goal_mm_mean": "goal mean", "goal_mm_median": "median"}
+    headings = "".join(f"{heading:>11}" for heading in figures.values())
+    print(f"{'agentview':>14}{'eye in hand':>14}{headings}")
     for layout, one in found.items():
         pairs = zip(one["found"], one["in_view"], strict=True) if "found" in one else [("-", "-")] * 2
         cells = "".join(f"{f'{share} of {whole}':>14}" for share, whole in pairs)
-        errors = "".join(f"{one[key]:>6.0f} mm" if key in one else f"{'-':>9}" for key in ("mm_mean", "mm_median"))
+        errors = "".join(f"{one[key]:>8.0f} mm" if key in one else f"{'-':>11}" for key in figures)
         print(f"{cells}{errors}  {LAYOUTS_SEEN[layout]}")
     return {"sight": found, "checkpoint": arguments.checkpoint, "epoch": checkpoint["epoch"]}
 

@@ -179,6 +179,7 @@ class StateVLATrainer(nn.Module):
         self.freeze_encoder, self.state_noise = config.phase2.freeze_encoder, config.phase2.state_noise
         self.inverse_dynamics = self.foresight = None
         self.place = None
+        self.placed = ("target_place", "goal_place")[: 2 if recipe.place_of == "target_and_goal" else 1]
         if phase == 1:
             gaze, place = float(model.config.gaze), float(recipe.place_weight > 0)
             taught = {
@@ -197,7 +198,8 @@ class StateVLATrainer(nn.Module):
             self.foresight = Foresight(state_dim, model.config.robot_state_dim, hidden_dim)
             self.robot_normalizer = Normalizer(model.config.robot_state_dim)
         if "place" in self.weights:
-            self.place, self.place_normalizer = nn.Linear(state_dim, 3), Normalizer(3)
+            width = 3 * len(self.placed)
+            self.place, self.place_normalizer = nn.Linear(state_dim, width), Normalizer(width)
         trained: dict[int, list[nn.Module | None]] = {
             1: [
                 encoder.tokenizer,
@@ -271,10 +273,10 @@ class StateVLATrainer(nn.Module):
                 losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
             for name, z in (("place", z_t), ("place_scenes", rows.get("scenes_z"))):
                 if self.place is not None and z is not None and name in self.weights:
-                    truth = self.place_normalizer.normalize(rows[f"{name}_truth"])  # (B, 3)
-                    known = truth.isfinite().all(dim=1)
-                    errors = (self.place(z[known]) - truth[known]).square()
-                    losses[name] = errors.sum() / max(errors.numel(), 1)
+                    truth, told = self.place_normalizer.normalize(rows[f"{name}_truth"]), self.place(z)  # (B, 3 or 6)
+                    known = truth.isfinite()
+                    errors = (told - torch.where(known, truth, told.detach())).square()
+                    losses[name] = errors.sum() / known.sum().clamp_min(1)
             signs: dict[str, Tensor] = {}
             for name in ("gaze", "gaze_scenes"):
                 if f"{name}_loss" in rows:
@@ -297,7 +299,7 @@ class StateVLATrainer(nn.Module):
             taught = losses_of_looks(tokenizer.eyes, looks, batch["target_at"])  # (B, 2) each
             part |= {f"gaze_{name}": values for name, values in taught.items()}
         if "place" in self.weights:
-            part["place_truth"] = batch["target_place"]  # (B, 3), NaN where it is not known
+            part["place_truth"] = self.places_in(batch)  # (B, 3 or 6), NaN where it is not known
         if "scenes" in batch:
             part |= self.scenes_rows(batch["scenes"])
         part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
@@ -318,8 +320,12 @@ class StateVLATrainer(nn.Module):
             rows = len(scenes["language"])
             arm = {name: scenes["language"].new_zeros(rows, width) for name, width in self.model.robot_state.items()}
             hidden = torch.ones(rows, dtype=torch.bool, device=scenes["language"].device)
-            part |= {"scenes_z": encoder(scenes | arm, hidden, looks), "place_scenes_truth": scenes["target_place"]}
+            part |= {"scenes_z": encoder(scenes | arm, hidden, looks), "place_scenes_truth": self.places_in(scenes)}
         return part
+
+    def places_in(self, labels: dict[str, Tensor]) -> Tensor:
+        """What the head of place is to tell: where the target is, and the goal with it where place_of says so."""
+        return torch.cat([labels[name] for name in self.placed], dim=1)
 
     def hidden_arms(self, actions: Tensor) -> Tensor | None:
         """Which of the samples have their robot token hidden, (B,) bool, so that the arm must be seen; in training."""
@@ -351,7 +357,7 @@ class StateVLATrainer(nn.Module):
     @torch.no_grad()
     def see(self, obs: dict[str, np.ndarray], instruction: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """One frame, as `StateVLA.decide` -> where each eye looks (2, 2), the middle of its highest cell, and where
-        place tells the object to be (3,) in metres; None without eyes, or without that head."""
+        place tells the object to be (3,) in metres, or it and its goal (6,); None without eyes, or that head."""
         batch, encoder = self.model.batch_of(obs, instruction), self.model.state_encoder
         looks = encoder.tokenizer.looks(batch)
         at = [eye.cells[look.scores.argmax()] for eye, look in zip(encoder.tokenizer.eyes, looks, strict=True)]

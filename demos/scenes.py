@@ -18,7 +18,7 @@ from torch import Tensor
 from demos.hdf5_errors import hdf5_problems_named, open_dataset, open_hdf5, text_attribute
 from demos.instructions import canonical_instruction
 from demos.language import LanguageTable
-from demos.simulator_truth import Kinematics
+from demos.simulator_truth import Kinematics, objects_of_interest
 from errors import BadInput
 from jepa.gaze import in_view
 from jepa.tokenizer import resize_images
@@ -31,12 +31,13 @@ AT_ONCE = 500  # scenes whose pictures are read and made smaller together
 @dataclass(frozen=True)
 class Scenes:
     """pictures of each camera (N, S, S, 3) uint8; of each object that can be asked for, NaN where a scene does not have
-    it, `at` (N, 2, K, 2), right and up from the pictures' middles, and `places` (N, K, 3) in metres; language (K, D) of
-    the instructions that ask for them."""
+    it, `at` (N, 2, K, 2), right and up from the pictures' middles, and `places` (N, K, 3) in metres; `goals` (N, 3), to
+    which they are to be brought; language (K, D) of the instructions that ask for them."""
 
     pictures: dict[str, Tensor]
     at: Tensor
     places: Tensor
+    goals: Tensor
     language: Tensor
 
     def __len__(self) -> int:
@@ -44,12 +45,12 @@ class Scenes:
 
     def draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """Scenes at random, in each of which one of the objects that the first camera sees is asked for: pictures,
-        language, target_at (B, 2, 2) and target_place (B, 3)."""
+        language, target_at (B, 2, 2), target_place and goal_place (B, 3)."""
         chosen = torch.randint(len(self), (count,))
         asked = torch.multinomial(in_view(self.at[chosen, 0]).float(), 1).squeeze(1)
         batch = {camera: pictures[chosen] for camera, pictures in self.pictures.items()}
         batch |= {"language": self.language[asked], "target_at": self.at[chosen, :, asked]}
-        batch["target_place"] = self.places[chosen, asked]
+        batch |= {"target_place": self.places[chosen, asked], "goal_place": self.goals[chosen]}
         return {name: values.to(device) for name, values in batch.items()}
 
 
@@ -61,19 +62,20 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
     if not paths:
         raise BadInput(f"data.scenes: no {PATTERN} in {folder}; `python collect_demos.py --scenes` makes them")
     files = [_read(path, image_size) for path in paths]
-    sizes = {path.name: pictures[CAMERAS[0]].shape[1] for path, (pictures, _) in zip(paths, files, strict=True)}
+    sizes = {path.name: pictures[CAMERAS[0]].shape[1] for path, (pictures, _, _) in zip(paths, files, strict=True)}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} has {size} px" for name, size in sizes.items())
         raise BadInput(f"data.scenes: pictures of several sizes in {folder}, some smaller than the model's: {told}")
-    texts = list(dict.fromkeys(text for _, objects in files for text in objects))
+    texts = list(dict.fromkeys(text for _, objects, _ in files for text in objects))
     for text in texts:
         if text not in language.embeddings:
             raise BadInput(f"data.scenes: {folder} asks to '{text}', which has no embedding; see embed_language.py")
-    known = [[objects.get(text) or _nothing(pictures) for text in texts] for pictures, objects in files]
+    known = [[objects.get(text) or _nothing(pictures) for text in texts] for pictures, objects, _ in files]
     scenes = Scenes(
-        {camera: torch.cat([pictures[camera] for pictures, _ in files]) for camera in CAMERAS},
+        {camera: torch.cat([pictures[camera] for pictures, _, _ in files]) for camera in CAMERAS},
         torch.cat([torch.stack([at for at, _ in objects], dim=2) for objects in known]),
         torch.cat([torch.stack([place for _, place in objects], dim=1) for objects in known]),
+        torch.cat([goals for _, _, goals in files]),
         torch.stack([language[text] for text in texts]),
     )
     if not (seen := in_view(scenes.at[:, 0]).any(dim=1)).all():
@@ -87,8 +89,9 @@ def _nothing(pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.full((count, len(CAMERAS), 2), torch.nan), torch.full((count, 3), torch.nan)
 
 
-def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """-> pictures of each camera (N, S, S, 3), and by instruction where its object appears (N, 2, 2) and is (N, 3)."""
+def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """-> pictures of each camera (N, S, S, 3), by instruction where its object appears (N, 2, 2) and is (N, 3), and
+    where it is to be brought (N, 3), NaN where that is no object."""
     with open_hdf5(path) as file, hdf5_problems_named(path):
         states = open_dataset(path, "", file, "states")[()].astype(np.float64)
         if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
@@ -107,7 +110,12 @@ def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tup
         size = min(image_size, *(stored.shape[1] for stored in datasets.values()))
         pictures = {camera: _smaller(stored, size) for camera, stored in datasets.items()}
         places = {name: torch.from_numpy(kinematics.positions(states, name)).float() for name in asked}
-    return pictures, {text: (at[:, :, k], places[name]) for k, (name, text) in enumerate(asked.items())}
+        _, *goals = objects_of_interest(text_attribute(file.attrs, "bddl_file_content", path), path, "scenes need it")
+        goal = np.full((len(states), 3), np.nan)
+        if goals and goals[0] in kinematics.bodies:
+            goal = kinematics.positions(states, goals[0])
+    by_text = {text: (at[:, :, k], places[name]) for k, (name, text) in enumerate(asked.items())}
+    return pictures, by_text, torch.from_numpy(goal).float()
 
 
 def _instructions(path: Path, file: h5py.File) -> dict[str, str]:

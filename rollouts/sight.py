@@ -34,7 +34,7 @@ class Seen(NamedTuple):
     """What an encoder says of an observation; None where it has no eyes, or no head of place."""
 
     at: np.ndarray | None  # (2, 2) of each camera, right and up from the picture's middle, whose edges are -1 and 1
-    place: np.ndarray | None  # (3,) in metres
+    place: np.ndarray | None  # (3,) in metres; where the head tells the goal's place, too, (6,)
 
 
 See = Callable[[dict, str], Seen]  # observation, instruction
@@ -46,11 +46,13 @@ class Shown(NamedTuple):
     seen: Seen
     at: np.ndarray  # (2, 2) as Seen's, NaN behind a camera
     place: np.ndarray  # (3,)
+    goal: np.ndarray | None  # (3,) of what the target is to be brought to, None where that is no object
 
 
 def sight(see: See, instructions: Sequence[str], observation: dict, scenes: int, seed: int) -> dict[str, dict]:
     """Layout -> "scenes", and of each camera "in_view" and "found", the numbers of scenes in which the object is on its
-    picture and where it was found there; with the head of place the errors of x and y, "mm_mean" and "mm_median".
+    picture and where it was found there; with the head of place the errors of x and y, "mm_mean" and "mm_median", and
+    where it tells the goal's place, too, "goal_mm_mean" and "goal_mm_median".
 
     instructions: those that the encoder knows. `scenes` random resets of each task and layout. Raises BadInput where
     none of the suite's tasks is known, or a scene cannot be set.
@@ -77,7 +79,10 @@ def scenes_of_layout(env: LiberoEnv, see: See, instruction: str, layout: str, se
             raise BadInput(f"--sight: {problem}; another --seed has other scenes") from None
         at = kinematics.on_pictures(env.state()[None], [target])[0, :, 0]
         place = env.sim.data.body_xpos[env.domain.obj_body_id[target]].copy()
-        yield Shown(see(from_simulator(env.observe()), instruction), at, place)
+        goal = None
+        if (others := env.domain.obj_of_interest[1:]) and others[0] in env.domain.obj_body_id:
+            goal = env.sim.data.body_xpos[env.domain.obj_body_id[others[0]]].copy()
+        yield Shown(see(from_simulator(env.observe()), instruction), at, place, goal)
 
 
 def set_scene(env: LiberoEnv, layout: str, target: str, seed: int) -> None:
@@ -100,8 +105,14 @@ def figures(shown: Sequence[Shown]) -> dict:
         in_view = np.array([(np.abs(at) < 1).all(axis=1) for _, at in looked])  # (n, 2), False for NaN
         found = np.array([np.linalg.norm(eyes - at, axis=1) < FOUND_WITHIN for eyes, at in looked])
         result |= {"in_view": in_view.sum(axis=0).tolist(), "found": (found & in_view).sum(axis=0).tolist()}
-    told = [(scene.seen.place, scene.place) for scene in shown if scene.seen.place is not None]
+    told = [scene for scene in shown if scene.seen.place is not None]
     if told:
-        mm = np.array([1000 * np.linalg.norm(of_z[:2] - place[:2]) for of_z, place in told])
-        result |= {"mm_mean": float(mm.mean()), "mm_median": float(np.median(mm))}
+        result |= _errors([(scene.seen.place[:2], scene.place[:2]) for scene in told], "mm")
+        if len(told[0].seen.place) == 6 and told[0].goal is not None:
+            result |= _errors([(scene.seen.place[3:5], scene.goal[:2]) for scene in told], "goal_mm")
     return result
+
+
+def _errors(pairs: Sequence[tuple[np.ndarray, np.ndarray]], name: str) -> dict[str, float]:
+    mm = np.array([1000 * np.linalg.norm(of_z - place) for of_z, place in pairs])
+    return {f"{name}_mean": float(mm.mean()), f"{name}_median": float(np.median(mm))}

@@ -164,9 +164,30 @@ def test_words_choose_what_the_eye_finds_on_pictures_that_it_never_saw():
 
 def taught_batch(rows: int = 4) -> dict:
     def labels() -> dict:
-        return {"target_at": torch.rand(rows, 2, 2) * 2.4 - 1.2, "target_place": torch.randn(rows, 3)}
+        return {
+            "target_at": torch.rand(rows, 2, 2) * 2.4 - 1.2,
+            "target_place": torch.randn(rows, 3),
+            "goal_place": torch.randn(rows, 3),
+        }
 
     return phase1_batch(rows) | labels() | {"scenes": random_observation(rows) | labels()}
+
+
+def test_the_goal_is_told_beside_the_target_and_learns_nothing_where_it_is_not_known():
+    torch.manual_seed(0)
+    weights = ("training.phase1.place_weight=1", "training.phase1.place_of=target_and_goal")
+    trainer = build_trainer(small_config(*weights), phase=1)
+    batch = taught_batch(6)
+    del batch["scenes"]
+    batch["goal_place"][4] = torch.nan
+    truth = torch.cat([batch["target_place"], batch["goal_place"]], dim=1)
+    trainer.place_normalizer.fit(truth[truth.isfinite().all(dim=1)])
+    loss = trainer(batch)["place"]
+    errors = trainer.place(trainer.model.encode(batch["obs"])) - trainer.place_normalizer.normalize(truth)
+    torch.testing.assert_close(loss, errors.square()[truth.isfinite()].mean())
+    loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in trainer.place.parameters())
+    assert (trainer.place.bias.grad[3:] != 0).all()
 
 
 def test_place_is_told_linearly_from_z_on_demonstrations_and_scenes():

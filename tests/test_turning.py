@@ -109,9 +109,9 @@ def test_sight_knows_where_the_object_is_in_layouts_that_differ(env):
 
 def test_what_was_seen_elsewhere_or_is_not_in_view_is_not_found():
     at = np.array([[0.5, 0.5], [np.nan, np.nan]])
-    scenes = [Shown(Seen(at + shift, None), at, np.zeros(3)) for shift in (0.0, 0.08, 0.09, -0.5)]
+    scenes = [Shown(Seen(at + shift, None), at, np.zeros(3), None) for shift in (0.0, 0.08, 0.09, -0.5)]
     assert figures(scenes) == {"scenes": 4, "in_view": [4, 0], "found": [2, 0]}
-    scenes = [Shown(Seen(None, np.array([x, 0.0, 9.0])), at, np.zeros(3)) for x in (0.001, -0.002, 0.009)]
+    scenes = [Shown(Seen(None, np.array([x, 0.0, 9.0])), at, np.zeros(3), None) for x in (0.001, -0.002, 0.009)]
     assert figures(scenes) == {"scenes": 3, "mm_mean": pytest.approx(4), "mm_median": pytest.approx(2)}
 
 

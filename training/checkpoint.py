@@ -57,6 +57,7 @@ CAME_LATER = {
     "training.phase1.gaze_scenes_weight": 0.0,
     "training.phase1.place_weight": 0.0,
     "training.phase1.place_scenes_weight": 0.0,
+    "training.phase1.place_of": "target",
     "training.phase1.proprioception_masking": 0.0,
     "training.phase1.image_shift": 0,
     "training.phase2.freeze_encoder": True,

@@ -70,14 +70,21 @@ def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
 
 def labels_of(trainer: StateVLATrainer, demos: Sequence[Demo]) -> dict[str, Tensor]:
     """What phase 1 is told of the simulator's states, by row: where the asked object appears on both pictures (N, 2, 2)
-    and where it is (N, 3), each only where a loss needs it."""
+    and where it and, with place_of target_and_goal, its goal are (N, 3), each only where a loss needs it."""
     advice = "training.phase1.{}_weight needs it; set it to 0 to do without labels"
     labels = {}
     if "gaze" in trainer.weights:
         labels["target_at"] = torch.cat([target_on_pictures(demo, advice.format("gaze")) for demo in demos])
     if "place" in trainer.weights:
         truths = [simulator_truth(demo, advice.format("place")) for demo in demos]
-        labels["target_place"] = torch.cat([truth["target"] for truth in truths])
+        for label in trainer.placed:
+            places = [truth.get(label.removesuffix("_place")) for truth in truths]
+            for demo, place in zip(demos, places, strict=True):
+                if place is None:
+                    raise BadInput(
+                        f"{demo.path}: {demo.key}: its goal is no object, which training.phase1.place_of needs"
+                    )
+            labels[label] = torch.cat(places)
     return labels
 
 
@@ -147,7 +154,7 @@ def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples
             rows = frame_rows(data.train_demos).to(data.low_dimensional.device)
             trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
         if trainer.place:
-            places = samples["labels"]["target_place"][frame_rows(data.train_demos)]
+            places = trainer.places_in(samples["labels"])[frame_rows(data.train_demos)]
             trainer.place_normalizer.fit(places[places.isfinite().all(dim=1)])
         return
     states = samples.get("states")
