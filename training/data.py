@@ -68,6 +68,9 @@ def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
     }
 
 
+LEAST_SPREAD = 0.02  # m, to which the error of a place counts as 1: a standing basket's height trembles by far less
+
+
 def labels_of(trainer: StateVLATrainer, demos: Sequence[Demo]) -> dict[str, Tensor]:
     """What phase 1 is told of the simulator's states, by row: where the asked object appears on both pictures (N, 2, 2)
     and where it and, with place_of target_and_goal, its goal are (N, 3), each only where a loss needs it."""
@@ -78,12 +81,13 @@ def labels_of(trainer: StateVLATrainer, demos: Sequence[Demo]) -> dict[str, Tens
     if "place" in trainer.weights:
         truths = [simulator_truth(demo, advice.format("place")) for demo in demos]
         for label in trainer.placed:
-            places = [truth.get(label.removesuffix("_place")) for truth in truths]
-            for demo, place in zip(demos, places, strict=True):
-                if place is None:
+            places = []
+            for demo, truth in zip(demos, truths, strict=True):
+                if (place := truth.get(label.removesuffix("_place"))) is None:
                     raise BadInput(
                         f"{demo.path}: {demo.key}: its goal is no object, which training.phase1.place_of needs"
                     )
+                places.append(place)
             labels[label] = torch.cat(places)
     return labels
 
@@ -156,6 +160,7 @@ def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples
         if trainer.place:
             places = trainer.places_in(samples["labels"])[frame_rows(data.train_demos)]
             trainer.place_normalizer.fit(places[places.isfinite().all(dim=1)])
+            trainer.place_normalizer.std.clamp_(min=LEAST_SPREAD)
         return
     states = samples.get("states")
     if states is None:  # the encoder's at the start: it is trained on, or its pictures move
