@@ -110,12 +110,19 @@ def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tup
         size = min(image_size, *(stored.shape[1] for stored in datasets.values()))
         pictures = {camera: _smaller(stored, size) for camera, stored in datasets.items()}
         places = {name: torch.from_numpy(kinematics.positions(states, name)).float() for name in asked}
-        _, *goals = objects_of_interest(text_attribute(file.attrs, "bddl_file_content", path), path, "scenes need it")
-        goal = np.full((len(states), 3), np.nan)
-        if goals and goals[0] in kinematics.bodies:
-            goal = kinematics.positions(states, goals[0])
+        goal = _goal(path, file, kinematics)
+        goals = np.full((len(states), 3), np.nan) if goal is None else kinematics.positions(states, goal)
     by_text = {text: (at[:, :, k], places[name]) for k, (name, text) in enumerate(asked.items())}
-    return pictures, by_text, torch.from_numpy(goal).float()
+    return pictures, by_text, torch.from_numpy(goals).float()
+
+
+def _goal(path: Path, file: h5py.File, kinematics: Kinematics) -> str | None:
+    """What the scene's task brings things to, as its BDDL file names it; None where that is no object, or not said."""
+    try:
+        _, *others = objects_of_interest(text_attribute(file.attrs, "bddl_file_content", path), path, "goals need it")
+    except BadInput:
+        return None
+    return others[0] if others and others[0] in kinematics.bodies else None
 
 
 def _instructions(path: Path, file: h5py.File) -> dict[str, str]:

@@ -105,11 +105,12 @@ def figures(shown: Sequence[Shown]) -> dict:
         in_view = np.array([(np.abs(at) < 1).all(axis=1) for _, at in looked])  # (n, 2), False for NaN
         found = np.array([np.linalg.norm(eyes - at, axis=1) < FOUND_WITHIN for eyes, at in looked])
         result |= {"in_view": in_view.sum(axis=0).tolist(), "found": (found & in_view).sum(axis=0).tolist()}
-    told = [scene for scene in shown if scene.seen.place is not None]
+    told = [(scene.seen.place, scene) for scene in shown if scene.seen.place is not None]
     if told:
-        result |= _errors([(scene.seen.place[:2], scene.place[:2]) for scene in told], "mm")
-        if len(told[0].seen.place) == 6 and told[0].goal is not None:
-            result |= _errors([(scene.seen.place[3:5], scene.goal[:2]) for scene in told], "goal_mm")
+        result |= _errors([(place[:2], scene.place[:2]) for place, scene in told], "mm")
+    both = [(place[3:5], scene.goal[:2]) for place, scene in told if len(place) == 6 and scene.goal is not None]
+    if both:
+        result |= _errors(both, "goal_mm")
     return result
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from dataloader import shift_pictures, transition_rows
 from demos.language import LanguageTable
 from demos.scenes import load_scenes
-from demos.simulator_truth import target_on_pictures
+from demos.simulator_truth import simulator_truth, target_on_pictures
 from errors import BadInput
 from jepa.gaze import FOUND_WITHIN, Gaze, cell_middles, found, gaze_loss, grid_of
 from observation import CAMERAS, SIMULATOR_KEYS
@@ -289,6 +289,7 @@ def scenes_file(collected_demos, tmp_path) -> Path:
         for camera in CAMERAS:
             file[camera] = group["obs"][camera][:-1]
         file.attrs["model_file"] = group.attrs["model_file"]
+        file.attrs["bddl_file_content"] = "(:obj_of_interest butter_1 basket_1)"
         words = "pick up the {} and place it in the basket"
         file.attrs["instructions"] = (
             f'{{"butter_1": "{words.format("butter")}", "tomato_sauce_1": "{words.format("tomato sauce")}"}}'
@@ -307,6 +308,7 @@ def test_a_scene_asks_for_one_of_its_objects_and_says_where_it_is(collected_demo
     demo = load(collected_demos)[0][0]
     assert len(scenes) == len(demo) - 1
     torch.testing.assert_close(scenes.at[:, :, 0], target_on_pictures(demo, NEEDED)[:-1], equal_nan=True)
+    torch.testing.assert_close(scenes.goals, simulator_truth(demo, NEEDED)["goal"][:-1], equal_nan=True)
     torch.manual_seed(0)
     drawn = scenes.draw(64, CPU)
     assert drawn["agentview_rgb"].shape == (64, 32, 32, 3)
@@ -353,7 +355,7 @@ def test_a_training_on_scenes_that_was_stopped_goes_on_as_if_it_had_not_been(col
     changes = {
         "data__language_embeddings": embeddings, "data__cache_directory": tmp_path / "cache",
         "data__scenes": scenes_file.parent, "model__gaze": True, "training__phase1__place_weight": 1,
-        "training__phase1__place_scenes_weight": 1,
+        "training__phase1__place_scenes_weight": 1, "training__phase1__place_of": "target_and_goal",
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, stops in ((whole, [{}]), (parts, [{0: (2, send(signal.SIGTERM))}, {0: (6, send(signal.SIGTERM))}, {}])):
@@ -362,6 +364,10 @@ def test_a_training_on_scenes_that_was_stopped_goes_on_as_if_it_had_not_been(col
         assert [code for code, _ in ends] == [143 if stop else 0 for stop in stops], ends
     assert_same_run(parts / PHASE_DIRECTORIES[1], whole / PHASE_DIRECTORIES[1])
     assert lines_of(parts / PHASE_DIRECTORIES[1])[("train", 6)]["gaze_scenes"] > 0
+    with h5py.File(scenes_file, "a") as file:
+        del file.attrs["bddl_file_content"]
+    done = run("train.py", "--phase", 1, *small(1, collected_demos, tmp_path / "refused", **changes), expect=2)
+    assert "do not say where the target is to be brought" in one_sentence(done)
 
 
 def test_scenes_without_gaze_are_refused():

@@ -93,7 +93,9 @@ def test_sight_knows_where_the_object_is_in_layouts_that_differ(env):
     def all_knowing(obs: dict, told: str) -> Seen:
         assert told == BUTTER and obs["agentview_rgb"].shape == (64, 64, 3)
         place = env.sim.data.body_xpos[env.domain.obj_body_id["butter_1"]]
-        return Seen(kinematics.on_pictures(env.state()[None], ["butter_1"])[0, :, 0], place + off)
+        basket = env.sim.data.body_xpos[env.domain.obj_body_id["basket_1"]]
+        told = np.concatenate([place + off, basket + np.array([0.006, 0.008, 1.0])])
+        return Seen(kinematics.on_pictures(env.state()[None], ["butter_1"])[0, :, 0], told)
 
     kinematics, off = Kinematics(env.model_xml, "the scene", "the test needs it"), np.array([0.003, -0.004, 1.0])
     places = []
@@ -102,6 +104,7 @@ def test_sight_knows_where_the_object_is_in_layouts_that_differ(env):
         found = figures(shown)
         assert found["scenes"] == 2 and found["found"] == found["in_view"] and found["in_view"][0] == 2
         assert found["mm_mean"] == pytest.approx(5) == found["mm_median"]
+        assert found["goal_mm_mean"] == pytest.approx(10) == found["goal_mm_median"]
         places += [scene.place[:2] for scene in shown]
     apart = np.linalg.norm(np.array(places)[:, None] - np.array(places), axis=2)
     assert np.median(apart[np.triu_indices(6, 1)]) > 0.05

@@ -20,6 +20,8 @@ from jepa.temporal_predictor import FORESIGHT
 from statevla_model import StateVLATrainer
 from training.processes import report
 
+LEAST_SPREAD = 0.02  # m, to which the error of a place counts as 1: a standing basket's height trembles by far less
+
 
 @dataclass(frozen=True)
 class Data:
@@ -51,6 +53,11 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
     scenes = None
     if phase == 1 and config.data.scenes:
         scenes = load_scenes(Path(config.data.scenes), config.model.image_size, language)
+        if config.training.phase1.place_of == "target_and_goal" and not scenes.goals.isfinite().all():
+            raise BadInput(
+                f"data.scenes: some files of {config.data.scenes} do not say where the target is to be brought "
+                "(attribute bddl_file_content, an obj_of_interest that can move), which training.phase1.place_of needs"
+            )
         report(f"data: {len(scenes):,} scenes without demonstrations")
     return Data(demos, train_demos, held_out_demos, observation, language, low_dimensional, scenes)
 
@@ -66,9 +73,6 @@ def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
         "ahead": FORESIGHT if trainer.foresight else (),
         "frames": open_frames(data.demos, config.data, config.model.image_size, device),
     }
-
-
-LEAST_SPREAD = 0.02  # m, to which the error of a place counts as 1: a standing basket's height trembles by far less
 
 
 def labels_of(trainer: StateVLATrainer, demos: Sequence[Demo]) -> dict[str, Tensor]:
