@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         "--evaluation",
         type=expanded,
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="results.json of run_libero_eval.py that come into the card, played by these weights or by a blind policy",

@@ -345,7 +345,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--side_by_side", type=float, metavar="METRES",
         help="the policy (flow from noise, from zero), replay and standing still, from the init states and with the "
         "target shifted by up to this: eight evaluations in --output_dir and one table")
-    add("--beside", type=expanded, nargs="+", default=[], metavar="DIR",
+    add("--beside", type=expanded, nargs="+", action="extend", default=[], metavar="DIR",
         help="folders of finished evaluations of the same scenes that stand in this one's table, such as a replay's")
     add("--seed", type=int, default=0, help="seed of the flow's noise and of the scene (default: %(default)s)")
     add("--output_dir", type=expanded,
@@ -360,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
         help="seconds after which a policy server counts as hung and its episode is tried once more, five times as "
         "long for the first decision of all (default: %(default)s)")
     add("--shard", metavar="I/N", help="play only the I-th of N parts of the episodes, 1/N to N/N")
-    add("--merge", type=expanded, nargs="+", metavar="DIR",
+    add("--merge", type=expanded, nargs="+", action="extend", metavar="DIR",
         help="join the folders of shards into --output_dir; nothing is played")
     add("--compare", type=expanded, nargs=2, metavar="RESULTS",
         help="pair two results.json by episode; nothing is played")

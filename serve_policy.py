@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--api_key", metavar="KEY",
         help=f"what clients have to name; other users of this machine see it, unless it stands in the environment "
         f"variable {API_KEY} instead (default: none is asked for)")
-    add("--instructions", nargs="+", default=[], metavar="TEXT",
+    add("--instructions", nargs="+", action="extend", default=[], metavar="TEXT",
         help="instructions besides those of the training, embedded by the checkpoint's own text encoder")
     add("--sample_steps", type=int, default=SAMPLE_STEPS, help="Euler steps of the flow (default: %(default)s)")
     add("--flow_start", choices=("noise", "zero"),

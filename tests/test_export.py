@@ -378,3 +378,9 @@ def test_without_a_network_a_program_says_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert one_sentence(done).startswith("error: hf://owner/name: neither in the local cache nor to be had from http")
+
+
+def test_a_flag_that_takes_several_files_may_be_given_again(monkeypatch):
+    words = "export_policy.py --checkpoint c --output_dir d --evaluation one two --evaluation three"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert export_policy.parse_arguments().evaluation == ["one", "two", "three"]
