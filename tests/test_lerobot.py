@@ -3,9 +3,12 @@
 That LeRobot's own loader opens what is exported is shown in tests/interop, in an environment that has it.
 """
 
+import ctypes
 import io
 import json
+import random
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from demos.language import EMBEDDINGS_FILE
 from errors import BadInput
 from jepa.tokenizer import resize_images
 from lerobot_format.gripper import GripperConvention
+from lerobot_format.pictures import written_video
 from lerobot_format.statistics import picture_counts, picture_statistics
 from lerobot_format.unfinished import becomes_whole
 
@@ -243,6 +247,25 @@ def test_language_becomes_the_state_of_the_environment(demos, tmp_path):
     embedded = np.array(table["observation.environment_state"].to_pylist())
     assert np.array_equal(embedded, vectors[table["task_index"].to_numpy()])
     run("convert_lerobot.py", "import", tmp_path / "dataset", tmp_path / "back")  # it has no place in our files
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fills fresh memory by a setting of glibc")
+def test_a_videos_bytes_do_not_depend_on_what_was_in_memory_before(demos, tmp_path):
+    with h5py.File(demos / f"{OTHER_TASK}_demo.hdf5") as file:
+        film = file["data/demo_0/obs/agentview_rgb"][:]
+    libc, perturb = ctypes.CDLL(None), -6
+    seen, memory, rng = set(), [b""] * 30, random.Random(0)
+    try:
+        for _ in range(200):  # with x264's macroblock tree one in fifteen differed
+            libc.mallopt(perturb, rng.choice([0, 1, 85, 165, 255]))
+            memory[rng.randrange(30)] = rng.randbytes(rng.randint(10, 300_000))  # moves what is allocated next
+            with written_video(tmp_path / "film.mp4", film.shape[1], 20) as video:
+                for picture in film:
+                    video.add(picture)
+            seen.add((tmp_path / "film.mp4").read_bytes())
+    finally:
+        libc.mallopt(perturb, 0)
+    assert len(seen) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions
