@@ -10,7 +10,7 @@ from pathlib import Path
 from rollouts.episodes import start_name
 from rollouts.folder import PICTURES, last_frame_of, video_of
 from rollouts.side_by_side import Table, cell_text, columns_of, num_cells, rows_of
-from rollouts.statistics import ORIGINS, causes_text, troubles
+from rollouts.statistics import ORIGINS, causes_text, over_tasks, troubles
 from rollouts.video import VIDEO_SIZE
 
 STYLE = Path(__file__).with_name("page.css")
@@ -285,7 +285,7 @@ def _percent(row: dict) -> str:
 
 def _details(overall: dict) -> str:
     low, high = overall["interval"]
-    parts = [f"95% interval {100 * low:.1f} to {high:.1%} (Wilson)"] if overall["trials"] else []
+    parts = [f"95% interval {100 * low:.1f} to {high:.1%}{over_tasks(overall)}"] if overall["trials"] else []
     if overall["mean_steps_to_success"] is not None:
         parts.append(f"{overall['mean_steps_to_success']:.0f} steps to success on average")
     if overall["decision_ms_mean"] is not None:

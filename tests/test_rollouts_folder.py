@@ -32,6 +32,7 @@ from rollouts.statistics import (
     describe,
     exact_mcnemar,
     figures_text,
+    interval_over_tasks,
     summarise,
     wilson_interval,
 )
@@ -249,6 +250,23 @@ def test_wilson_interval_has_its_published_values():
     assert wilson_interval(17, 20) == pytest.approx((0.6396, 0.9476), abs=1e-4)
     assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert wilson_interval(500, 500) == pytest.approx((0.9924, 1), abs=1e-4)
+
+
+def test_where_tasks_are_solved_whole_or_not_at_all_they_are_the_sample():
+    """Five of ten tasks solved is then Binomial(10, 1/2) / 10, whose 2.5 and 97.5% quantiles are 0.2 and 0.8."""
+
+    def played(solved_of_ten: list[int]) -> list[dict]:
+        return [
+            episode(task, trial, trial < solved) for task, solved in enumerate(solved_of_ten) for trial in range(10)
+        ]
+
+    assert interval_over_tasks(played([0, 10] * 5)) == pytest.approx((0.2, 0.8))
+    assert interval_over_tasks(played([9] * 10)) == pytest.approx((0.9, 0.9))  # tasks that do not differ say no more
+    low, high = interval_over_tasks(played([4, 5, 6, 5, 4, 6, 5, 5, 4, 6]))
+    assert 0.4 < low < 0.48 and 0.52 < high < 0.6  # 0.5 +- 1.96 * 0.077 / sqrt(10)
+    assert interval_over_tasks(played([0, 10, 0, 10])) is None
+    said = figures_text(summarise([*played([0, 10] * 5), episode(0, 10, error="died")]))
+    assert "50/100 successes = 50.0%, 95% interval 40.4 to 59.6% (over tasks 20.0 to 80.0%)" in said
 
 
 def test_mcnemar_is_the_exact_binomial_test():
