@@ -10,7 +10,7 @@ from observation import ROBOT_STATES
 from published import FACTS
 from rollouts.episodes import step_limit
 from rollouts.evaluation import SAMPLE_STEPS
-from rollouts.statistics import read_results
+from rollouts.statistics import over_tasks, read_results
 from simulator.suites import numbers_text
 
 HEADER = """---
@@ -116,7 +116,7 @@ def figures(checkpoint: dict, place: str, evaluations: Mapping[Path, dict]) -> l
 
 def _interval(row: dict) -> str:
     low, high = (100 * bound for bound in row["interval"])
-    return f"{low:.0f} to {high:.0f}%"
+    return f"{low:.0f} to {high:.0f}%{over_tasks(row, digits=0)}"
 
 
 def command_of(settings: dict, checkpoint: dict, place: str) -> str:

@@ -138,11 +138,12 @@ def figures_text(row: dict) -> str:
     return text + "".join(f", {part}" for part in troubles(row))
 
 
-def over_tasks(row: dict) -> str:
+def over_tasks(row: dict, digits: int = 1) -> str:
     """Such as " (over tasks 38.0 to 81.0%)", or ""."""
     if not (interval := row.get("interval_over_tasks")):
         return ""
-    return f" (over tasks {100 * interval[0]:.1f} to {interval[1]:.1%})"
+    low, high = (100 * bound for bound in interval)
+    return f" (over tasks {low:.{digits}f} to {high:.{digits}f}%)"
 
 
 def troubles(row: dict) -> list[str]:
