@@ -51,8 +51,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 def interval_over_tasks(episodes: Sequence[dict]) -> tuple[float, float] | None:
     """95% interval of a success rate where tasks are the sample, not their episodes: drawn again and again with
-    replacement, each with all its episodes (the cluster bootstrap; Davison & Hinkley 1997, 3.8). None for fewer than
-    LEAST_TASKS tasks.
+    replacement, each with all its episodes (the cluster bootstrap; Davison & Hinkley 1997, 3.8). Never narrower than
+    Wilson's: tasks that are solved alike by chance would give no width at all. None for fewer than LEAST_TASKS tasks.
 
     Init states of one task of LIBERO's differ by a centimetre or two, so a policy tends to solve all of them or none,
     and `wilson_interval` is then too narrow for what other tasks or layouts would have given."""
@@ -65,7 +65,8 @@ def interval_over_tasks(episodes: Sequence[dict]) -> tuple[float, float] | None:
     drawn = np.random.default_rng(0).integers(len(played), size=(RESAMPLES, len(played)))  # (RESAMPLES, T)
     rates = solved[drawn].sum(axis=1) / played[drawn].sum(axis=1)
     low, high = np.quantile(rates, [0.025, 0.975])
-    return float(low), float(high)
+    low_of_episodes, high_of_episodes = wilson_interval(int(solved.sum()), int(played.sum()))
+    return min(float(low), low_of_episodes), max(float(high), high_of_episodes)
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> float:

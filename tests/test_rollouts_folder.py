@@ -261,9 +261,10 @@ def test_where_tasks_are_solved_whole_or_not_at_all_they_are_the_sample():
         ]
 
     assert interval_over_tasks(played([0, 10] * 5)) == pytest.approx((0.2, 0.8))
-    assert interval_over_tasks(played([9] * 10)) == pytest.approx((0.9, 0.9))  # tasks that do not differ say no more
-    low, high = interval_over_tasks(played([4, 5, 6, 5, 4, 6, 5, 5, 4, 6]))
-    assert 0.4 < low < 0.48 and 0.52 < high < 0.6  # 0.5 +- 1.96 * 0.077 / sqrt(10)
+    low, high = interval_over_tasks(played([0, 2, 4, 5, 5, 5, 5, 6, 8, 10]))
+    assert (low, high) == pytest.approx((0.33, 0.67), abs=0.015)  # 0.5 +- 1.96 * 0.268 / sqrt(10)
+    for alike in ([9] * 10, [0] * 10, [10] * 10):  # by chance: such tasks say no more than their episodes
+        assert interval_over_tasks(played(alike)) == wilson_interval(sum(alike), 100)
     assert interval_over_tasks(played([0, 10, 0, 10])) is None
     said = figures_text(summarise([*played([0, 10] * 5), episode(0, 10, error="died")]))
     assert "50/100 successes = 50.0%, 95% interval 40.4 to 59.6% (over tasks 20.0 to 80.0%)" in said

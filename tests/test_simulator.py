@@ -402,3 +402,15 @@ def test_missing_renderer_names_the_packages(monkeypatch):
     monkeypatch.setattr(libero.ctypes, "CDLL", load)
     with pytest.raises(BadInput, match="apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"):
         libero._check_renderer_library()
+
+
+@pytest.mark.parametrize("name", ["libero_object", "libero_object_swap"])
+def test_init_states_of_a_task_are_one_layout(name):
+    """What docs/evaluation.md says of them: 7 objects follow time and 9 joints, the basket moves most."""
+    suite, stand_still = make_suite(name), 0
+    for task_id in range(suite.n_tasks):
+        places = np.asarray(task_init_states(suite, task_id))[:, 10 : 10 + 7 * 7].reshape(50, 7, 7)[..., :2]
+        *others, basket = sorted(np.ptp(places, axis=0).max(axis=1))
+        assert others[-1] <= 0.02 < basket <= 0.03  # metres
+        stand_still += sum(moved < 1e-6 for moved in others)
+    assert stand_still == 36  # of 60
