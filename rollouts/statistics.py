@@ -77,6 +77,20 @@ def exact_mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def exact_sign_flips(differences: Sequence[int]) -> float:
+    """Two-sided p-value that of each task's difference in successes, either sign is as likely (Fisher 1935; Pitman
+    1937): tasks are the sample, as in `interval_over_tasks`."""
+    sums = Counter({0: 1})  # of differences with signs -> in how many of the 2 ** T ways
+    for difference in differences:
+        one_more = Counter[int]()
+        for total, ways in sums.items():
+            one_more[total + difference] += ways
+            one_more[total - difference] += ways
+        sums = one_more
+    as_far = sum(ways for total, ways in sums.items() if abs(total) >= abs(sum(differences)))
+    return as_far / 2 ** len(differences)
+
+
 def summarise(episodes: Sequence[dict]) -> dict:
     """Figures of some episodes. A crashed episode is no trial: it says nothing about the policy. One that the policy's
     own actions broke is a failure like any other."""
@@ -226,10 +240,14 @@ def comparison_text(first: Path, second: Path) -> str:
         low, high = wilson_interval(k, n)
         lines.append(f"{name}: {k}/{n} successes = {k / n:.1%}, 95% interval {100 * low:.1f} to {high:.1%}")
     only_a, only_b = counts[True, False], counts[False, True]
+    of_tasks = Counter[tuple]()
+    for key in common:
+        of_tasks[key[1:3]] += outcomes[0][key] - outcomes[1][key]
+    over = f", over {len(of_tasks)} tasks {exact_sign_flips([*of_tasks.values()]):.3g} (sign flips)"
     lines += [
         f"both {counts[True, True]}, only A {only_a}, only B {only_b}, neither {counts[False, False]}",
         f"A - B: {100 * (successes[0] - successes[1]) / n:+.1f} percentage points over {n} paired episodes,"
-        f" exact McNemar p = {exact_mcnemar(only_a, only_b):.3g}",
+        f" exact McNemar p = {exact_mcnemar(only_a, only_b):.3g}{over if len(of_tasks) >= LEAST_TASKS else ''}",
     ]
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """What an evaluation keeps on disk, what it says about it, and how parts are joined. No simulator is needed."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -31,6 +32,7 @@ from rollouts.statistics import (
     comparison_text,
     describe,
     exact_mcnemar,
+    exact_sign_flips,
     figures_text,
     interval_over_tasks,
     summarise,
@@ -276,6 +278,19 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert exact_mcnemar(4, 4) == exact_mcnemar(0, 0) == 1
 
 
+def test_the_test_over_tasks_counts_every_way_to_set_the_signs():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        differences = rng.integers(-10, 11, rng.integers(1, 9)).tolist()
+        signs = itertools.product((1, -1), repeat=len(differences))
+        totals = [sum(sign * d for sign, d in zip(one, differences, strict=True)) for one in signs]
+        as_far = sum(abs(total) >= abs(sum(differences)) for total in totals)
+        assert exact_sign_flips(differences) == as_far / len(totals)
+    assert exact_sign_flips([3] * 10) == 2 / 2**10
+    assert exact_sign_flips([0, 0, 10, 0]) == 1  # one task says nothing, however often it was played
+    assert exact_sign_flips([1] * 90) == pytest.approx(2 / 2**90)  # libero_90's, without 2 ** 90 ways
+
+
 def test_crashed_episodes_count_neither_way():
     row = summarise([episode(6, 0), episode(6, 1, success=False), episode(6, 2, error="died")])
     assert (row["successes"], row["trials"], row["crashed"], row["success_rate"]) == (1, 2, 1, 0.5)
@@ -335,6 +350,16 @@ def test_two_evaluations_are_compared_episode_by_episode(tmp_path):
         paths[1].write_text(wrong)
         with pytest.raises(BadInput, match=r"not a results.json of run_libero_eval.py"):
             comparison_text(*paths)
+
+
+def test_a_comparison_of_many_tasks_has_a_second_test_over_them(tmp_path):
+    """One layout that changes sides, ten episodes of it, is no evidence about others."""
+    a = write_results(tmp_path / "a.json", [episode(task, trial) for task in range(5) for trial in range(10)])
+    b = write_results(
+        tmp_path / "b.json", [episode(task, trial, success=task > 0) for task in range(5) for trial in range(10)]
+    )
+    said = comparison_text(a, b)
+    assert said.endswith("exact McNemar p = 0.00195, over 5 tasks 1 (sign flips)")
 
 
 def notes(a: Path, b: Path) -> list[str]:
