@@ -114,7 +114,7 @@ LOOKING := checkpoints/libero_object_looks
 libero-object-looks: install
 	@$(RUN) collect_demos.py $(DEMOS) --data_directory data/libero_object_own --demos_per_task 50
 	@$(RUN) collect_demos.py $(SHUFFLED) --visual_mesh_ratio 0.2 --layouts shuffled --missed_grasps 0.4 --demos_per_task 24
-	@$(RUN) collect_demos.py $(SHUFFLED) --scenes 400
+	@$(RUN) collect_demos.py $(SHUFFLED) --scenes 500 --grasps 0.7
 	@$(RUN) embed_language.py $(LOOKS) --encoder offline
 	@$(VENV)/bin/torchrun --nproc_per_node=2 train.py $(LOOKS) --phase 1 --resume --batch_size 32
 	@$(RUN) eval.py --checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt --sight

@@ -177,6 +177,7 @@ class StateVLATrainer(nn.Module):
         }  # fmt: skip
         self.proprioception_masking, self.vicreg_on = recipe.proprioception_masking, recipe.vicreg_on
         self.freeze_encoder, self.state_noise = config.phase2.freeze_encoder, config.phase2.state_noise
+        self.gripper_noise = config.phase2.gripper_noise
         self.inverse_dynamics = self.foresight = None
         self.place = None
         self.placed = ("target_place", "goal_place")[: 2 if recipe.place_of == "target_and_goal" else 1]
@@ -310,28 +311,26 @@ class StateVLATrainer(nn.Module):
 
     def scenes_rows(self, scenes: dict) -> dict[str, Tensor]:
         """The part of scenes without a demonstration in phase 1's losses: what the eyes say and, for place, z (B, D).
-        Their robot token is hidden, for a scene's arm is in no motion."""
+        Their robot token is hidden as often as that of demonstrations: a policy's hand comes near what it looks for."""
         encoder = self.model.state_encoder
         looks, part = encoder.tokenizer.looks(scenes), dict[str, Tensor]()
         if "gaze_scenes" in self.weights:
             taught = losses_of_looks(encoder.tokenizer.eyes, looks, scenes["target_at"])
             part |= {f"gaze_scenes_{name}": values for name, values in taught.items()}
         if "place_scenes" in self.weights:
-            rows = len(scenes["language"])
-            arm = {name: scenes["language"].new_zeros(rows, width) for name, width in self.model.robot_state.items()}
-            hidden = torch.ones(rows, dtype=torch.bool, device=scenes["language"].device)
-            part |= {"scenes_z": encoder(scenes | arm, hidden, looks), "place_scenes_truth": self.places_in(scenes)}
+            z = encoder(scenes, self.hidden_arms(scenes["language"]), looks)
+            part |= {"scenes_z": z, "place_scenes_truth": self.places_in(scenes)}
         return part
 
     def places_in(self, labels: dict[str, Tensor]) -> Tensor:
         """What the head of place is to tell: where the target is, and the goal with it where place_of says so."""
         return torch.cat([labels[name] for name in self.placed], dim=1)
 
-    def hidden_arms(self, actions: Tensor) -> Tensor | None:
-        """Which of the samples have their robot token hidden, (B,) bool, so that the arm must be seen; in training."""
+    def hidden_arms(self, rows: Tensor) -> Tensor | None:
+        """Which of rows (B, ...) have their robot token hidden, (B,) bool: there the arm must be seen; in training."""
         if not (self.training and self.proprioception_masking):
             return None
-        return torch.rand(len(actions), device=actions.device) < self.proprioception_masking
+        return torch.rand(len(rows), device=rows.device) < self.proprioception_masking
 
     def phase2_losses(self, batch: dict, per_sample: bool = False) -> dict[str, Tensor]:
         """Flow matching on the six pose deltas, BCE on the gripper. A frozen encoder's z_t carries no gradient."""
@@ -341,12 +340,15 @@ class StateVLATrainer(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
                 z_t = self.model.encode(batch["obs"])
         z_t = self.model.state_scaling(z_t)
+        of_policy = of_gripper = z_t
         if self.training and self.state_noise:  # a policy that sees each frame many times would know it by heart
-            z_t = z_t + self.state_noise * torch.randn_like(z_t)
+            of_policy = of_gripper = z_t + self.state_noise * torch.randn_like(z_t)
+        if self.training and self.gripper_noise is not None:
+            of_gripper = z_t + self.gripper_noise * torch.randn_like(z_t)
         actions = batch["actions"]
         losses = {
-            "pos_rot_loss": self.model.policy.loss(z_t, actions[..., :POSE_DIM]),
-            "gripper_loss": self.model.gripper.loss(z_t, actions[..., POSE_DIM]),
+            "pos_rot_loss": self.model.policy.loss(of_policy, actions[..., :POSE_DIM]),
+            "gripper_loss": self.model.gripper.loss(of_gripper, actions[..., POSE_DIM]),
         }
         losses["action_loss"] = losses["pos_rot_loss"] + losses["gripper_loss"]
         if not per_sample:

@@ -16,16 +16,17 @@ import numpy as np
 
 from collection.files import UNFINISHED, SceneSettings, check_settings, picture_datasets, written_hdf5
 from collection.pool import Order
-from collection.scene_drawer import SceneDrawer
+from collection.scene_drawer import ArmPoses, SceneDrawer
 from collection.task_demos import demo_names, libero_attributes
 from demos.hdf5_errors import object_in, open_dataset, open_hdf5
 from errors import BadInput
-from observation import CAMERAS, ROBOT_STATES
-from seeds import mixed_seed
+from observation import ASKED, CAMERAS, EXPERT_ACTIONS, STATE_WIDTHS
 from simulator.layouts import shuffled_tasks
 
 FOLDER = "scenes"  # in the data directory, where nothing that reads demonstrations looks
+POSE = "joint_states", "gripper_states", "ee_pos"  # what of a demonstration's frame makes an arm pose
 BLOCK = 50  # scenes that a worker draws in one go, and an interruption can cost
+OF_EXPERT = ASKED, EXPERT_ACTIONS  # datasets that only scenes with grasps have
 LIBERO_ATTRIBUTES = "bddl_file_name", "bddl_file_content", "macros_image_convention"
 
 
@@ -47,10 +48,10 @@ class SceneBlocks:
         data_directory: Path,
         wanted: int,
         settings: SceneSettings,
-        arm_poses: np.ndarray,
+        arm_poses: ArmPoses,
         block: int = BLOCK,
     ):
-        """arm_poses (P, 9), as `arm_poses_in` has them; each scene gets one of them."""
+        """Each scene gets one of the arm poses."""
         self.suite, self.task_id, self.settings, self.arm_poses = suite, task_id, settings, arm_poses
         self.name = name_of(task_id)
         self.path = data_directory / FOLDER / f"{self.name}.hdf5"
@@ -71,7 +72,7 @@ class SceneBlocks:
             return None
         scenes = self.not_begun.pop(0)
         self.running += 1
-        arguments = self.task_id, scenes, self.arm_poses_of(scenes), self.settings, self.block_file(scenes)
+        arguments = self.task_id, scenes, self.arm_poses, self.settings, self.block_file(scenes)
         return Order(SceneDrawer.draw, arguments, partial(self._finished, scenes))
 
     def _finished(self, scenes: range, _result: None, seconds: float) -> int:
@@ -82,11 +83,6 @@ class SceneBlocks:
     def is_complete(self) -> bool:
         return not self.not_begun and not self.running
 
-    def arm_poses_of(self, scenes: range) -> np.ndarray:
-        """(n, 9), drawn for each scene by itself."""
-        seeds = [mixed_seed("arm pose", self.settings.seed, self.task_id, scene) for scene in scenes]
-        return self.arm_poses[[np.random.default_rng(seed).integers(len(self.arm_poses)) for seed in seeds]]
-
     def block_file(self, scenes: range) -> Path:
         return self.unfinished / f"scenes_{scenes.start:06d}_to_{scenes.stop - 1:06d}.hdf5"
 
@@ -95,6 +91,7 @@ class SceneBlocks:
         of_task = libero_attributes(self.suite, self.task_id, self.settings.image_size)
         tasks = shuffled_tasks(self.suite, range(self.suite.n_tasks))
         instructions = {task.target: task.instruction for task in tasks if task.scene == self.task_id}
+        instructions = dict(sorted(instructions.items()))  # the order that `asked` counts in
         return {name: of_task[name] for name in LIBERO_ATTRIBUTES} | {"instructions": json.dumps(instructions)}
 
     def assemble(self, attributes: dict) -> None:
@@ -105,7 +102,7 @@ class SceneBlocks:
                 picture_datasets(file, self.wanted, self.settings.image_size)
                 if self.in_file:
                     with open_hdf5(self.path) as before:
-                        for name in sorted(before.keys() - {*CAMERAS, "states"}):  # the user's own
+                        for name in sorted(before.keys() - {*CAMERAS, "states", *OF_EXPERT}):  # the user's own
                             before.copy(name, file)
                         self._add(file, before, range(self.in_file))
                 for scenes in self.new:
@@ -118,8 +115,9 @@ class SceneBlocks:
 
     def _add(self, file: h5py.File, part: h5py.File, scenes: range) -> None:
         """Copies what a part holds, the scenes of these numbers, to their places in the file."""
-        states = file.require_dataset("states", (self.wanted, part["states"].shape[1]), np.float64)
-        states[scenes.start : scenes.stop] = part["states"][()]
+        for name in ["states", *(name for name in OF_EXPERT if name in part)]:
+            shape = self.wanted, *part[name].shape[1:]
+            file.require_dataset(name, shape, part[name].dtype)[scenes.start : scenes.stop] = part[name][()]
         for camera in CAMERAS:
             for i in range(len(scenes)):
                 file[camera][scenes.start + i] = part[camera][i]
@@ -130,7 +128,8 @@ class SceneBlocks:
     def _scenes_in_file(self) -> int:
         with open_hdf5(self.path) as file:
             check_settings(self.path, file, self.settings)
-            lengths = {name: len(object_in(self.path, name, file, name, h5py.Dataset)) for name in ("states", *CAMERAS)}
+            names = ["states", *CAMERAS, *(OF_EXPERT if self.settings.grasps else ())]
+            lengths = {name: len(object_in(self.path, name, file, name, h5py.Dataset)) for name in names}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{length} {name}" for name, length in lengths.items())
             raise BadInput(f"{self.path}: holds {found}, expected as many of each; {self.settings.otherwise}")
@@ -145,8 +144,8 @@ class SceneBlocks:
         return True
 
 
-def arm_poses_in(folder: Path) -> np.ndarray:
-    """(P, 9): the arm's joints in rad and fingers in metres in every frame of a data directory's demonstrations.
+def arm_poses_in(folder: Path) -> ArmPoses:
+    """Those of every frame of a data directory's demonstrations.
 
     Raises BadInput where it has none, or one whose poses cannot be read.
     """
@@ -156,28 +155,29 @@ def arm_poses_in(folder: Path) -> np.ndarray:
             data = object_in(path, "data", file, "data", h5py.Group)
             for key in demo_names(data):
                 demo = object_in(path, key, data, key, h5py.Group)
-                poses.append(np.hstack([_states_of(path, key, demo, name) for name in ROBOT_STATES["joints"]]))
+                poses.append([_states_of(path, key, demo, name) for name in POSE])
     if not poses:
         raise BadInput(
             f"{folder}: holds no demonstration (*_demo.hdf5), and --scenes takes the arm's poses from some; collect"
             " those first"
         )
-    return np.concatenate(poses)
+    return ArmPoses(*(np.concatenate(parts) for parts in zip(*poses, strict=True)))
 
 
 def _states_of(path: Path, key: str, demo: h5py.Group, name: str) -> np.ndarray:
     """(T, width) float64 of one part of the robot's state."""
     steps = len(open_dataset(path, key, demo, "actions"))
-    expected = steps, ROBOT_STATES["joints"][name]
+    expected = steps, STATE_WIDTHS[name]
     values = open_dataset(path, key, demo, f"obs/{name}")[()].astype(np.float64)
     if values.shape != expected or not np.isfinite(values).all():
         raise BadInput(f"{path}: {key}: key obs/{name} is {values.shape} or holds NaN, expected finite {expected}")
     return values
 
 
-def fingerprint(arm_poses: np.ndarray) -> str:
+def fingerprint(arm_poses: ArmPoses) -> str:
     """How many there are, and a digest of them."""
-    return f"{len(arm_poses)} (digest {hashlib.sha256(arm_poses.tobytes()).hexdigest()[:16]})"
+    joined = np.hstack([arm_poses.joints, arm_poses.fingers])  # which decide the hand's place, too
+    return f"{len(arm_poses)} (digest {hashlib.sha256(joined.tobytes()).hexdigest()[:16]})"
 
 
 def report(collections: Sequence[SceneBlocks]) -> None:

@@ -1,5 +1,6 @@
-"""Scenes without a demonstration, as `collect_demos.py --scenes` draws them: pictures of random layouts, and where
-everything appears on them. Phase 1 teaches gaze on them, beside the demonstrations.
+"""Scenes without a demonstration, as `collect_demos.py --scenes` draws them: pictures of random layouts, the arm, and
+where everything appears on them. Phase 1 teaches gaze and place on them, beside the demonstrations, and phase 2 what
+the expert does in them.
 
 They are few bytes at the model's picture size (150 MB for 6,000 of 64 px) and are held in memory.
 
@@ -22,36 +23,53 @@ from demos.simulator_truth import Kinematics, objects_of_interest
 from errors import BadInput
 from jepa.gaze import in_view
 from jepa.tokenizer import resize_images
-from observation import CAMERAS
+from observation import ASKED, CAMERAS, EXPERT_ACTIONS, STATE_WIDTHS
 
 PATTERN = "*_scenes.hdf5"
+ACTION_DIM = 7
+FARTHEST = 1e6  # in seconds, metres and rad; no simulator that is sound leaves it
 AT_ONCE = 500  # scenes whose pictures are read and made smaller together
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """pictures of each camera (N, S, S, 3) uint8; of each object that can be asked for, NaN where a scene does not have
-    it, `at` (N, 2, K, 2), right and up from the pictures' middles, and `places` (N, K, 3) in metres; `goals` (N, 3), to
-    which they are to be brought; language (K, D) of the instructions that ask for them."""
+    """pictures of each camera (N, S, S, 3) uint8 and every part of the robot state (N, width); of each object that can
+    be asked for, NaN where a scene does not have it, `at` (N, 2, K, 2), right and up from the pictures' middles, and
+    `places` (N, K, 3) in metres; `goals` (N, 3), to which objects are to be brought; language (K, D) of the
+    instructions that ask for them; the object that the expert takes, asked (N,), -1 where there is none, and its next
+    actions (N, H, 7), NaN there."""
 
     pictures: dict[str, Tensor]
+    robot_state: dict[str, Tensor]
     at: Tensor
     places: Tensor
     goals: Tensor
     language: Tensor
+    asked: Tensor
+    actions: Tensor
 
     def __len__(self) -> int:
         return len(self.at)
 
     def draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """Scenes at random, in each of which one of the objects that the first camera sees is asked for: pictures,
-        language, target_at (B, 2, 2), target_place and goal_place (B, 3)."""
+        """Scenes at random, in each of which one of the objects that the first camera sees is asked for, in half of
+        those where the expert acts the one that it takes: pictures, robot state, language, target_at (B, 2, 2),
+        target_place and goal_place (B, 3)."""
         chosen = torch.randint(len(self), (count,))
-        asked = torch.multinomial(in_view(self.at[chosen, 0]).float(), 1).squeeze(1)
-        batch = {camera: pictures[chosen] for camera, pictures in self.pictures.items()}
-        batch |= {"language": self.language[asked], "target_at": self.at[chosen, :, asked]}
+        seen = in_view(self.at[chosen, 0])  # (B, K)
+        asked, taken = torch.multinomial(seen.float(), 1), self.asked[chosen, None]  # (B, 1)
+        if (acts := taken >= 0).any():
+            acts &= seen.gather(1, taken.clamp(min=0)) & (torch.rand(count, 1) < 0.5)
+            asked = torch.where(acts, taken, asked)
+        asked = asked.squeeze(1)
+        batch = self.observations(chosen, asked) | {"target_at": self.at[chosen, :, asked]}
         batch |= {"target_place": self.places[chosen, asked], "goal_place": self.goals[chosen]}
         return {name: values.to(device) for name, values in batch.items()}
+
+    def observations(self, scenes: Tensor, asked: Tensor) -> dict[str, Tensor]:
+        """Those of scenes (B,), of whose objects (B,) are asked for."""
+        seen = {name: values[scenes] for name, values in (self.pictures | self.robot_state).items()}
+        return seen | {"language": self.language[asked]}
 
 
 def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scenes:
@@ -62,40 +80,74 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
     if not paths:
         raise BadInput(f"data.scenes: no {PATTERN} in {folder}; `python collect_demos.py --scenes` makes them")
     files = [_read(path, image_size) for path in paths]
-    sizes = {path.name: pictures[CAMERAS[0]].shape[1] for path, (pictures, _, _) in zip(paths, files, strict=True)}
+    sizes = {path.name: file.pictures[CAMERAS[0]].shape[1] for path, file in zip(paths, files, strict=True)}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} has {size} px" for name, size in sizes.items())
         raise BadInput(f"data.scenes: pictures of several sizes in {folder}, some smaller than the model's: {told}")
-    texts = list(dict.fromkeys(text for _, objects, _ in files for text in objects))
+    texts = list(dict.fromkeys(text for file in files for text in file.objects))
     for text in texts:
         if text not in language.embeddings:
             raise BadInput(f"data.scenes: {folder} asks to '{text}', which has no embedding; see embed_language.py")
-    known = [[objects.get(text) or _nothing(pictures) for text in texts] for pictures, objects, _ in files]
+    known = [[file.objects.get(text) or file.lacking() for text in texts] for file in files]
+    if len(steps := {file.actions.shape[1] for file in files} - {0}) > 1:
+        raise BadInput(f"data.scenes: files of {folder} hold {' and '.join(map(str, sorted(steps)))} actions a scene")
+    most = max(steps, default=0)
     scenes = Scenes(
-        {camera: torch.cat([pictures[camera] for pictures, _, _ in files]) for camera in CAMERAS},
-        torch.cat([torch.stack([at for at, _ in objects], dim=2) for objects in known]),
-        torch.cat([torch.stack([place for _, place in objects], dim=1) for objects in known]),
-        torch.cat([goals for _, _, goals in files]),
+        {camera: torch.cat([file.pictures[camera] for file in files]) for camera in CAMERAS},
+        {part: torch.cat([file.robot_state[part] for file in files]) for part in STATE_WIDTHS},
+        torch.cat([torch.stack([one.at for one in objects], dim=2) for objects in known]),
+        torch.cat([torch.stack([one.places for one in objects], dim=1) for objects in known]),
+        torch.cat([file.goals for file in files]),
         torch.stack([language[text] for text in texts]),
+        torch.cat([file.asked_among(texts) for file in files]),
+        torch.cat([file.actions_of(most) for file in files]),
     )
     if not (seen := in_view(scenes.at[:, 0]).any(dim=1)).all():
         raise BadInput(f"data.scenes: {folder} has {int((~seen).sum())} scenes without any object in {CAMERAS[0]}")
     return scenes
 
 
-def _nothing(pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of an object that a file's scenes do not have."""
-    count = len(pictures[CAMERAS[0]])
-    return torch.full((count, len(CAMERAS), 2), torch.nan), torch.full((count, 3), torch.nan)
+@dataclass(frozen=True)
+class _Object:
+    """Of one that a file's scenes can ask for: at (N, 2, 2), places (N, 3)."""
+
+    at: Tensor
+    places: Tensor
 
 
-def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """-> pictures of each camera (N, S, S, 3), by instruction where its object appears (N, 2, 2) and is (N, 3), and
-    where it is to be brought (N, 3), NaN where that is no object."""
+@dataclass(frozen=True)
+class _File:
+    """pictures of each camera (N, S, S, 3), parts of the robot state (N, width), goals (N, 3), NaN where that is no
+    object, by instruction the object that it asks for, and of the expert which of them it takes, asked (N,), and its
+    actions (N, H, 7), -1 and H = 0 where it does not act."""
+
+    pictures: dict[str, Tensor]
+    robot_state: dict[str, Tensor]
+    goals: Tensor
+    objects: dict[str, _Object]
+    asked: Tensor
+    actions: Tensor
+
+    def lacking(self) -> _Object:
+        """Of an object that its scenes do not have."""
+        nan, count = torch.nan, len(self.goals)
+        return _Object(torch.full((count, len(CAMERAS), 2), nan), torch.full((count, 3), nan))
+
+    def asked_among(self, texts: list[str]) -> Tensor:
+        """(N,): `asked` as numbers among those of several files."""
+        numbers = torch.tensor([*(texts.index(text) for text in self.objects), -1])
+        return numbers[self.asked]
+
+    def actions_of(self, steps: int) -> Tensor:
+        """(N, steps, 7), NaN where the expert does not act."""
+        return self.actions if self.actions.shape[1] else torch.full((len(self.asked), steps, ACTION_DIM), torch.nan)
+
+
+def _read(path: Path, image_size: int) -> _File:
     with open_hdf5(path) as file, hdf5_problems_named(path):
         states = open_dataset(path, "", file, "states")[()].astype(np.float64)
-        if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
-            raise BadInput(f"{path}: key states is {states.shape}, expected finite (N, S)")
+        if states.ndim != 2 or not len(states) or not (np.abs(states) < FARTHEST).all():
+            raise BadInput(f"{path}: key states is {states.shape}, expected (N, S) within {FARTHEST:g}")
         asked = _instructions(path, file)
         kinematics = Kinematics(text_attribute(file.attrs, "model_file", path), str(path), "scenes need it")
         if unknown := [name for name in asked if name not in kinematics.bodies]:
@@ -109,11 +161,35 @@ def _read(path: Path, image_size: int) -> tuple[dict[str, Tensor], dict[str, tup
                 raise BadInput(f"{path}: key {camera} is {stored.shape} {stored.dtype}, expected {expected}")
         size = min(image_size, *(stored.shape[1] for stored in datasets.values()))
         pictures = {camera: _smaller(stored, size) for camera, stored in datasets.items()}
-        places = {name: torch.from_numpy(kinematics.positions(states, name)).float() for name in asked}
+        places = [torch.from_numpy(kinematics.positions(states, name)).float() for name in asked]
+        expert = _expert(path, file, len(states), len(asked))
         goal = _goal(path, file, kinematics)
         goals = np.full((len(states), 3), np.nan) if goal is None else kinematics.positions(states, goal)
-    by_text = {text: (at[:, :, k], places[name]) for k, (name, text) in enumerate(asked.items())}
-    return pictures, by_text, torch.from_numpy(goals).float()
+        robot_state = {part: torch.from_numpy(of) for part, of in kinematics.robot_state(states).items()}
+    objects = {text: _Object(at[:, :, k], places[k]) for k, text in enumerate(asked.values())}
+    return _File(pictures, robot_state, torch.from_numpy(goals).float(), objects, *expert)
+
+
+def _expert(path: Path, file: h5py.File, scenes: int, objects: int) -> tuple[Tensor, Tensor]:
+    """Which object it takes (N,) and its next actions (N, H, 7); -1 and H = 0 in files where it does not act."""
+    if EXPERT_ACTIONS not in file:
+        return torch.full((scenes,), -1), torch.empty(scenes, 0, ACTION_DIM)
+    stored = open_dataset(path, "", file, EXPERT_ACTIONS)
+    if stored.shape != (scenes, *stored.shape[1:2], ACTION_DIM) or stored.dtype.kind != "f":
+        expected = f"({scenes}, H, {ACTION_DIM}) floats"
+        raise BadInput(f"{path}: key {EXPERT_ACTIONS} is {stored.shape} {stored.dtype}, expected {expected}")
+    actions = torch.from_numpy(stored[()].astype(np.float32))
+    if not (actions.abs() <= 1).all():
+        raise BadInput(f"{path}: key {EXPERT_ACTIONS} holds NaN or an action beyond [-1, 1]")
+    stored = open_dataset(path, "", file, ASKED)
+    if stored.shape != (scenes,) or stored.dtype.kind not in "iu":
+        raise BadInput(f"{path}: key {ASKED} is {stored.shape} {stored.dtype}, expected ({scenes},) integers")
+    asked = torch.from_numpy(stored[()].astype(np.int64))
+    if not ((asked >= 0) & (asked < objects)).all():
+        raise BadInput(
+            f"{path}: key {ASKED} holds {int(asked.min())} to {int(asked.max())}, expected 0 to {objects - 1}"
+        )
+    return asked, actions
 
 
 def _goal(path: Path, file: h5py.File, kinematics: Kinematics) -> str | None:

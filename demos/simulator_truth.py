@@ -21,11 +21,18 @@ from torch import Tensor
 from demos.hdf5 import Demo
 from demos.hdf5_errors import open_dataset, open_hdf5, text_attribute
 from errors import BadInput
-from observation import CAMERAS, SIMULATOR_CAMERAS
+from observation import CAMERAS, SIMULATOR_CAMERAS, axis_angle
 
 # What of a model decides where bodies and cameras are. A file from elsewhere gets nothing else to MuJoCo.
 PARTS = {"worldbody", "body", "joint", "freejoint", "camera"}
 COMPILER = {"angle", "eulerseq", "autolimits"}
+# What robosuite's Panda is called: the joints that each part of the robot state reads, the body at the grip site, and
+# the one whose turn is the end effector's.
+JOINTS = {
+    "joint_states": [f"robot0_joint{i}" for i in range(1, 8)],
+    "gripper_states": [f"gripper0_finger_joint{i}" for i in (1, 2)],
+}
+GRIP, HAND = "gripper0_eef", "robot0_right_hand"
 
 
 def import_mujoco():
@@ -79,7 +86,7 @@ class Kinematics:
             raise BadInput(
                 f"{self.where}: key states has {states.shape[1]} columns, the model has {model.nq} positions"
             )
-        cameras = [self._camera(name) for name in SIMULATOR_CAMERAS]
+        cameras = [self._id("camera", name) for name in SIMULATOR_CAMERAS]
         bodies = [self.bodies[name] for name in names]
         appear = np.full((len(states), len(cameras), len(bodies), 2), np.nan, np.float32)
         for state, row in zip(states, appear, strict=True):
@@ -93,11 +100,28 @@ class Kinematics:
                 points[ahead > 0] = focal * seen[ahead > 0, :2] / ahead[ahead > 0, None]
         return appear
 
-    def _camera(self, name: str) -> int:
-        camera = self.mujoco.mj_name2id(self.model, self.mujoco.mjtObj.mjOBJ_CAMERA, name)
-        if camera < 0:
-            raise BadInput(f"{self.where}: attribute model_file has no camera {name}, {self.needed_by}")
-        return camera
+    def robot_state(self, states: np.ndarray) -> dict[str, np.ndarray]:
+        """Flattened states (T, S) -> all parts of the robot state that observations have (observation.py), (T, width)
+        float32 each. Raises BadInput where the model has no arm of robosuite's Panda."""
+        robot = {
+            part: states[:, [1 + self.model.jnt_qposadr[self._id("joint", name)] for name in names]]
+            for part, names in JOINTS.items()
+        }
+        grip, hand = (self._id("body", name) for name in (GRIP, HAND))
+        robot["ee_pos"], robot["ee_ori"] = np.empty((len(states), 3)), np.empty((len(states), 3))
+        for state, position, turn in zip(states, robot["ee_pos"], robot["ee_ori"], strict=True):
+            self.data.qpos[:] = state[1 : 1 + self.model.nq]
+            self.mujoco.mj_kinematics(self.model, self.data)
+            position[:] = self.data.xpos[grip]
+            turn[:] = axis_angle(np.roll(self.data.xquat[hand], -1))  # MuJoCo's quaternions begin with w
+        return {part: values.astype(np.float32) for part, values in robot.items()}
+
+    def _id(self, what: str, name: str) -> int:
+        """Of a camera, body or joint."""
+        number = self.mujoco.mj_name2id(self.model, getattr(self.mujoco.mjtObj, f"mjOBJ_{what.upper()}"), name)
+        if number < 0:
+            raise BadInput(f"{self.where}: attribute model_file has no {what} {name}, {self.needed_by}")
+        return number
 
 
 def _skeleton(model_file: str) -> str:

@@ -131,6 +131,16 @@ class LiberoEnv:
         robot.controller.reset_goal()
         self._read_sensors_anew()
 
+    def arm_touches_an_object(self) -> bool:
+        """Whether arm or hand are in contact with something that can be moved, or inside of it."""
+        root_of, data = self.sim.model.body_rootid, self.sim.data
+        arm = root_of[self.sim.model.body_name2id("robot0_base")]
+        objects = {int(root_of[self.domain.obj_body_id[name]]) for name in self.domain.objects_dict}
+        bodies = root_of[self.sim.model.geom_bodyid]
+        pairs = ((contact.geom1, contact.geom2) for contact in (data.contact[i] for i in range(data.ncon)))
+        touching = [{int(bodies[one]), int(bodies[other])} for one, other in pairs]
+        return any(arm in pair and pair & objects for pair in touching)
+
     @_breakdowns_named()
     def shift_target(self, rng: np.random.Generator, reach: float) -> None:
         """Moves the task's first object of interest by up to `reach` metres in x and in y, uniformly among the places

@@ -28,13 +28,13 @@ from config import load_config, parse_config
 from demos.language import LanguageTable, load_language
 from demos.scenes import load_scenes
 from errors import BadInput
-from observation import CAMERAS, ROBOT_STATES, STATE_WIDTHS
+from observation import ASKED, CAMERAS, EXPERT_ACTIONS, ROBOT_STATES, STATE_WIDTHS
 from serving.libero_message import MOST_DECISIONS, RequestReader, message_of
 from serving.messages import BadMessage, packed, unpacked
 from serving.policy_server import PolicyServer, in_background
 from training.checkpoint import config_of, read_checkpoint
 
-ASKED = int(os.environ.get("STATEVLA_FUZZ", "0"))
+EXAMPLES = int(os.environ.get("STATEVLA_FUZZ", "0"))
 
 
 def outcomes(inputs: st.SearchStrategy, examples: int, read: Callable[[object], None]) -> Counter:
@@ -43,8 +43,8 @@ def outcomes(inputs: st.SearchStrategy, examples: int, read: Callable[[object], 
     found: Counter = Counter()
 
     @hypothesis.settings(
-        max_examples=ASKED or examples,
-        derandomize=not ASKED,
+        max_examples=EXAMPLES or examples,
+        derandomize=not EXAMPLES,
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
@@ -60,7 +60,7 @@ def outcomes(inputs: st.SearchStrategy, examples: int, read: Callable[[object], 
 
     one()
     print(f"{found.total()} inputs: {dict(found)}")
-    assert found.total() >= (ASKED or examples) and found["read"] and found["refused"]
+    assert found.total() >= (EXAMPLES or examples) and found["read"] and found["refused"]
     return found
 
 
@@ -181,14 +181,21 @@ def test_an_hdf5_file_with_any_bytes_damaged_is_read_or_refused(good_file, tmp_p
 
 MODEL = """<mujoco><worldbody>
   <camera name="agentview" pos="1 0 1" xyaxes="0 1 0 -0.7 0 0.7"/>
-  <body name="hand" pos="0 0 1"><joint axis="0 0 1"/><camera name="robot0_eye_in_hand" euler="3.1 0 0"/></body>
+  <body name="arm" pos="0 0 1">
+    <joint name="robot0_joint1"/><joint name="robot0_joint2"/><joint name="robot0_joint3"/><joint name="robot0_joint4"/>
+    <body name="robot0_right_hand">
+      <joint name="robot0_joint5"/><joint name="robot0_joint6"/><joint name="robot0_joint7"/>
+      <joint name="gripper0_finger_joint1"/><joint name="gripper0_finger_joint2"/>
+      <camera name="robot0_eye_in_hand" euler="3.1 0 0"/><body name="gripper0_eef"/>
+    </body>
+  </body>
   <body name="milk_1_main"><freejoint name="milk_1_joint0"/></body>
 </worldbody></mujoco>"""
 
 
 def test_any_structure_of_a_file_of_scenes_is_read_or_refused(tmp_path):
     path, language = tmp_path / "OBJECT_SCENE1_scenes.hdf5", LanguageTable("e", {INSTRUCTION: torch.ones(512)})
-    places = st.sampled_from(["states", *CAMERAS])
+    places = st.sampled_from(["states", *CAMERAS, ASKED, EXPERT_ACTIONS])
     names = st.sampled_from(["model_file", "instructions"])
     texts = '{"milk_1": 3}', '{"milk_1": "lift it"}', "[1]", "{}", "<mujoco>", MODEL.replace("_1", "_2")
     changes = st.one_of(
@@ -201,7 +208,8 @@ def test_any_structure_of_a_file_of_scenes_is_read_or_refused(tmp_path):
 
     def read(change_of_it) -> None:
         with h5py.File(path, "w") as file:
-            file["states"] = np.tile([0, 0.1, 0, 0, 0.1, 1, 0, 0, 0], (4, 1))
+            file["states"] = np.tile([0, *[0.1] * 9, 0, 0, 0.1, 1, 0, 0, 0], (4, 1))
+            file[ASKED], file[EXPERT_ACTIONS] = np.zeros(4, int), np.zeros((4, 10, 7), np.float32)
             for camera in CAMERAS:
                 file[camera] = np.zeros((4, 16, 16, 3), np.uint8)
             file.attrs["model_file"], file.attrs["instructions"] = MODEL, f'{{"milk_1": "{INSTRUCTION}"}}'

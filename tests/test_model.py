@@ -309,17 +309,24 @@ def test_phase2_trains_tokenizer_and_encoder_where_they_are_not_frozen(frozen):
     assert all(parameter.grad is not None for parameter in trainer.model.policy.parameters())
 
 
-def test_noise_on_z_acts_in_training_alone():
-    trainer = build_trainer(small_config("training.phase2.state_noise=0.5"), 2)
+@pytest.mark.parametrize(
+    ("noise", "of_policy", "of_gripper"),
+    [("state_noise=0.5", 0.5, 0.5), ("state_noise=0.1 gripper_noise=0.5", 0.1, 0.5), ("gripper_noise=0", 0.4, 0)],
+)
+def test_noise_on_z_acts_in_training_alone(monkeypatch, noise, of_policy, of_gripper):
+    trainer = build_trainer(small_config(*(f"training.phase2.{one}" for one in noise.split())), 2)
     fitted(trainer.model)
     states, seen = torch.randn(2000, 32), []
-    trainer.model.gripper.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for part in (trainer.model.policy, trainer.model.gripper):
+        loss = part.loss
+        monkeypatch.setattr(part, "loss", lambda z_t, actions, loss=loss: seen.append(z_t) or loss(z_t, actions))
     for mode in (True, False):
         trainer.train(mode)
         trainer({"z_t": states, "actions": torch.randn(2000, 10, 7).sign()})
     scaled = trainer.model.state_scaling(states)
-    assert (seen[0] - scaled).std().item() == pytest.approx(0.5, rel=0.02)
-    assert torch.equal(seen[1], scaled)
+    for z_t, std in zip(seen[:2], (of_policy, of_gripper), strict=True):
+        assert (z_t - scaled).std().item() == pytest.approx(std, rel=0.02)
+    assert all(torch.equal(z_t, scaled) for z_t in seen[2:]) and len(seen) == 4
 
 
 def test_the_frozen_encoder_stays_in_eval_mode():

@@ -65,6 +65,8 @@ CAME_LATER = {
     "training.phase2.image_shift": 0,
     "training.phase2.state_scaling": "standardise",
     "training.phase2.state_noise": 0.0,
+    "training.phase2.gripper_noise": None,
+    "training.phase2.scenes_share": 0.0,
     "training.phase2.weight_average": 0.0,
     "training.phase2.flow_start": "noise",
     "training.phase2.rollout_interval": 0,
