@@ -14,9 +14,9 @@ A file that has fewer than --demos_per_task demos gets more, with the numbers th
 deleted from it on purpose does not come back, and its number is not given again.
 
 With --scenes N nothing is demonstrated: of each task N scenes are drawn, shuffled, with the arm in poses of the
-demonstrations that lie in the data directory. They are files of their own in its folder scenes. With --grasps
-the expert takes an object in a share of them, and every scene says what it does next: phase 2 learns from that in many
-more layouts than demonstrations show.
+demonstrations that lie in the data directory. They are files of their own in its folder scenes. With --grasps the
+expert takes an object in a share of them, and every scene says what it does next: phase 2 learns from that in many more
+layouts than demonstrations show.
 """
 
 import argparse

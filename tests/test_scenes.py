@@ -237,11 +237,11 @@ def test_the_arm_is_in_a_pose_of_the_demonstrations(collected, env, tmp_path):
             np.testing.assert_allclose(values[i], expected, atol=1e-5, err_msg=part)
         pose = np.hstack([seen[SIMULATOR_KEYS[name]] for name in ("joint_states", "gripper_states")])
         assert (pose == poses).all(axis=1).any()
-    used, resting = set(), at_rest(env)
-    for scene in range(40):
+    used, resting = np.zeros(len(poses), int), at_rest(env)
+    for scene in range(200):
         set_scene(env, np.random.default_rng(scene), resting, read)
-        used.add(int(np.abs(read.joints - env.proprioception()["robot0_joint_pos"]).sum(axis=1).argmin()))
-    assert used == set(range(len(poses)))
+        used[np.abs(read.joints - env.proprioception()["robot0_joint_pos"]).sum(axis=1).argmin()] += 1
+    assert used.min() > 10  # of 28.6 each
 
 
 def test_no_object_is_where_training_never_shows_it_and_all_stand_still(env):
