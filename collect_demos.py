@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from collection import scenes
+from collection.demonstrator import SHORTEST_DEMO
 from collection.files import CONTINUES, DemoSettings, SceneSettings, claimed
 from collection.pool import GB_PER_WORKER, collect
 from collection.task_demos import START_NOISE, TaskDemos, broken_attempts
@@ -39,7 +40,7 @@ from simulator.self_check import simulator_difference
 from simulator.suites import make_suite, parse_task_ids
 
 # Flags that say what a demonstration is like.
-DEMOS_ALONE = "demos_per_task", "obs_alignment", "start_noise", "shift_target", "missed_grasps", "layouts"
+DEMOS_ALONE = "demos_per_task", "obs_alignment", "start_noise", "shift_target", "missed_grasps", "layouts", "draw_every"
 
 
 def report(tasks: Sequence[TaskDemos]) -> None:
@@ -95,6 +96,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--layouts", choices=("libero", "shuffled"), default="libero",
         help="libero: every object at its own place; shuffled: objects exchange their places, are moved by up to "
         f"{MOVED_BY:g} m, and any of them is asked for (default: %(default)s)")
+    add("--draw_every", type=int, default=1, metavar="STEPS",
+        help="draw every so many-th step alone, beginning with the first: pictures are what a demonstration costs "
+        "without a GPU, and samples are then drawn steps; other programs cannot read such files (default: %(default)s)")
     add("--scenes", type=int, metavar="N",
         help="instead of demonstrations draw N scenes of each task, in shuffled layouts and with the arm as in a frame "
         "of the demonstrations in the data directory; more N add to them")
@@ -134,6 +138,8 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"--shift_target {args.shift_target}: expected 0, shuffled layouts move every object already")
     if not 0 <= args.missed_grasps <= 1:
         raise BadInput(f"--missed_grasps {args.missed_grasps}: expected a share of the demos, 0 to 1")
+    if not 1 <= args.draw_every <= SHORTEST_DEMO // 2:
+        raise BadInput(f"--draw_every {args.draw_every}: expected 1 to {SHORTEST_DEMO // 2} steps")
     if args.seed < 0:
         raise BadInput(f"--seed {args.seed}: expected 0 or more")
     if str(folder).startswith("/path/to"):
@@ -154,7 +160,7 @@ def demos_of(
     """The names of the files to be collected, and what reads how far they are, once this process alone writes them."""
     settings = DemoSettings(
         args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
-        args.missed_grasps, args.layouts,
+        args.missed_grasps, args.layouts, args.draw_every,
     )  # fmt: skip
     orders: list[tuple[int, int, ShuffledTask | None]] = [(task_id, wanted, None) for task_id in task_ids]
     if args.layouts == "shuffled":

@@ -1,9 +1,9 @@
 """Rows of demonstrations -> batches on the device, for both phases.
 
-A row is one frame of one demo (demos/hdf5.py numbers them). `RowOrder` says which rows each batch of this process has,
-`PictureReader` reads their frames ahead while the model works, and `Batches` puts pictures, robot state, language and
-actions together. Pictures stay uint8 until they are on the device, where jepa/tokenizer.py resizes them, for
-demonstrations and simulator alike.
+A row is one step of one demo (demos/hdf5.py numbers them), and a sample one that was drawn. `RowOrder` says which rows
+each batch of this process has, `PictureReader` reads their frames ahead while the model works, and `Batches` puts
+pictures, robot state, language and actions together. Pictures stay uint8 until they are on the device, where
+jepa/tokenizer.py resizes them, for demonstrations and simulator alike.
 
 Letters: N rows, B batch, K prediction gap, H actions per chunk, D state_dim, S pixels, F frames of foresight.
 """
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from demos.frames import DeviceFrames, Frames
-from demos.hdf5 import Demo
+from demos.hdf5 import Demo, drawn_rows
 from demos.language import LanguageTable
 from demos.scenes import Scenes
 from errors import BadInput
@@ -29,18 +29,13 @@ from seeds import mixed_seed
 
 
 def transition_rows(demos: Sequence[Demo], reach: int) -> Tensor:
-    """Phase 1's samples: every row whose demo still has the row `reach` (K) later."""
-    return torch.cat([torch.arange(len(demo) - reach) + demo.first_row for demo in demos])
+    """Phase 1's samples: every drawn row whose demo still has the row `reach` (K) later."""
+    return drawn_rows(demos, [len(demo) - reach for demo in demos])
 
 
 def chunk_rows(demos: Sequence[Demo], chunk_length: int) -> Tensor:
-    """Phase 2's samples: every row that `chunk_length` (H) actions of its demo follow."""
-    return torch.cat([torch.arange(len(demo) - demo.lag - chunk_length + 1) + demo.first_row for demo in demos])
-
-
-def frame_rows(demos: Sequence[Demo]) -> Tensor:
-    """Every row of the demos."""
-    return torch.cat([torch.arange(len(demo)) + demo.first_row for demo in demos])
+    """Phase 2's samples: every drawn row that `chunk_length` (H) actions of its demo follow."""
+    return drawn_rows(demos, [len(demo) - demo.lag - chunk_length + 1 for demo in demos])
 
 
 class LowDimensional:
@@ -148,7 +143,7 @@ class PictureReader:
         if isinstance(self.frames, DeviceFrames):
             for rows in batches:
                 at = torch.stack([rows + offset for offset in self.offsets]).to(self.device)
-                yield rows, self.frames.tensor[at]
+                yield rows, self.frames.at(at)
         else:
             yield from self._read_ahead(self.frames, batches)
 
@@ -307,7 +302,7 @@ def every_frame(
     demos: Sequence[Demo], low_dimensional: LowDimensional, frames: Frames | DeviceFrames, batch_size: int
 ) -> Batches:
     """All frames of the demos in order, without actions: what z of every frame is computed from."""
-    return Batches(frame_rows(demos), low_dimensional, 0, batch_size, frames=frames)
+    return Batches(drawn_rows(demos), low_dimensional, 0, batch_size, frames=frames)
 
 
 def grouped(batches: Iterable[dict], count: int) -> Iterator[list[dict]]:

@@ -7,7 +7,7 @@ HDF5 file. The same with the robot's own joints masked: they are an input, so th
 little. The target before the grasp is apart, because afterwards it moves with the hand.
 Prediction: the error of the predicted z, up to 20 frames ahead, as a share of the error of predicting no change.
 
-Letters: N frames, D state_dim, K prediction gap.
+Letters: N frames, which are steps that were drawn, D state_dim, K prediction gap.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from dataloader import LowDimensional, every_frame
 from demos.frames import Frames
-from demos.hdf5 import Demo, numbered_alone
+from demos.hdf5 import Demo, drawn_rows, numbered_alone
 from demos.language import LanguageTable
 from demos.simulator_truth import simulator_truth
-from demos.states import encode_all
+from demos.states import encode_drawn
 from errors import BadInput
 from files import replaced_whole
 from jepa.temporal_predictor import representation_health
@@ -57,28 +57,34 @@ def representation_report(
     if not train_demos:
         raise BadInput("none of the demos was trained on; the report compares held-out frames with those of training")
     low_dimensional = LowDimensional(demos, language, device)
-    z = encode_all(model, demos, every_frame(demos, low_dimensional, frames, batch_size))  # (N, D)
-    split = sum(len(demo) for demo in train_demos)
+    z = encode_drawn(model, demos, every_frame(demos, low_dimensional, frames, batch_size))  # (N, D)
+    split = sum(len(demo.drawn) for demo in train_demos)
 
     figures = {"frames": {"train": split, "held_out": len(z) - split}, "state_dim": z.shape[1]}
     figures |= {name: float(value) for name, value in representation_health(z[split:]).items()}
     figures |= spread_within(z[split:], held_out_demos)
     try:
-        truths, without_probes = [simulator_truth(demo) for demo in demos], None
+        truths, without_probes = [truth_of_frames(demo) for demo in demos], None
     except BadInput as missing:  # files of other programs: everything but the probes works
         truths, without_probes = [], str(missing)
     probes = {}
     if truths:
         joints_hidden = _without_proprioception(low_dimensional)
-        masked = encode_all(model, demos, every_frame(demos, joints_hidden, frames, batch_size))
+        masked = encode_drawn(model, demos, every_frame(demos, joints_hidden, frames, batch_size))
         try:
-            probes = all_probes({"z": z, "proprioception masked": masked}, truths, low_dimensional.task.cpu(), split)
+            task = low_dimensional.task.cpu()[drawn_rows(demos)]
+            probes = all_probes({"z": z, "proprioception masked": masked}, truths, task, split)
         except BadInput as too_few:
             without_probes = str(too_few)
     figures |= {"probes": probes, "without_probes": without_probes}
     figures["prediction"] = prediction_errors(model, z[split:], held_out_demos)
     spectrum = torch.linalg.svdvals((z[split:] - z[split:].mean(0)).double()).square()
-    return figures, {"z": z, "split": split, "spectrum": (spectrum / spectrum.sum().clamp_min(1e-30)).tolist()}
+    shares = (spectrum / spectrum.sum().clamp_min(1e-30)).tolist()
+    return figures, {"z": z, "rows": drawn_rows(demos), "split": split, "spectrum": shares}
+
+
+def truth_of_frames(demo: Demo) -> dict[str, Tensor]:
+    return {name: values[:: demo.draw_every] for name, values in simulator_truth(demo).items()}
 
 
 def all_probes(inputs: dict[str, Tensor], truths: Sequence[dict], task: Tensor, split: int) -> dict[str, dict]:
@@ -108,7 +114,7 @@ def spread_within(z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
     """Shares of z's variance (N, D) that lie within a task and within an episode. Near 0 within an episode means that
     z tells episodes apart and nothing that happens in them; 0 where z does not vary at all."""
     total = float(z.var(dim=0, correction=0).sum())
-    lengths = [len(demo) for demo in demos]
+    lengths = [len(demo.drawn) for demo in demos]
     shares = {}
     for name, groups in (("task", [str(demo.path) for demo in demos]), ("episode", [demo.name for demo in demos])):
         labels = np.repeat(groups, lengths)
@@ -190,18 +196,21 @@ def prediction_errors(model: StateVLA, z: Tensor, demos: Sequence[Demo]) -> dict
     gap, predictor = model.config.prediction_gap, model.state_encoder.predictor
     device = next(predictor.parameters()).device
     squared = {horizon: [0.0, 0.0] for horizon in HORIZONS if horizon % gap == 0}
-    for demo, states in zip(demos, z.split([len(demo) for demo in demos]), strict=True):
-        starts = len(demo) - demo.lag
+    for demo, states in zip(demos, z.split([len(demo.drawn) for demo in demos]), strict=True):
+        starts, every = len(demo) - demo.lag, demo.draw_every
+        if gap % every:  # no frame so far ahead
+            continue
         predicted = states.to(device)
         for step in range(1, max(squared, default=0) // gap + 1):
             first = (step - 1) * gap
-            count = min(starts - first - gap + 1, len(demo) - step * gap)  # starts whose actions and target exist
-            if count < 1:
+            end = min(starts - first - gap + 1, len(demo) - step * gap)  # of the starts whose actions and target exist
+            from_step = torch.arange(0, max(end, 0), every)
+            if not (count := len(from_step)):
                 break
-            rows = torch.arange(count)[:, None] + demo.lag + first + torch.arange(gap)
+            rows = from_step[:, None] + demo.lag + first + torch.arange(gap)
             predicted = predictor(predicted[:count], demo.actions[rows].to(device))
             if (horizon := step * gap) in squared:
-                truth = states[horizon : horizon + count]
+                truth = states[horizon // every :][:count]
                 squared[horizon][0] += float((predicted.cpu() - truth).square().sum())
                 squared[horizon][1] += float((states[:count] - truth).square().sum())
     return {str(horizon): error / copy for horizon, (error, copy) in squared.items() if copy > 0}
@@ -265,7 +274,7 @@ def draw_report(figures: dict, drawn: dict, frames: Frames, target: Path) -> Non
         nearest = (z[:split] - z[query]).norm(dim=1).topk(neighbours, largest=False).indices.tolist()
         for axis, index in zip(row, [query, *nearest], strict=False):  # few training frames fill no row
             picture = np.empty((1, *frames.frame_shape), np.uint8)
-            frames.read(np.array([index]), picture)
+            frames.read(drawn["rows"][[index]].numpy(), picture)
             axis.imshow(picture[0, 0, ::-1])  # upright for people
             axis.set(xticks=[], yticks=[])
     axes[0, 0].set_title("held-out frame")

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from demos.checks import picture_problems
+from demos.checks import draw_every, picture_problems
 from demos.hdf5_errors import open_dataset
 from demos.problems import Reader, all_found, attempted, read_on
 from observation import CAMERAS, ROBOT_STATES
@@ -58,25 +58,30 @@ def read_recording(path: Path, key: str, demo: h5py.Group, robot_state_name: str
     parts = {name: _numbers(path, key, demo, f"obs/{name}", width) for name, width in widths.items()}
     robot_state = {name: values for name, values in parts.items() if values is not None}
     dones = _numbers(path, key, demo, "dones", None)
+    every = all_found(attempted(path, key, draw_every, path, key, demo))[0] or 1
     films = {}
     for camera in CAMERAS:
         dataset = _dataset(path, key, demo, f"obs/{camera}")
         if dataset is None or dataset.dtype != np.uint8 or dataset.ndim != 4 or dataset.shape[3] != 3:
             continue
-        if not dataset.size or any(len(values) != len(dataset) for values in robot_state.values()):
+        of_frames = {name: values[::every] for name, values in robot_state.items()}
+        if not dataset.size or any(len(values) != len(dataset) for values in of_frames.values()):
             continue
-        film = yield from read_on(path, key, _film(f"{path}: {key}", camera, dataset, robot_state))
+        film = yield from read_on(path, key, _film(f"{path}: {key}", camera, dataset, every, of_frames))
         if film is not None:
             films[camera] = film
     ends_in_success = None if dones is None or not len(dones) else bool(dones[-1])
     return Recording(key, actions, robot_state, films, ends_in_success)
 
 
-def _film(where: str, camera: str, dataset: h5py.Dataset, robot_state: Mapping[str, np.ndarray]) -> Reader[Film]:
-    pictures = dataset[()]  # (T, h, w, 3)
-    steps = len(pictures)
-    num_bad = yield from picture_problems(where, camera, pictures, range(steps), robot_state)
-    samples = pictures[[0, steps // 2, steps - 1]]
+def _film(
+    where: str, camera: str, dataset: h5py.Dataset, every: int, robot_state: Mapping[str, np.ndarray]
+) -> Reader[Film]:
+    """Of a picture every so many steps, and the robot state at each."""
+    pictures = dataset[()]  # (frames, h, w, 3)
+    count = len(pictures)
+    num_bad = yield from picture_problems(where, camera, pictures, range(0, count * every, every), robot_state)
+    samples = pictures[[0, count // 2, count - 1]]
     return Film(samples, num_bad, int(pictures.max()), zlib.crc32(np.ascontiguousarray(pictures).data))
 
 

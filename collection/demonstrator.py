@@ -16,7 +16,7 @@ import numpy as np
 from collection.files import CONTINUES, DemoSettings, picture_datasets, settings_text, written_hdf5
 from collection.worker import Worker
 from errors import BadInput, is_out_of_memory
-from observation import SIMULATOR_KEYS, SIMULATOR_QUATERNION, axis_angle
+from observation import DRAW_EVERY, SIMULATOR_KEYS, SIMULATOR_QUATERNION, axis_angle
 from provenance import code_version
 from simulator.env import LiberoEnv, SimulatorError
 from simulator.layouts import ShuffledTask, graspable, training_layout
@@ -108,10 +108,10 @@ def begins_after_a_miss(attempt: int, share: float, offset: float = 0.0) -> bool
     return int((attempt + 1) * share + offset) > int(attempt * share + offset)
 
 
-def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, obs_alignment: str) -> None:
-    """Draws a demonstration and writes it in LIBERO's layout."""
+def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, settings: DemoSettings) -> None:
+    """Draws a demonstration and writes it in LIBERO's layout, of the pictures every settings.draw_every-th."""
     steps = range(len(demonstration.actions))
-    frames = [t + 1 if obs_alignment == "after" else t for t in steps]
+    frames = [t + 1 if settings.obs_alignment == "after" else t for t in steps]
     env_obs = [demonstration.proprioception[t] for t in frames]
     joints, fingers, ee_pos = (
         np.stack([o[SIMULATOR_KEYS[name]] for o in env_obs]) for name in ("joint_states", "gripper_states", "ee_pos")
@@ -126,12 +126,15 @@ def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, o
     demo["robot_states"], demo["rewards"], demo["dones"] = robot_states, only_the_last, only_the_last
     demo["obs/joint_states"], demo["obs/gripper_states"] = joints, fingers
     demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/ee_states"] = ee_pos, ee_ori, np.hstack([ee_pos, ee_ori])
-    cameras = picture_datasets(demo["obs"], len(frames), env.image_size)
-    for i, t in enumerate(frames):
+    drawn = frames[:: settings.draw_every]
+    cameras = picture_datasets(demo["obs"], len(drawn), env.image_size)
+    for i, t in enumerate(drawn):
         pictures = env.draw(demonstration.poses[t])
         for name, dataset in cameras.items():
             dataset[i] = pictures[SIMULATOR_KEYS[name]]
     demo.attrs["num_samples"] = len(steps)
+    if settings.draw_every > 1:
+        demo.attrs[DRAW_EVERY] = settings.draw_every
     demo.attrs["model_file"] = env.model_xml
     demo.attrs["init_state"] = demonstration.states[0]
 
@@ -167,7 +170,7 @@ class Demonstrator(Worker):
         try:
             with written_hdf5(demo_file, demo_file.parent) as file:
                 demo = file.create_group("demo")
-                write_demo(demo, env, demonstration, settings.obs_alignment)
+                write_demo(demo, env, demonstration, settings)
                 demo.attrs["attempt"], demo.attrs["code"] = attempt, code_version()
                 if asked is not None:
                     demo.attrs["layouts_discarded"] = len(discarded)

@@ -32,7 +32,8 @@ class DemoSettings:
     seed: int
     shift_target: float = 0.0
     missed_grasps: float = 0.0
-    layouts: str = "libero"  # written only where it is another, so that files of LIBERO's layouts are what they were
+    layouts: str = "libero"  # this and what follows are written only where they say something else
+    draw_every: int = 1  # steps from one drawn frame to the next
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def settings_text(settings: DemoSettings | SceneSettings) -> str:
-    unsaid = {("layouts", "libero"), ("grasps", 0.0)}  # as in files that are older than they
+    unsaid = {("layouts", "libero"), ("draw_every", 1), ("grasps", 0.0)}  # as in files that are older than they
     told = {name: value for name, value in asdict(settings).items() if (name, value) not in unsaid}
     return json.dumps({"program": "collect_demos.py", **told})
 

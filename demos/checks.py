@@ -10,7 +10,7 @@ import numpy as np
 from demos.hdf5_errors import check_link, number_attribute, open_dataset
 from demos.problems import Reader, attempted, first_raised, read_on
 from errors import BadInput
-from observation import CAMERAS, ROBOT_STATES
+from observation import CAMERAS, DRAW_EVERY, ROBOT_STATES
 
 ARM_MOVES = {"joint_states": 0.1, "ee_pos": 0.05}  # rad, m: an arm that moves by more has moved what both cameras see
 
@@ -56,16 +56,31 @@ def demo_problems(
     if actions.shape[1:] == (7,):
         yield from read_on(path, key, _action_problems(where, actions))
     shape: tuple[int, ...] | None = None
+    every = yield from attempted(path, key, draw_every, path, key, demo)
+    if every is None:
+        return
+    drawn = range(0, steps, every)
     for camera in CAMERAS:
         film = yield from attempted(path, key, open_dataset, path, key, demo, f"obs/{camera}")
         if film is None:
             continue
         shape = shape or film.shape
-        refused = list(_film_problems(where, camera, film, steps, shape))
+        refused = list(_film_problems(where, camera, film, len(drawn), shape))
         yield from refused
-        looked_at = {0: [], 1: [0], 3: sorted({0, steps // 2, steps - 1})}[num_pictures]
+        looked_at = {0: [], 1: [0], 3: sorted({0, len(drawn) // 2, len(drawn) - 1})}[num_pictures]
         if looked_at and not refused:
-            yield from read_on(path, key, _picture_problems(where, camera, film, looked_at, robot_state))
+            yield from read_on(path, key, _picture_problems(where, camera, film, looked_at, drawn, robot_state))
+
+
+def draw_every(path: Path, key: str, demo: h5py.Group) -> int:
+    """Steps from one picture of a demo to the next. Raises BadInput where the demo says what cannot be."""
+    if DRAW_EVERY not in demo.attrs:
+        return 1
+    where = f"{path}: {key}"
+    steps = number_attribute(demo.attrs, DRAW_EVERY, where)
+    if steps < 1 or steps != int(steps):
+        raise BadInput(f"{where}: attribute {DRAW_EVERY} is {steps:g}, expected a whole number of steps, 1 or more")
+    return int(steps)
 
 
 def _state(
@@ -121,11 +136,11 @@ def _action_problems(where: str, dataset: h5py.Dataset) -> Reader[None]:
 
 
 def _film_problems(
-    where: str, camera: str, film: h5py.Dataset, steps: int, shape: tuple[int, ...]
+    where: str, camera: str, film: h5py.Dataset, count: int, shape: tuple[int, ...]
 ) -> Iterator[BadInput]:
-    """shape: that of the other camera."""
-    if film.dtype != np.uint8 or film.ndim != 4 or film.shape[0] != steps or film.shape[3] != 3:
-        yield BadInput(f"{where}: key obs/{camera} is {film.dtype} {film.shape}, expected uint8 ({steps}, h, w, 3)")
+    """count: of the drawn steps; shape: that of the other camera."""
+    if film.dtype != np.uint8 or film.ndim != 4 or film.shape[0] != count or film.shape[3] != 3:
+        yield BadInput(f"{where}: key obs/{camera} is {film.dtype} {film.shape}, expected uint8 ({count}, h, w, 3)")
     elif film.shape != shape or film.shape[1] != film.shape[2] or not film.shape[1]:
         yield BadInput(
             f"{where}: key obs/{camera} has shape {film.shape}, expected square images of one size "
@@ -134,10 +149,17 @@ def _film_problems(
 
 
 def _picture_problems(
-    where: str, camera: str, film: h5py.Dataset, steps: Sequence[int], robot_state: Mapping[str, np.ndarray]
+    where: str,
+    camera: str,
+    film: h5py.Dataset,
+    looked_at: Sequence[int],
+    drawn: range,
+    robot_state: Mapping[str, np.ndarray],
 ) -> Reader[None]:
-    pictures = np.stack([film[step] for step in steps])
-    there = {name: values[list(steps)] for name, values in robot_state.items()}
+    """Looks at some pictures of a film of the steps `drawn`."""
+    pictures = np.stack([film[index] for index in looked_at])
+    steps = [drawn[index] for index in looked_at]
+    there = {name: values[steps] for name, values in robot_state.items()}
     yield from picture_problems(where, camera, pictures, steps, there)
 
 

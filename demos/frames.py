@@ -10,7 +10,7 @@ frame is a copy. Pictures of several sizes all come to the model's.
                 none   nothing is converted: frames are decompressed from HDF5 as they are asked for
 
 A frame is both cameras at one step: (2, S, S, 3) uint8 in the order of CAMERAS, raw orientation. Row r of `Frames` is
-obs[t] of a demo, r = demo.first_row + t.
+obs[t] of a demo, r = demo.first_row + t, one of demo.drawn.
 
 Letters: B batch, N frames, S pixels.
 """
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from config import DataConfig
 from demos.checks import check_pictures
-from demos.hdf5 import Demo
+from demos.hdf5 import Demo, drawn_rows
 from demos.hdf5_errors import hdf5_problems_named, open_hdf5
 from errors import BadInput, out_of_memory_named
 from files import Lock, written_whole
@@ -55,11 +55,12 @@ class Frames(ABC):
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies the frames `rows` (B,) into `out` (B, 2, S, S, 3)."""
         for slot, row, index in zip(out, rows, np.searchsorted(self.first_rows, rows, side="right") - 1, strict=True):
-            self._read_one(self.demos[index], row - self.first_rows[index], slot)
+            demo = self.demos[index]
+            self._read_one(demo, demo.drawn.index(int(row - self.first_rows[index])), slot)
 
     @abstractmethod
-    def _read_one(self, demo: Demo, t: int, out: np.ndarray) -> None:
-        """Copies one frame into `out` (2, S, S, 3)."""
+    def _read_one(self, demo: Demo, index: int, out: np.ndarray) -> None:
+        """Copies a demo's frame of this number into `out` (2, S, S, 3)."""
 
 
 def common_size(demos: Sequence[Demo], image_size: int) -> int:
@@ -93,11 +94,11 @@ class HDF5Frames(Frames):
                 files[path] = h5py.File(path, "r", rdcc_nbytes=0)
         return files
 
-    def _read_one(self, demo: Demo, t: int, out: np.ndarray) -> None:
+    def _read_one(self, demo: Demo, index: int, out: np.ndarray) -> None:
         with hdf5_problems_named(demo.path, demo.key):
             obs = self._files[demo.path]["data"][demo.key]["obs"]
             for picture, camera in zip(out, CAMERAS, strict=True):
-                stored = obs[camera][t]
+                stored = obs[camera][index]
                 same_size = stored.shape == picture.shape
                 picture[:] = stored if same_size else _resized(torch.from_numpy(stored[None]), len(picture))[0]
 
@@ -109,24 +110,30 @@ class FlatFrames(Frames):
         super().__init__(demos, arrays[0].shape[1:])
         self.arrays = dict(zip((demo.first_row for demo in demos), arrays, strict=True))
 
-    def _read_one(self, demo: Demo, t: int, out: np.ndarray) -> None:
-        out[:] = self.arrays[demo.first_row][t]
+    def _read_one(self, demo: Demo, index: int, out: np.ndarray) -> None:
+        out[:] = self.arrays[demo.first_row][index]
 
 
 class DeviceFrames:
     """data.cache gpu: all frames as one `tensor` (N, 2, S, S, 3) on the device, indexed there."""
 
     def __init__(self, frames: FlatFrames, device: torch.device):
-        rows = sum(len(demo) for demo in frames.demos)
-        gigabytes = rows * np.prod(frames.frame_shape) / 1e9
+        rows = drawn_rows(frames.demos)
+        gigabytes = len(rows) * np.prod(frames.frame_shape) / 1e9
         with out_of_memory_named(
             f"data.cache is gpu, but the frames take {gigabytes:.1f} GB and do not fit on it; use ram or disk"
         ):
-            self.tensor = torch.empty(rows, *frames.frame_shape, dtype=torch.uint8, device=device)
-            for demo in frames.demos:
-                self.tensor[demo.first_row : demo.first_row + len(demo)] = torch.from_numpy(
-                    frames.arrays[demo.first_row].copy()
-                )
+            self.tensor = torch.empty(len(rows), *frames.frame_shape, dtype=torch.uint8, device=device)
+            counts = [len(demo.drawn) for demo in frames.demos]
+            for demo, part in zip(frames.demos, self.tensor.split(counts), strict=True):
+                part[:] = torch.from_numpy(frames.arrays[demo.first_row].copy())
+        self.index = torch.full((sum(len(demo) for demo in frames.demos),), -1)  # of each row's frame
+        self.index[rows] = torch.arange(len(rows))
+        self.index = self.index.to(device)
+
+    def at(self, rows: Tensor) -> Tensor:
+        """The frames of drawn rows (...), on the device: (..., 2, S, S, 3)."""
+        return self.tensor[self.index[rows]]
 
 
 def open_frames(
@@ -153,8 +160,8 @@ def open_frames(
                 f"{directory}: the frames of {path.name} cannot be converted or read ({problem.strerror or problem}); "
                 "set data.cache_directory to another folder, or data.cache to none"
             ) from None
-        ends = np.cumsum([len(demo) for demo in of_file])
-        arrays += [flat[end - len(demo) : end] for demo, end in zip(of_file, ends, strict=True)]
+        ends = np.cumsum([len(demo.drawn) for demo in of_file])
+        arrays += [flat[end - len(demo.drawn) : end] for demo, end in zip(of_file, ends, strict=True)]
     if config.cache == "ram":
         needed, free = sum(array.nbytes for array in arrays) / 1e9, available_gigabytes()
         if needed > free:
@@ -183,7 +190,7 @@ def source_of(path: Path, demos: Sequence[Demo]) -> dict:
 def _converted(path: Path, demos: list[Demo], size: int, directory: Path) -> Path:
     """The flat file of an HDF5 file's demos; written first if it is not there or the HDF5 file has changed since."""
     source = source_of(path, demos)
-    index = source | {"layout": LAYOUT, "pixels": size, "demos": {demo.key: len(demo) for demo in demos}}
+    index = source | {"layout": LAYOUT, "pixels": size, "demos": {demo.key: len(demo.drawn) for demo in demos}}
     key = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
     target = directory / f"{path.stem}_{size}px_{key}.frames"
     if not target.exists():
@@ -199,7 +206,7 @@ def _converted(path: Path, demos: list[Demo], size: int, directory: Path) -> Pat
 
 
 def _convert(path: Path, demos: list[Demo], size: int, target: Path) -> None:
-    needed = sum(len(demo) for demo in demos) * len(CAMERAS) * size * size * 3
+    needed = sum(len(demo.drawn) for demo in demos) * len(CAMERAS) * size * size * 3
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise BadInput(
@@ -208,11 +215,11 @@ def _convert(path: Path, demos: list[Demo], size: int, target: Path) -> None:
         )
     with open_hdf5(path) as file, written_whole(target) as stream:
         for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
-            robot_state = {name: part.numpy() for name, part in demo.robot_state.items()}
+            robot_state = {name: part[:: demo.draw_every].numpy() for name, part in demo.robot_state.items()}
             with hdf5_problems_named(path, demo.key):
                 films = {camera: file["data"][demo.key]["obs"][camera][()] for camera in CAMERAS}  # (T, h, w, 3) each
             for camera, film in films.items():
-                check_pictures(f"{path}: {demo.key}", camera, film, range(len(film)), robot_state)
+                check_pictures(f"{path}: {demo.key}", camera, film, demo.drawn, robot_state)
             cameras = [_resized(torch.from_numpy(film), size) for film in films.values()]  # (T, S, S, 3) each
             stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
 
@@ -223,7 +230,7 @@ def _resized(pictures: Tensor, size: int) -> Tensor:
 
 
 def _map(target: Path, demos: list[Demo], size: int) -> np.ndarray:
-    shape = (sum(len(demo) for demo in demos), len(CAMERAS), size, size, 3)
+    shape = (sum(len(demo.drawn) for demo in demos), len(CAMERAS), size, size, 3)
     found = target.stat().st_size
     if found != np.prod(shape):
         raise BadInput(f"{target}: has {found:,} bytes, expected {np.prod(shape):,}; delete it, it will be made again")

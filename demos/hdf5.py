@@ -1,8 +1,9 @@
 """Demonstrations read from HDF5 files in LIBERO's layout, checked, aligned and split into training and held-out demos.
 
 A folder holds one `<task>_demo.hdf5` a task (LIBERO's official files or OpenVLA's regenerated ones). Low-dimensional
-data is read here, once; frames stay on disk (frames.py). A row is one frame: the frames of all demos of all folders are
-numbered from 0 to N - 1.
+data is read here, once; frames stay on disk (frames.py). A row is one step: the steps of all demos of all folders are
+numbered from 0 to N - 1. LIBERO draws all of them. Files of collect_demos.py may hold pictures of every few steps alone
+(`draw_every`), and frames are then those of these rows.
 
 LIBERO stores obs[t] as recorded AFTER actions[t]; OpenVLA's files store it BEFORE. With `lag` 1 or 0, the action that
 leads from obs[t] to obs[t+1] is actions[t + lag], and so the chunk to predict at obs[t] starts at actions[t + lag].
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from config import DataConfig
-from demos.checks import demo_problems
+from demos.checks import demo_problems, draw_every
 from demos.hdf5_errors import (
     check_link,
     linked_files,
@@ -65,9 +66,15 @@ class Demo:
     lag: int  # actions[t + lag] leads from obs[t] to obs[t + 1]
     image_size: int
     first_row: int  # obs[t] is row first_row + t
+    draw_every: int = 1  # steps from one frame to the next
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    @property
+    def drawn(self) -> range:
+        """The steps t of which there are pictures."""
+        return range(0, len(self), self.draw_every)
 
 
 def load_demos(config: DataConfig, min_actions: int) -> tuple[list[Demo], dict]:
@@ -170,6 +177,14 @@ def numbered_alone(demos: Sequence[Demo]) -> list[Demo]:
     """The demos as if they were all that there are: rows count from 0."""
     first_rows = np.cumsum([0] + [len(demo) for demo in demos]).tolist()
     return [replace(demo, first_row=first_row) for demo, first_row in zip(demos, first_rows, strict=False)]
+
+
+def drawn_rows(demos: Sequence[Demo], ends: Sequence[int] | None = None) -> Tensor:
+    """The rows of all demos that were drawn, or of each demo those before step `ends`."""
+    ends = ends or [len(demo) for demo in demos]
+    return torch.cat(
+        [torch.arange(0, max(end, 0), demo.draw_every) + demo.first_row for demo, end in zip(demos, ends, strict=True)]
+    )
 
 
 def split_demos(
@@ -300,7 +315,10 @@ def _read_demo(
     read = ("actions", *(f"obs/{name}" for name in (*CAMERAS, *state_parts)))
     files = groups.union(*(linked_files(path, demo[name]) for name in read))
     parts = tuple(sorted({file.resolve() for file in files} - {path.resolve()}))
-    return Demo(path, key, f"{path.name}/{key}", parts, task, actions, robot_state, lag, image_size, first_row=0)
+    return Demo(
+        path, key, f"{path.name}/{key}", parts, task, actions, robot_state, lag, image_size, first_row=0,
+        draw_every=draw_every(path, key, demo),
+    )  # fmt: skip
 
 
 def _alignment(path: Path, data: h5py.Group, demos: Mapping[str, h5py.Group], forced: str) -> Reader[str | None]:

@@ -81,6 +81,11 @@ class Export:
         Raises BadInput where `load_demos` does, where end-effector poses or embeddings are missing, for pictures that
         would have to grow, and for videos of an odd size, which h264 does not take."""
         demos, self.description = load_demos(_with_what_is_there(data), min_actions=1)
+        if thin := next((demo for demo in demos if demo.draw_every > 1), None):
+            raise BadInput(
+                f"{thin.path}: {thin.key}: has a picture every {thin.draw_every} steps, expected one of each: an "
+                "episode of LeRobot has no step without"
+            )
         recorded = self.description["image_size"]
         self.pictures, self.image_size = pictures, image_size or recorded
         if not 1 <= self.image_size <= recorded:

@@ -29,8 +29,8 @@ from collection.files import UNFINISHED, DemoSettings, claimed, settings_text, w
 from collection.pool import collect, how_it_ended
 from collection.task_demos import TaskDemos, check_expert
 from config import load_config
-from dataloader import frame_rows
 from demos.frames import open_frames
+from demos.hdf5 import drawn_rows
 from demos.language import LanguageTable
 from errors import BadInput
 from observation import ROBOT_STATES, from_simulator
@@ -142,7 +142,7 @@ def test_simulator_and_dataset_give_the_same_observation(collected_demos, demo, 
         demos, _ = load(collected_demos, f"data.robot_state={robot_state}")
         frames = open_frames(demos, data, 64, torch.device("cpu"))
         language = LanguageTable("none", {demos[1].task: torch.zeros(1)})
-        datasets.append(samples_of(batches_of(demos, frame_rows(demos[1:]), 0, language=language, frames=frames)))
+        datasets.append(samples_of(batches_of(demos, drawn_rows(demos[1:]), 0, language=language, frames=frames)))
     rng = np.random.default_rng([SETTINGS.seed, TASK, demo.attrs["attempt"]])
     env.reset(seed=int(rng.integers(2**31)))
     env.add_start_noise(rng, SETTINGS.start_noise)

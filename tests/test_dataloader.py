@@ -16,9 +16,9 @@ from broken_demos import BROKEN, replace
 from helpers import CPU, INSTRUCTION, LANGUAGE, batches_of, data_config, load, samples_of
 from libero_files import TASK, write_task_file
 
-from dataloader import Batches, LowDimensional, chunk_rows, frame_rows, shift_pictures, transition_rows
+from dataloader import Batches, LowDimensional, chunk_rows, shift_pictures, transition_rows
 from demos.frames import DeviceFrames, open_frames
-from demos.hdf5 import find_task_files, numbered_alone, split_demos
+from demos.hdf5 import drawn_rows, find_task_files, numbered_alone, split_demos
 from demos.instructions import canonical_instruction, same_task, task_instruction
 from demos.language import EMBEDDINGS_FILE, LanguageTable, embeddings_files, load_language
 from errors import BadInput
@@ -184,7 +184,7 @@ def test_a_transition_never_crosses_the_end_of_a_demo(tmp_path):
 def test_an_observation_is_uint8_pictures_float32_state_and_language(tmp_path):
     write_task_file(tmp_path, image_size=48)
     demos, _ = load(tmp_path)
-    obs = samples_of(batches_of(demos, frame_rows(demos), 0))[5]["obs"]
+    obs = samples_of(batches_of(demos, drawn_rows(demos), 0))[5]["obs"]
     assert {name: (value.dtype, tuple(value.shape)) for name, value in obs.items()} == {
         "agentview_rgb": (torch.uint8, (48, 48, 3)),
         "eye_in_hand_rgb": (torch.uint8, (48, 48, 3)),
@@ -211,7 +211,7 @@ def test_some_demos_can_be_numbered_alone(tmp_path):
     write_task_file(tmp_path, demos=4)
     demos, _ = load(tmp_path)
     alone = numbered_alone([demos[3], demos[1]])
-    samples = samples_of(batches_of(alone, frame_rows(alone), 0))
+    samples = samples_of(batches_of(alone, drawn_rows(alone), 0))
     assert len(samples) == 60
     assert torch.equal(samples[35]["obs"]["joint_states"], demos[1].robot_state["joint_states"][5])
 
@@ -220,7 +220,7 @@ def test_an_epoch_is_a_seeded_permutation_and_drops_only_the_incomplete_batch(tm
     write_task_file(tmp_path)
     demos, _ = load(tmp_path)
     states = torch.arange(90.0)[:, None]  # a row's z is its number
-    batches = batches_of(demos, frame_rows(demos)[:70], 0, seed=3, states=states)
+    batches = batches_of(demos, drawn_rows(demos)[:70], 0, seed=3, states=states)
     epochs = []
     for epoch in (0, 1, 0):
         batches.set_epoch(epoch)
@@ -235,7 +235,7 @@ def test_no_epoch_of_one_seed_has_the_order_of_another_seeds_epoch(tmp_path):
     states = torch.arange(90.0)[:, None]
     orders = []
     for seed in (0, 1, 20250101123045):
-        batches = batches_of(demos, frame_rows(demos), 0, seed=seed, states=states)
+        batches = batches_of(demos, drawn_rows(demos), 0, seed=seed, states=states)
         for epoch in range(3):
             batches.set_epoch(epoch)
             orders.append(tuple(torch.cat([batch["z_t"].flatten() for batch in batches]).tolist()))
@@ -246,8 +246,8 @@ def test_a_batch_is_what_its_ranks_get_together(tmp_path):
     write_task_file(tmp_path)
     demos, _ = load(tmp_path)
     states = torch.arange(90.0)[:, None]
-    alone = batches_of(demos, frame_rows(demos), 0, seed=0, states=states, batch_size=16)
-    shares = [batches_of(demos, frame_rows(demos), 0, seed=0, states=states, batch_size=8) for _ in range(2)]
+    alone = batches_of(demos, drawn_rows(demos), 0, seed=0, states=states, batch_size=16)
+    shares = [batches_of(demos, drawn_rows(demos), 0, seed=0, states=states, batch_size=8) for _ in range(2)]
     for rank, share in enumerate(shares):
         share.order.rank, share.order.ranks = rank, 2
     for joint, first, second in zip(alone, *shares, strict=True):
@@ -282,7 +282,7 @@ def test_an_epoch_that_is_left_early_leaves_no_thread_behind(tmp_path):
     write_task_file(tmp_path)
     demos, _ = load(tmp_path)
     before = threading.active_count()
-    for _ in batches_of(demos, frame_rows(demos), 0, batch_size=2):
+    for _ in batches_of(demos, drawn_rows(demos), 0, batch_size=2):
         break
     assert threading.active_count() == before
 
@@ -293,7 +293,7 @@ def test_a_failing_read_is_raised_where_the_batch_is_awaited(tmp_path):
     with h5py.File(path, "a") as file:
         del file["data/demo_2/obs/agentview_rgb"]
     with pytest.raises(BadInput, match=r"demo_2: .*agentview_rgb"):
-        list(batches_of(demos, frame_rows(demos), 0))
+        list(batches_of(demos, drawn_rows(demos), 0))
 
 
 def test_a_shift_moves_both_cameras_of_both_frames_of_a_sample_alike():
@@ -592,7 +592,7 @@ def test_files_without_joints_are_read_where_the_state_is_the_end_effectors(tmp_
         load(tmp_path, END_EFFECTOR)
     demos, observation = load(tmp_path, END_EFFECTOR, "data.obs_alignment=before")
     assert observation["robot_state"] == ["ee_pos", "ee_ori", "gripper_states"]
-    obs = samples_of(batches_of(demos, frame_rows(demos), 0))[40]["obs"]
+    obs = samples_of(batches_of(demos, drawn_rows(demos), 0))[40]["obs"]
     with h5py.File(path) as file:
         for name in observation["robot_state"]:
             np.testing.assert_array_equal(obs[name], file[f"data/demo_1/obs/{name}"][10].astype(np.float32))

@@ -10,9 +10,9 @@ import torch
 from helpers import CPU, INSTRUCTION, LANGUAGE, batches_of, data_config, load, one_sentence, run, samples_of, settings
 from libero_files import TASK, write_task_file
 
-from dataloader import chunk_rows, frame_rows
+from dataloader import chunk_rows
 from demos.frames import HDF5Frames, open_frames
-from demos.hdf5 import folder_prefixes, listed_names, split_demos
+from demos.hdf5 import drawn_rows, folder_prefixes, listed_names, split_demos
 from demos.language import load_languages
 from errors import BadInput
 from jepa.tokenizer import resize_images
@@ -97,7 +97,7 @@ def test_frames_come_to_the_models_size_and_are_cached_in_their_own_folders(fold
     demos, _ = load(both(folders))
     frames = open_frames(demos, data_config(both(folders)), 32, CPU)
     direct = HDF5Frames(demos, 32)
-    rows = frame_rows(demos).numpy()
+    rows = drawn_rows(demos).numpy()
     cached, read = (np.empty((len(rows), 2, 32, 32, 3), np.uint8) for _ in range(2))
     frames.read(rows, cached), direct.read(rows, read)
     np.testing.assert_array_equal(cached, read)

@@ -15,9 +15,10 @@ from helpers import CPU, LANGUAGE, batches_of, data_config, fitted, load, sample
 from libero_files import write_task_file
 from small_trainings import ranks_of
 
-from dataloader import LowDimensional, every_frame, frame_rows, transition_rows
+from dataloader import LowDimensional, every_frame, transition_rows
 from demos.frames import DeviceFrames, FlatFrames, HDF5Frames, open_frames
-from demos.states import encode_all, frozen_states, states_key
+from demos.hdf5 import drawn_rows
+from demos.states import encode_drawn, frozen_states, states_key
 from errors import BadInput
 from jepa.tokenizer import resize_images
 from statevla_model import build_trainer
@@ -30,7 +31,7 @@ def frames_of(directory, *overrides, image_size=32):
 
 def all_frames(demos, frames) -> np.ndarray:
     out = np.empty((sum(len(demo) for demo in demos), *frames.frame_shape), np.uint8)
-    frames.read(frame_rows(demos).numpy(), out)
+    frames.read(drawn_rows(demos).numpy(), out)
     return out
 
 
@@ -327,7 +328,7 @@ def test_states_are_the_encoders_answers_and_are_computed_once(tmp_path, one_pro
     assert (encoded, encoded_again) == (True, False)
     assert torch.equal(first, again)
     demos, _ = load(tmp_path)
-    for batch, stored in zip(batches_of(demos, frame_rows(demos), 0), first.split(16), strict=True):
+    for batch, stored in zip(batches_of(demos, drawn_rows(demos), 0), first.split(16), strict=True):
         torch.testing.assert_close(model.encode(batch["obs"]), stored)
 
 
@@ -380,7 +381,7 @@ def test_losses_on_stored_states_are_those_of_encoding_anew(tmp_path):
     trainer = build_trainer(small_config(), 2)
     fitted(trainer.model)
     table = LowDimensional(demos, LANGUAGE, CPU)
-    states = encode_all(trainer.model, demos, every_frame(demos, table, HDF5Frames(demos, 32), 32))
+    states = encode_drawn(trainer.model, demos, every_frame(demos, table, HDF5Frames(demos, 32), 32))
     rows = transition_rows(demos, 10)
     losses = []
     for options in ({}, {"states": states}):

@@ -14,16 +14,15 @@ from dataloader import (
     LowDimensional,
     chunk_rows,
     every_frame,
-    frame_rows,
     to_device,
     transition_rows,
 )
 from demos.frames import DeviceFrames, Frames, open_frames
-from demos.hdf5 import Demo, load_demos, split_demos
+from demos.hdf5 import Demo, drawn_rows, load_demos, split_demos
 from demos.language import LanguageTable, load_languages
 from demos.scenes import Scenes, load_scenes
 from demos.simulator_truth import simulator_truth, target_on_pictures
-from demos.states import encode_all, frozen_states
+from demos.states import by_row, encode_drawn, frozen_states
 from errors import BadInput
 from jepa.temporal_predictor import FORESIGHT
 from statevla_model import StateVLATrainer
@@ -57,7 +56,15 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
     forced = "" if config.data.obs_alignment == "auto" else ", as data.obs_alignment says"
     for folder, found in of_folders.items():
         which = f"{folder}: {len(found)} demos, {found[0].image_size} px, " if len(of_folders) > 1 else ""
-        report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}")
+        steps = sorted({demo.draw_every for demo in found})
+        drawn = "" if steps == [1] else f", frames are every {' or '.join(map(str, steps))} steps"
+        report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}{drawn}")
+    gap = config.model.prediction_gap
+    if phase == 1 and (odd := next((demo for demo in demos if gap % demo.draw_every), None)):
+        raise BadInput(
+            f"{odd.path}: {odd.key}: has a picture every {odd.draw_every} steps, and model.prediction_gap is {gap}; "
+            "expected a multiple of that, so that both frames of a sample are there"
+        )
     low_dimensional = LowDimensional(demos, language, device)
     scenes = None
     if config.data.scenes and (phase == 1 or config.training.phase2.scenes_share):
@@ -195,16 +202,16 @@ def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples
     """Of the training demos: phase 1's of the robot state that foresight foretells, phase 2's of z and of actions."""
     if trainer.phase == 1:
         if trainer.foresight:
-            rows = frame_rows(data.train_demos).to(data.low_dimensional.device)
+            rows = drawn_rows(data.train_demos).to(data.low_dimensional.device)
             trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
         if trainer.place:
-            places = trainer.places_in(samples["labels"])[frame_rows(data.train_demos)]
+            places = trainer.places_in(samples["labels"])[drawn_rows(data.train_demos)]
             trainer.place_normalizer.fit(places[places.isfinite().all(dim=1)])
             trainer.place_normalizer.std.clamp_(min=LEAST_SPREAD)
         return
     states = samples.get("states")
     if states is None:  # the encoder's at the start: it is trained on, or its pictures move
         batches = every_frame(data.demos, data.low_dimensional, samples["frames"], config.training.batch_size)
-        states = encode_all(trainer.model, data.demos, batches)
-    trainer.model.state_scaling.fit(states[frame_rows(data.train_demos)], config.training.phase2.state_scaling)
+        states = by_row(encode_drawn(trainer.model, data.demos, batches), data.demos)
+    trainer.model.state_scaling.fit(states[drawn_rows(data.train_demos)], config.training.phase2.state_scaling)
     trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in data.train_demos]))
