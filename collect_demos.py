@@ -98,7 +98,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         f"{MOVED_BY:g} m, and any of them is asked for (default: %(default)s)")
     add("--draw_every", type=int, default=1, metavar="STEPS",
         help="draw every so many-th step alone, beginning with the first: pictures are what a demonstration costs "
-        "without a GPU, and samples are then drawn steps; other programs cannot read such files (default: %(default)s)")
+        "without a GPU; samples are then those steps, model.prediction_gap has to be a multiple, and other programs "
+        "cannot read such files (default: %(default)s)")
     add("--scenes", type=int, metavar="N",
         help="instead of demonstrations draw N scenes of each task, in shuffled layouts and with the arm as in a frame "
         "of the demonstrations in the data directory; more N add to them")
@@ -138,7 +139,7 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"--shift_target {args.shift_target}: expected 0, shuffled layouts move every object already")
     if not 0 <= args.missed_grasps <= 1:
         raise BadInput(f"--missed_grasps {args.missed_grasps}: expected a share of the demos, 0 to 1")
-    if not 1 <= args.draw_every <= SHORTEST_DEMO // 2:
+    if not 1 <= args.draw_every <= SHORTEST_DEMO // 2:  # the shortest demo then has two pictures
         raise BadInput(f"--draw_every {args.draw_every}: expected 1 to {SHORTEST_DEMO // 2} steps")
     if args.seed < 0:
         raise BadInput(f"--seed {args.seed}: expected 0 or more")

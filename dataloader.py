@@ -29,7 +29,8 @@ from seeds import mixed_seed
 
 
 def transition_rows(demos: Sequence[Demo], reach: int) -> Tensor:
-    """Phase 1's samples: every drawn row whose demo still has the row `reach` (K) later."""
+    """Phase 1's samples: every drawn row whose demo still has the row `reach` (K) later; drawn, too, where
+    `between_pictures` finds nothing."""
     return drawn_rows(demos, [len(demo) - reach for demo in demos])
 
 

@@ -7,7 +7,9 @@ HDF5 file. The same with the robot's own joints masked: they are an input, so th
 little. The target before the grasp is apart, because afterwards it moves with the hand.
 Prediction: the error of the predicted z, up to 20 frames ahead, as a share of the error of predicting no change.
 
-Letters: N frames, which are steps that were drawn, D state_dim, K prediction gap.
+A frame is a step of 0.05 s; of demos with pictures of every few alone, these frames are what z is known of.
+
+Letters: N frames with pictures, D state_dim, K prediction gap.
 """
 
 from collections.abc import Sequence
@@ -84,6 +86,7 @@ def representation_report(
 
 
 def truth_of_frames(demo: Demo) -> dict[str, Tensor]:
+    """What `simulator_truth` says of those with pictures."""
     return {name: values[:: demo.draw_every] for name, values in simulator_truth(demo).items()}
 
 
@@ -192,7 +195,7 @@ def _accuracy(predicted: Tensor, truth: Tensor, task: Tensor) -> dict:
 @torch.no_grad()
 def prediction_errors(model: StateVLA, z: Tensor, demos: Sequence[Demo]) -> dict[str, float]:
     """Frames ahead -> mean squared error of the predicted z over that of predicting no change; multiples of K alone,
-    since the predictor is applied to its own prediction."""
+    since the predictor is applied to its own prediction. Demos without pictures K frames apart are left out."""
     gap, predictor = model.config.prediction_gap, model.state_encoder.predictor
     device = next(predictor.parameters()).device
     squared = {horizon: [0.0, 0.0] for horizon in HORIZONS if horizon % gap == 0}
@@ -231,7 +234,7 @@ def print_report(figures: dict) -> None:
     else:
         print_probes(figures["probes"])
     errors = ", ".join(f"{horizon}: {error:.2f}" for horizon, error in figures["prediction"].items())
-    print(f"\nprediction error as a share of copying z, by frames ahead: {errors or 'no multiple of the gap up to 20'}")
+    print(f"\nprediction error as a share of copying z, by frames ahead: {errors or 'none that the gap leads to'}")
 
 
 def print_probes(of_inputs: dict) -> None:

@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 
 CAMERAS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+ATTRIBUTES = ("num_samples", "draw_every")
 NUMBERS = ("actions", "obs/joint_states", "obs/gripper_states", "obs/ee_pos", "obs/ee_ori")  # of them what is there
 QUALITY = 22  # x264's constant rate factor; 0 would lose nothing
 LANGUAGE = "language_embeddings.npz"
@@ -56,7 +57,7 @@ def convert(packing: bool, folder: Path, path: Path) -> Path:
         data.attrs.update(before["data"].attrs)
         for name, demo in before["data"].items():
             copied = data.create_group(name)
-            copied.attrs["num_samples"] = demo.attrs["num_samples"]
+            copied.attrs.update({name: demo.attrs[name] for name in ATTRIBUTES if name in demo.attrs})
             for key in filter(demo.__contains__, NUMBERS):
                 copied.create_dataset(key, data=demo[key][:].astype(np.float32), compression="gzip", shuffle=True)
             for key in CAMERAS:

@@ -21,7 +21,7 @@ from dataloader import Batches, LowDimensional, chunk_rows, every_frame
 from demos.frames import open_frames
 from demos.hdf5 import load_demos
 from demos.language import load_languages
-from demos.states import encode_drawn
+from demos.states import by_row, encode_drawn
 from jepa.mamba import choose_mamba_backend
 from statevla_model import build_trainer
 from training.optimizer import make_optimizer
@@ -76,7 +76,8 @@ def measured(folder: Path, quick: bool) -> list[dict]:
     trainer = build_trainer(config, phase=2).to(device)
     optimizer = make_optimizer(trainer, 5e-5, 0.05)
 
-    states = encode_drawn(trainer.model, demos, every_frame(demos, low_dimensional, frames, batch_size))
+    batches = every_frame(demos, low_dimensional, frames, batch_size)
+    states = by_row(encode_drawn(trainer.model, demos, batches), demos)
     trainer.model.state_scaling.fit(states)
     trainer.model.policy.normalizer.fit(torch.cat([demo.actions[:, :6] for demo in demos]))
     options = {"low_dimensional": low_dimensional, "num_actions": config.model.action_seq_len, "seed": 0}

@@ -17,6 +17,7 @@ from demos.hdf5 import (
     FOLDERS_AGREE,
     MAY_DIFFER,
     Demo,
+    between_pictures,
     copies,
     demos_of,
     disagreements,
@@ -42,6 +43,7 @@ class FileReport:
     alignment: str  # "unknown" where it could not be found out
     lengths: list[int]  # of all demos that can be opened, in steps
     image_sizes: list[int]  # without repetitions
+    drawn_every: list[int]  # steps from one picture to the next, likewise
     gripper: Gripper
     no_ops: float  # share of the actions
     clipped: float  # share of the steps
@@ -117,6 +119,7 @@ def _examine_file(path: Path, config: Config, progress: str) -> tuple[FileReport
     if demos and len(demos) == len(recordings):
         split = attempted(path, "", split_demos, demos, config.data.train_split, config.data.split_seed)
         problems += all_found(split)[1]
+    problems += all_found(between_pictures(demos, config.model.prediction_gap))[1]
     warnings += oddities(path, recordings)
     actions = [one.actions for one in recordings if one.actions is not None]
     together = np.concatenate(actions) if actions else None
@@ -129,6 +132,7 @@ def _examine_file(path: Path, config: Config, progress: str) -> tuple[FileReport
         alignment=description.get("obs_alignment") or "unknown",
         lengths=[len(of_demo) for of_demo in actions],
         image_sizes=sorted({film.samples.shape[1] for of_demo in films for film in of_demo.values()}),
+        drawn_every=sorted({demo.draw_every for demo in demos}),
         gripper=gripper_convention(recordings),
         no_ops=float(np.concatenate([no_ops(of_demo) for of_demo in actions]).mean()) if actions else 0.0,
         clipped=0.0 if together is None else float(clipped(together).mean()),

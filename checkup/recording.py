@@ -58,13 +58,14 @@ def read_recording(path: Path, key: str, demo: h5py.Group, robot_state_name: str
     parts = {name: _numbers(path, key, demo, f"obs/{name}", width) for name, width in widths.items()}
     robot_state = {name: values for name, values in parts.items() if values is not None}
     dones = _numbers(path, key, demo, "dones", None)
-    every = all_found(attempted(path, key, draw_every, path, key, demo))[0] or 1
+    steps = 0 if actions is None else len(actions)
+    every = all_found(attempted(path, key, draw_every, path, key, demo, steps))[0] or 1
+    of_frames = {name: values[::every] for name, values in robot_state.items()}
     films = {}
     for camera in CAMERAS:
         dataset = _dataset(path, key, demo, f"obs/{camera}")
         if dataset is None or dataset.dtype != np.uint8 or dataset.ndim != 4 or dataset.shape[3] != 3:
             continue
-        of_frames = {name: values[::every] for name, values in robot_state.items()}
         if not dataset.size or any(len(values) != len(dataset) for values in of_frames.values()):
             continue
         film = yield from read_on(path, key, _film(f"{path}: {key}", camera, dataset, every, of_frames))
@@ -77,7 +78,7 @@ def read_recording(path: Path, key: str, demo: h5py.Group, robot_state_name: str
 def _film(
     where: str, camera: str, dataset: h5py.Dataset, every: int, robot_state: Mapping[str, np.ndarray]
 ) -> Reader[Film]:
-    """Of a picture every so many steps, and the robot state at each."""
+    """A film has a picture every so many steps; the robot state is that of these."""
     pictures = dataset[()]  # (frames, h, w, 3)
     count = len(pictures)
     num_bad = yield from picture_problems(where, camera, pictures, range(0, count * every, every), robot_state)

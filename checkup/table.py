@@ -19,8 +19,8 @@ def folder_table(folder: FolderReport) -> Iterator[str]:
 
 
 FILE_HEADINGS = (
-    "", "demos", "steps", "shortest", "median", "longest", "pixels", "obs recorded", "gripper", "no-ops", "clipped",
-    "bad pictures", "copies", "language", "errors", "warnings",
+    "", "demos", "steps", "shortest", "median", "longest", "pixels", "drawn every", "obs recorded", "gripper", "no-ops",
+    "clipped", "bad pictures", "copies", "language", "errors", "warnings",
 )  # fmt: skip
 
 
@@ -29,11 +29,15 @@ def _file_row(number: int, folder: FolderReport) -> tuple[str, ...]:
     lengths = file.lengths
     spread = (str(min(lengths)), f"{median(lengths):g}", str(max(lengths))) if lengths else ("-", "-", "-")
     return (
-        str(number + 1), str(len(lengths)), f"{sum(lengths):,}", *spread, ", ".join(map(str, file.image_sizes)) or "-",
-        file.alignment, str(file.gripper), f"{file.no_ops:.1%}", f"{file.clipped:.1%}", str(file.num_bad_pictures),
-        str(folder.num_copies(file)), "yes" if file.has_language else "no", str(len(file.errors)),
-        str(len(file.warnings)),
+        str(number + 1), str(len(lengths)), f"{sum(lengths):,}", *spread, _listed(file.image_sizes),
+        _listed(file.drawn_every), file.alignment, str(file.gripper), f"{file.no_ops:.1%}", f"{file.clipped:.1%}",
+        str(file.num_bad_pictures), str(folder.num_copies(file)), "yes" if file.has_language else "no",
+        str(len(file.errors)), str(len(file.warnings)),
     )  # fmt: skip
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "-"
 
 
 def _action_row(number: int, file: FileReport) -> tuple[str, ...]:

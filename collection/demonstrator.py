@@ -109,7 +109,7 @@ def begins_after_a_miss(attempt: int, share: float, offset: float = 0.0) -> bool
 
 
 def write_demo(demo: h5py.Group, env: LiberoEnv, demonstration: Demonstration, settings: DemoSettings) -> None:
-    """Draws a demonstration and writes it in LIBERO's layout, of the pictures every settings.draw_every-th."""
+    """Draws a demonstration, or of it one step in settings.draw_every, and writes it in LIBERO's layout."""
     steps = range(len(demonstration.actions))
     frames = [t + 1 if settings.obs_alignment == "after" else t for t in steps]
     env_obs = [demonstration.proprioception[t] for t in frames]

@@ -27,7 +27,8 @@ def demo_problems(
     """All that is wrong with a demo. Of each camera it looks at so many pictures: 0, the first, or 3 over its length.
     robot_state_name: data.robot_state.
 
-    What a demo holds is compared with the length of its actions. Of one without them nothing else is said.
+    What a demo holds is compared with the length of its actions. Of one without them nothing else is said, and of
+    pictures nothing where it is not told which steps they are of.
     """
     where = f"{path}: {key}"
     actions = yield from attempted(path, key, open_dataset, path, key, demo, "actions")
@@ -56,7 +57,7 @@ def demo_problems(
     if actions.shape[1:] == (7,):
         yield from read_on(path, key, _action_problems(where, actions))
     shape: tuple[int, ...] | None = None
-    every = yield from attempted(path, key, draw_every, path, key, demo)
+    every = yield from attempted(path, key, draw_every, path, key, demo, steps)
     if every is None:
         return
     drawn = range(0, steps, every)
@@ -72,15 +73,15 @@ def demo_problems(
             yield from read_on(path, key, _picture_problems(where, camera, film, looked_at, drawn, robot_state))
 
 
-def draw_every(path: Path, key: str, demo: h5py.Group) -> int:
-    """Steps from one picture of a demo to the next. Raises BadInput where the demo says what cannot be."""
+def draw_every(path: Path, key: str, demo: h5py.Group, steps: int) -> int:
+    """Steps from one picture of a demo of so many steps to the next. Raises BadInput where it says what cannot be."""
     if DRAW_EVERY not in demo.attrs:
         return 1
     where = f"{path}: {key}"
-    steps = number_attribute(demo.attrs, DRAW_EVERY, where)
-    if steps < 1 or steps != int(steps):
-        raise BadInput(f"{where}: attribute {DRAW_EVERY} is {steps:g}, expected a whole number of steps, 1 or more")
-    return int(steps)
+    every = number_attribute(demo.attrs, DRAW_EVERY, where)
+    if not 1 <= every <= steps or every != int(every):
+        raise BadInput(f"{where}: attribute {DRAW_EVERY} is {every:g}, expected a whole number of steps, 1 to {steps}")
+    return int(every)
 
 
 def _state(

@@ -127,7 +127,8 @@ class DeviceFrames:
             counts = [len(demo.drawn) for demo in frames.demos]
             for demo, part in zip(frames.demos, self.tensor.split(counts), strict=True):
                 part[:] = torch.from_numpy(frames.arrays[demo.first_row].copy())
-        self.index = torch.full((sum(len(demo) for demo in frames.demos),), -1)  # of each row's frame
+        # Of each row's frame; what was not drawn has an index that is none.
+        self.index = torch.full((sum(len(demo) for demo in frames.demos),), len(rows))
         self.index[rows] = torch.arange(len(rows))
         self.index = self.index.to(device)
 
@@ -217,15 +218,15 @@ def _convert(path: Path, demos: list[Demo], size: int, target: Path) -> None:
         for demo in tqdm(demos, desc=f"converting {path.name} to {size} px", unit="demo"):
             robot_state = {name: part[:: demo.draw_every].numpy() for name, part in demo.robot_state.items()}
             with hdf5_problems_named(path, demo.key):
-                films = {camera: file["data"][demo.key]["obs"][camera][()] for camera in CAMERAS}  # (T, h, w, 3) each
+                films = {camera: file["data"][demo.key]["obs"][camera][()] for camera in CAMERAS}  # (n, h, w, 3) each
             for camera, film in films.items():
                 check_pictures(f"{path}: {demo.key}", camera, film, demo.drawn, robot_state)
-            cameras = [_resized(torch.from_numpy(film), size) for film in films.values()]  # (T, S, S, 3) each
-            stream.write(torch.stack(cameras, dim=1).numpy().data)  # (T, 2, S, S, 3)
+            cameras = [_resized(torch.from_numpy(film), size) for film in films.values()]  # (n, S, S, 3) each
+            stream.write(torch.stack(cameras, dim=1).numpy().data)  # (n, 2, S, S, 3)
 
 
 def _resized(pictures: Tensor, size: int) -> Tensor:
-    """(T, h, w, 3) uint8 -> (T, S, S, 3) with the project's one resize."""
+    """(n, h, w, 3) uint8 -> (n, S, S, 3) with the project's one resize."""
     return resize_images(pictures, size).permute(0, 2, 3, 1)
 
 

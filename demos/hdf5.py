@@ -3,7 +3,7 @@
 A folder holds one `<task>_demo.hdf5` a task (LIBERO's official files or OpenVLA's regenerated ones). Low-dimensional
 data is read here, once; frames stay on disk (frames.py). A row is one step: the steps of all demos of all folders are
 numbered from 0 to N - 1. LIBERO draws all of them. Files of collect_demos.py may hold pictures of every few steps alone
-(`draw_every`), and frames are then those of these rows.
+(`draw_every`); these rows are then what there are frames and samples of.
 
 LIBERO stores obs[t] as recorded AFTER actions[t]; OpenVLA's files store it BEFORE. With `lag` 1 or 0, the action that
 leads from obs[t] to obs[t+1] is actions[t + lag], and so the chunk to predict at obs[t] starts at actions[t + lag].
@@ -66,7 +66,7 @@ class Demo:
     lag: int  # actions[t + lag] leads from obs[t] to obs[t + 1]
     image_size: int
     first_row: int  # obs[t] is row first_row + t
-    draw_every: int = 1  # steps from one frame to the next
+    draw_every: int = 1  # steps from one picture of a camera to its next
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -179,9 +179,19 @@ def numbered_alone(demos: Sequence[Demo]) -> list[Demo]:
     return [replace(demo, first_row=first_row) for demo, first_row in zip(demos, first_rows, strict=False)]
 
 
+def between_pictures(demos: Sequence[Demo], gap: int) -> Reader[None]:
+    """Of each file the first demo whose pictures lie so that `gap`, model.prediction_gap, leads from one to none."""
+    odd = {demo.path: demo for demo in reversed(demos) if gap % demo.draw_every}
+    for demo in reversed(odd.values()):
+        yield BadInput(
+            f"{demo.path}: {demo.key}: has a picture every {demo.draw_every} steps, and model.prediction_gap is {gap}; "
+            f"expected a multiple of {demo.draw_every}, for phase 1 needs the pictures at both ends of it"
+        )
+
+
 def drawn_rows(demos: Sequence[Demo], ends: Sequence[int] | None = None) -> Tensor:
     """The rows of all demos that were drawn, or of each demo those before step `ends`."""
-    ends = ends or [len(demo) for demo in demos]
+    ends = [len(demo) for demo in demos] if ends is None else ends
     return torch.cat(
         [torch.arange(0, max(end, 0), demo.draw_every) + demo.first_row for demo, end in zip(demos, ends, strict=True)]
     )
@@ -317,7 +327,7 @@ def _read_demo(
     parts = tuple(sorted({file.resolve() for file in files} - {path.resolve()}))
     return Demo(
         path, key, f"{path.name}/{key}", parts, task, actions, robot_state, lag, image_size, first_row=0,
-        draw_every=draw_every(path, key, demo),
+        draw_every=draw_every(path, key, demo, len(actions)),
     )  # fmt: skip
 
 

@@ -52,3 +52,14 @@ def write_task_file(
             data.attrs["num_demos"] = demos
             data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
     return path
+
+
+def leave_frames(path: Path, every: int) -> None:
+    """Makes of a file one whose pictures are those of every so many-th step alone."""
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+                pictures = demo["obs"][camera][::every]
+                del demo["obs"][camera]
+                demo["obs"][camera] = pictures
+            demo.attrs["draw_every"] = every

@@ -467,10 +467,10 @@ def test_a_sound_folder_has_a_row_of_figures_a_file_and_exit_code_0(file, call):
     assert code == 0
     headings, butter, milk = out.splitlines()[1:4]
     assert " ".join(headings.split()) == (
-        "demos steps shortest median longest pixels obs recorded gripper no-ops clipped bad pictures copies language "
-        "errors warnings file"
+        "demos steps shortest median longest pixels drawn every obs recorded gripper no-ops clipped bad pictures "
+        "copies language errors warnings file"
     )
-    expected = "32 after as expected 0.0% 0.0% 0 0 yes 0 0"
+    expected = "32 1 after as expected 0.0% 0.0% 0 0 yes 0 0"
     assert butter.split() == f"1 3 120 40 40 40 {expected} {BUTTER}_demo.hdf5".split()
     assert milk.split() == f"2 3 90 30 30 30 {expected} {TASK}_demo.hdf5".split()
     assert "2 files, 6 demos, 210 steps: 0 errors, 0 warnings; training reads them" in out

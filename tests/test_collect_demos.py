@@ -171,10 +171,22 @@ def test_obs_before_the_action_are_the_same_frames_one_step_earlier(env, episode
     start = replace(episode, actions=episode.actions[:15], states=episode.states[:15])
     with h5py.File(tmp_path / "both.hdf5", "w") as file:
         for alignment in ("after", "before"):
-            write_demo(file.create_group(alignment), env, start, alignment)
+            write_demo(file.create_group(alignment), env, start, replace(SETTINGS, obs_alignment=alignment))
         for name, after in file["after/obs"].items():
             np.testing.assert_array_equal(file[f"before/obs/{name}"][1:], after[:-1], err_msg=name)
         np.testing.assert_array_equal(file["before/obs/joint_states"][:], file["before/states"][:, 1:8])
+
+
+def test_of_every_few_steps_the_pictures_are_those_of_the_whole_film_and_all_numbers_are_there(env, episode, tmp_path):
+    start = replace(episode, actions=episode.actions[:17], states=episode.states[:17])
+    with h5py.File(tmp_path / "both.hdf5", "w") as file:
+        for every in (1, 5):
+            write_demo(file.create_group(str(every)), env, start, replace(SETTINGS, draw_every=every))
+        for name, values in file["1/obs"].items():
+            expected = values[::5] if name.endswith("_rgb") else values[:]
+            np.testing.assert_array_equal(file[f"5/obs/{name}"][:], expected, err_msg=name)
+        np.testing.assert_array_equal(file["5/actions"][:], file["1/actions"][:])
+        assert file["5"].attrs["draw_every"] == 5 and "draw_every" not in file["1"].attrs
 
 
 def test_a_demo_after_a_missed_grasp_shows_the_second_attempt_alone(env, episode):
@@ -207,7 +219,7 @@ def test_killed_run_continues_and_gives_the_same_demos_as_an_undisturbed_one(col
     with h5py.File(demo_file(collected_demos)) as file, h5py.File(tmp_path / "undisturbed.hdf5", "w") as undisturbed:
         assert ["kept" in file[f"data/demo_{number}"].attrs for number in range(2)] == [True, False]
         for number, played in enumerate((episode, second)):
-            write_demo(undisturbed.create_group(f"data/demo_{number}"), env, played, "after")
+            write_demo(undisturbed.create_group(f"data/demo_{number}"), env, played, SETTINGS)
         assert_same_demos(file, undisturbed)
 
 

@@ -18,7 +18,7 @@ from small_trainings import ranks_of
 from dataloader import LowDimensional, every_frame, transition_rows
 from demos.frames import DeviceFrames, FlatFrames, HDF5Frames, open_frames
 from demos.hdf5 import drawn_rows
-from demos.states import encode_drawn, frozen_states, states_key
+from demos.states import by_row, encode_drawn, frozen_states, states_key
 from errors import BadInput
 from jepa.tokenizer import resize_images
 from statevla_model import build_trainer
@@ -381,7 +381,8 @@ def test_losses_on_stored_states_are_those_of_encoding_anew(tmp_path):
     trainer = build_trainer(small_config(), 2)
     fitted(trainer.model)
     table = LowDimensional(demos, LANGUAGE, CPU)
-    states = encode_drawn(trainer.model, demos, every_frame(demos, table, HDF5Frames(demos, 32), 32))
+    batches = every_frame(demos, table, HDF5Frames(demos, 32), 32)
+    states = by_row(encode_drawn(trainer.model, demos, batches), demos)
     rows = transition_rows(demos, 10)
     losses = []
     for options in ({}, {"states": states}):

@@ -18,8 +18,9 @@ from dataloader import (
     transition_rows,
 )
 from demos.frames import DeviceFrames, Frames, open_frames
-from demos.hdf5 import Demo, drawn_rows, load_demos, split_demos
+from demos.hdf5 import Demo, between_pictures, drawn_rows, load_demos, split_demos
 from demos.language import LanguageTable, load_languages
+from demos.problems import first_raised
 from demos.scenes import Scenes, load_scenes
 from demos.simulator_truth import simulator_truth, target_on_pictures
 from demos.states import by_row, encode_drawn, frozen_states
@@ -57,14 +58,10 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
     for folder, found in of_folders.items():
         which = f"{folder}: {len(found)} demos, {found[0].image_size} px, " if len(of_folders) > 1 else ""
         steps = sorted({demo.draw_every for demo in found})
-        drawn = "" if steps == [1] else f", frames are every {' or '.join(map(str, steps))} steps"
+        drawn = "" if steps == [1] else f", a picture every {' or '.join(map(str, steps))} steps"
         report(f"data: {which}obs[t] was recorded {('before', 'after')[found[0].lag]} actions[t]{forced}{drawn}")
-    gap = config.model.prediction_gap
-    if phase == 1 and (odd := next((demo for demo in demos if gap % demo.draw_every), None)):
-        raise BadInput(
-            f"{odd.path}: {odd.key}: has a picture every {odd.draw_every} steps, and model.prediction_gap is {gap}; "
-            "expected a multiple of that, so that both frames of a sample are there"
-        )
+    if phase == 1:
+        first_raised(between_pictures(demos, config.model.prediction_gap))
     low_dimensional = LowDimensional(demos, language, device)
     scenes = None
     if config.data.scenes and (phase == 1 or config.training.phase2.scenes_share):
