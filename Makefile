@@ -120,10 +120,8 @@ libero-object-looks: install
 	@$(RUN) eval.py --checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt --sight
 	@$(RUN) train.py $(LOOKS) --phase 2 --resume --phase1_checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt
 	@$(RUN) eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt --turning
-	@$(RUN) run_libero_eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt \
-	  --task_suite libero_object_swap --num_trials 10 --output_dir $(LOOKING)/rollouts_swap
-	@$(RUN) run_libero_eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt \
-	  --num_trials 10 --side_by_side 0.05 --output_dir $(LOOKING)/rollouts
+	@$(RUN) -m experiments.everywhere --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt --blind \
+	  --output_dir $(LOOKING)/everywhere
 
 clean-demo:
 	rm -rf $(DATA) $(RUNS)

@@ -14,9 +14,7 @@ A file that has fewer than --demos_per_task demos gets more, with the numbers th
 deleted from it on purpose does not come back, and its number is not given again.
 
 With --scenes N nothing is demonstrated: of each task N scenes are drawn, shuffled, with the arm in poses of the
-demonstrations that lie in the data directory. They are files of their own in its folder scenes. With --grasps the
-expert takes an object in a share of them, and every scene says what it does next: phase 2 learns from that in many more
-layouts than demonstrations show.
+demonstrations that lie in the data directory. They are files of their own in its folder scenes.
 """
 
 import argparse
@@ -103,9 +101,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--scenes", type=int, metavar="N",
         help="instead of demonstrations draw N scenes of each task, in shuffled layouts and with the arm as in a frame "
         "of the demonstrations in the data directory; more N add to them")
-    add("--grasps", type=float, default=0.0, metavar="SHARE",
-        help="share of the scenes in which the expert takes an object and brings it to the basket; above 0 every scene "
-        "keeps the expert's next actions (default: %(default)s)")
     # fmt: on
     args = parser.parse_args(arguments)
     as_given = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(DEMOS_ALONE))))
@@ -119,10 +114,6 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
             f"--scenes {args.scenes}: goes without {' and '.join(args.of_demos_alone)}, which say what a demonstration"
             " is like"
         )
-    if args.scenes is None and args.grasps:
-        raise BadInput(f"--grasps {args.grasps}: goes with --scenes, a share of which it is")
-    if not 0 <= args.grasps <= 1:
-        raise BadInput(f"--grasps {args.grasps}: expected a share of the scenes, 0 to 1")
     if wanted < 1:
         raise BadInput(f"{'--demos_per_task' if args.scenes is None else '--scenes'} {wanted}: expected at least 1")
     if args.num_workers < 1:
@@ -178,7 +169,7 @@ def scenes_of(
 ) -> tuple[list[str], Callable[[], list[scenes.SceneBlocks]]]:
     """The same of scenes."""
     poses = scenes.arm_poses_in(folder)
-    settings = SceneSettings(args.image_size, args.visual_mesh_ratio, args.seed, scenes.fingerprint(poses), args.grasps)
+    settings = SceneSettings(args.image_size, args.visual_mesh_ratio, args.seed, scenes.fingerprint(poses))
     return [scenes.name_of(task_id) for task_id in task_ids], lambda: [
         scenes.SceneBlocks(suite, task_id, folder, wanted, settings, poses) for task_id in task_ids
     ]

@@ -132,7 +132,6 @@ class Phase2Config:
     state_scaling: Literal["standardise", "none"]
     state_noise: NumberOrZero
     gripper_noise: NumberOrZero | None
-    scenes_share: NumberOrZero
     weight_average: Annotated[float, Range(0, 0.999999)]
     flow_start: Literal["noise", "zero"]
     rollout_interval: CountOrZero
@@ -365,27 +364,15 @@ def _check_consistency(config: Config, source: str) -> None:
         )
     if model.action_dim != 7:
         raise BadInput(f"{source}: model.action_dim is {model.action_dim}, expected 7 (6 pose deltas + gripper)")
-    recipe, of_policy = config.training.phase1, config.training.phase2
+    recipe = config.training.phase1
     taught_on_scenes = (model.gaze and recipe.gaze_scenes_weight) or (
         recipe.place_weight and recipe.place_scenes_weight
     )
-    if config.data.scenes is not None and not (taught_on_scenes or of_policy.scenes_share):
+    if config.data.scenes is not None and not taught_on_scenes:
         raise BadInput(
-            f"{source}: data.scenes is {config.data.scenes}, but nothing is taught on them; set model.gaze to true, "
-            "training.phase1.place_weight and place_scenes_weight or training.phase2.scenes_share above 0"
+            f"{source}: data.scenes is {config.data.scenes}, but nothing is taught on them; set model.gaze to true, or "
+            "training.phase1.place_weight and place_scenes_weight above 0"
         )
-    if of_policy.scenes_share:
-        needs = {
-            "data.scenes": (config.data.scenes is not None, "a folder of collect_demos.py --scenes"),
-            "training.phase2.freeze_encoder": (of_policy.freeze_encoder, "true"),
-            "training.phase2.store_states": (of_policy.store_states, "true"),
-            "training.phase2.image_shift": (not of_policy.image_shift, "0"),
-        }
-        for key, (holds, expected) in needs.items():
-            if not holds:
-                raise BadInput(
-                    f"{source}: training.phase2.scenes_share is {of_policy.scenes_share}: {key} must be {expected}"
-                )
     robot_state = config.data.robot_state
     parts = ROBOT_STATES[robot_state]
     if model.robot_state_dim != sum(parts.values()):

@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -195,21 +194,6 @@ class PictureReader:
             ready.put((problem, None))
 
 
-@dataclass(frozen=True)
-class ExpertSamples:
-    """Samples that are of no demonstration: a frozen encoder's z of scenes (M, D), and what the expert would do there,
-    (M, H, 7), both on the device. `share` of them join each sample of demonstrations."""
-
-    states: Tensor
-    actions: Tensor
-    share: float
-
-    def draw(self, samples: int) -> dict[str, Tensor]:
-        """As many as join so many samples of demonstrations, at random: z_t (B', D) and actions (B', H, 7)."""
-        chosen = torch.randint(len(self.states), (round(self.share * samples),)).to(self.states.device)
-        return {"z_t": self.states[chosen], "actions": self.actions[chosen]}
-
-
 class Batches:
     """The batches of one rank, epoch after epoch, on the device: `for batch in batches`.
 
@@ -217,7 +201,7 @@ class Batches:
     with `frames`: `obs`, equal to observation.from_simulator's; with a `gap` also `next_obs`, as many rows later, and
     with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8); with `labels`,
     name -> (N, ...) by row, those of each row; with `scenes` half as many of those as the batch has samples;
-    with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D). With `expert` its samples follow those of rows.
+    with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
     Raises BadInput as `RowOrder`.
     """
@@ -235,7 +219,6 @@ class Batches:
         states: Tensor | None = None,
         labels: Mapping[str, Tensor] | None = None,
         scenes: Scenes | None = None,
-        expert: ExpertSamples | None = None,
         seed: int | None = None,
     ):
         self.order = RowOrder(rows, batch_size, seed)
@@ -245,7 +228,7 @@ class Batches:
         self.reader = None if frames is None else PictureReader(frames, self.offsets, batch_size, self.device)
         self.states = None if states is None else states.to(self.device)
         self.labels = {name: values.to(self.device) for name, values in (labels or {}).items()}
-        self.scenes, self.expert = scenes, expert
+        self.scenes = scenes
 
     def __len__(self) -> int:
         return len(self.order)
@@ -273,12 +256,7 @@ class Batches:
         else:
             for rows in batches:
                 of_encoder = {} if self.states is None else {"z_t": self.states[rows.to(self.device)]}
-                batch = self._low_dimensional(rows) | of_encoder
-                if self.expert is not None:
-                    batch |= {
-                        name: torch.cat([batch[name], values]) for name, values in self.expert.draw(len(rows)).items()
-                    }
-                yield batch
+                yield self._low_dimensional(rows) | of_encoder
 
     def _low_dimensional(self, rows: Tensor) -> dict:
         rows = rows.to(self.device)

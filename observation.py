@@ -34,7 +34,6 @@ FINGER_TRAVEL = 0.04  # metres that each Panda finger moves
 # What counts as 1 where a model reads it, for parts that would hardly move in metres beside joints in radians: fingers
 # enter as shares of their travel, the end effector's position in decimetres.
 UNITS = {"gripper_states": FINGER_TRAVEL, "ee_pos": 0.1}
-ASKED, EXPERT_ACTIONS = "asked", "expert_actions"  # in files of scenes: of whom, and what the expert does next
 DRAW_EVERY = "draw_every"  # attribute of a demo that has pictures of every so many-th step alone
 ARM_JOINTS = slice(1, 8)  # of a flattened simulator state, whose [0] is the time
 

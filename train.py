@@ -49,7 +49,7 @@ from statevla_model import build_trainer, count_parameters, load_encoder, load_w
 from training.average import WeightAverage, set_parameters
 from training.bad_steps import BadSteps, demos_of
 from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, read_checkpoint
-from training.data import both_batches, expert_samples, fit_statistics, load_data, phase1_samples, phase2_samples
+from training.data import both_batches, fit_statistics, load_data, phase1_samples, phase2_samples
 from training.interruption import Interrupted, Interruption
 from training.optimizer import (
     backpropagate,
@@ -140,8 +140,7 @@ def main() -> None:
 
         # Samples of training demos in an order that changes with the epoch, held-out ones as they are.
         of_sample = {1: phase1_samples, 2: phase2_samples}[phase](trainer, data, config)
-        expert = expert_samples(trainer, data, config)
-        batches, held_out_batches = both_batches(phase, data, config, of_sample, expert)
+        batches, held_out_batches = both_batches(phase, data, config, of_sample)
 
         # Statistics that robot state, z and actions are normalised with: measured once, kept in the checkpoint.
         if not resumed:

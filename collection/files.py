@@ -45,7 +45,6 @@ class SceneSettings:
     visual_mesh_ratio: float
     seed: int
     arm_poses: str  # how many there are to draw from, and a fingerprint of them
-    grasps: float = 0.0  # share of the scenes in which the expert takes an object
 
 
 @contextlib.contextmanager
@@ -96,7 +95,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def settings_text(settings: DemoSettings | SceneSettings) -> str:
-    unsaid = {("layouts", "libero"), ("draw_every", 1), ("grasps", 0.0)}  # as in files that are older than they
+    unsaid = {("layouts", "libero"), ("draw_every", 1)}  # as in files that are older than they
     told = {name: value for name, value in asdict(settings).items() if (name, value) not in unsaid}
     return json.dumps({"program": "collect_demos.py", **told})
 

@@ -20,13 +20,12 @@ from collection.scene_drawer import ArmPoses, SceneDrawer
 from collection.task_demos import demo_names, libero_attributes
 from demos.hdf5_errors import object_in, open_dataset, open_hdf5
 from errors import BadInput
-from observation import ASKED, CAMERAS, EXPERT_ACTIONS, STATE_WIDTHS
+from observation import CAMERAS, STATE_WIDTHS
 from simulator.layouts import shuffled_tasks
 
 FOLDER = "scenes"  # in the data directory, where nothing that reads demonstrations looks
-POSE = "joint_states", "gripper_states", "ee_pos"  # what of a demonstration's frame makes an arm pose
+POSE = "joint_states", "gripper_states"  # what of a demonstration's step makes an arm pose
 BLOCK = 50  # scenes that a worker draws in one go, and an interruption can cost
-OF_EXPERT = ASKED, EXPERT_ACTIONS  # datasets that only scenes with grasps have
 LIBERO_ATTRIBUTES = "bddl_file_name", "bddl_file_content", "macros_image_convention"
 
 
@@ -91,7 +90,6 @@ class SceneBlocks:
         of_task = libero_attributes(self.suite, self.task_id, self.settings.image_size)
         tasks = shuffled_tasks(self.suite, range(self.suite.n_tasks))
         instructions = {task.target: task.instruction for task in tasks if task.scene == self.task_id}
-        instructions = dict(sorted(instructions.items()))  # the order that `asked` counts in
         return {name: of_task[name] for name in LIBERO_ATTRIBUTES} | {"instructions": json.dumps(instructions)}
 
     def assemble(self, attributes: dict) -> None:
@@ -102,7 +100,7 @@ class SceneBlocks:
                 picture_datasets(file, self.wanted, self.settings.image_size)
                 if self.in_file:
                     with open_hdf5(self.path) as before:
-                        for name in sorted(before.keys() - {*CAMERAS, "states", *OF_EXPERT}):  # the user's own
+                        for name in sorted(before.keys() - {*CAMERAS, "states"}):  # the user's own
                             before.copy(name, file)
                         self._add(file, before, range(self.in_file))
                 for scenes in self.new:
@@ -115,9 +113,8 @@ class SceneBlocks:
 
     def _add(self, file: h5py.File, part: h5py.File, scenes: range) -> None:
         """Copies what a part holds, the scenes of these numbers, to their places in the file."""
-        for name in ["states", *(name for name in OF_EXPERT if name in part)]:
-            shape = self.wanted, *part[name].shape[1:]
-            file.require_dataset(name, shape, part[name].dtype)[scenes.start : scenes.stop] = part[name][()]
+        states = file.require_dataset("states", (self.wanted, part["states"].shape[1]), np.float64)
+        states[scenes.start : scenes.stop] = part["states"][()]
         for camera in CAMERAS:
             for i in range(len(scenes)):
                 file[camera][scenes.start + i] = part[camera][i]
@@ -128,7 +125,7 @@ class SceneBlocks:
     def _scenes_in_file(self) -> int:
         with open_hdf5(self.path) as file:
             check_settings(self.path, file, self.settings)
-            names = ["states", *CAMERAS, *(OF_EXPERT if self.settings.grasps else ())]
+            names = ["states", *CAMERAS]
             lengths = {name: len(object_in(self.path, name, file, name, h5py.Dataset)) for name in names}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{length} {name}" for name, length in lengths.items())
@@ -145,7 +142,7 @@ class SceneBlocks:
 
 
 def arm_poses_in(folder: Path) -> ArmPoses:
-    """Those of every frame of a data directory's demonstrations.
+    """Those of every step of a data directory's demonstrations.
 
     Raises BadInput where it has none, or one whose poses cannot be read.
     """
@@ -176,7 +173,7 @@ def _states_of(path: Path, key: str, demo: h5py.Group, name: str) -> np.ndarray:
 
 def fingerprint(arm_poses: ArmPoses) -> str:
     """How many there are, and a digest of them."""
-    joined = np.hstack([arm_poses.joints, arm_poses.fingers])  # which decide the hand's place, too
+    joined = np.hstack([arm_poses.joints, arm_poses.fingers])
     return f"{len(arm_poses)} (digest {hashlib.sha256(joined.tobytes()).hexdigest()[:16]})"
 
 

@@ -1,6 +1,5 @@
 """Scenes without a demonstration, as `collect_demos.py --scenes` draws them: pictures of random layouts, the arm, and
-where everything appears on them. Phase 1 teaches gaze and place on them, beside the demonstrations, and phase 2 what
-the expert does in them.
+where everything appears on them. Phase 1 teaches gaze and place on them, beside the demonstrations.
 
 They are few bytes at the model's picture size (150 MB for 6,000 of 64 px) and are held in memory.
 
@@ -23,10 +22,9 @@ from demos.simulator_truth import Kinematics, objects_of_interest
 from errors import BadInput
 from jepa.gaze import in_view
 from jepa.tokenizer import resize_images
-from observation import ASKED, CAMERAS, EXPERT_ACTIONS, STATE_WIDTHS
+from observation import CAMERAS, STATE_WIDTHS
 
 PATTERN = "*_scenes.hdf5"
-ACTION_DIM = 7
 FARTHEST = 1e6  # in seconds, metres and rad; no simulator that is sound leaves it
 AT_ONCE = 500  # scenes whose pictures are read and made smaller together
 
@@ -36,8 +34,7 @@ class Scenes:
     """pictures of each camera (N, S, S, 3) uint8 and every part of the robot state (N, width); of each object that can
     be asked for, NaN where a scene does not have it, `at` (N, 2, K, 2), right and up from the pictures' middles, and
     `places` (N, K, 3) in metres; `goals` (N, 3), to which objects are to be brought; language (K, D) of the
-    instructions that ask for them; the object that the expert takes, asked (N,), -1 where there is none, and its next
-    actions (N, H, 7), NaN there."""
+    instructions that ask for them."""
 
     pictures: dict[str, Tensor]
     robot_state: dict[str, Tensor]
@@ -45,31 +42,19 @@ class Scenes:
     places: Tensor
     goals: Tensor
     language: Tensor
-    asked: Tensor
-    actions: Tensor
 
     def __len__(self) -> int:
         return len(self.at)
 
     def draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """Scenes at random, in each of which one of the objects that the first camera sees is asked for, in half of
-        those where the expert acts the one that it takes: pictures, robot state, language, target_at (B, 2, 2),
-        target_place and goal_place (B, 3)."""
+        """Scenes at random, in each of which one of the objects that the first camera sees is asked for: pictures,
+        robot state, language, target_at (B, 2, 2), target_place and goal_place (B, 3)."""
         chosen = torch.randint(len(self), (count,))
-        seen = in_view(self.at[chosen, 0])  # (B, K)
-        asked, taken = torch.multinomial(seen.float(), 1), self.asked[chosen, None]  # (B, 1)
-        if (acts := taken >= 0).any():
-            acts &= seen.gather(1, taken.clamp(min=0)) & (torch.rand(count, 1) < 0.5)
-            asked = torch.where(acts, taken, asked)
-        asked = asked.squeeze(1)
-        batch = self.observations(chosen, asked) | {"target_at": self.at[chosen, :, asked]}
+        asked = torch.multinomial(in_view(self.at[chosen, 0]).float(), 1).squeeze(1)
+        batch = {name: values[chosen] for name, values in (self.pictures | self.robot_state).items()}
+        batch |= {"language": self.language[asked], "target_at": self.at[chosen, :, asked]}
         batch |= {"target_place": self.places[chosen, asked], "goal_place": self.goals[chosen]}
         return {name: values.to(device) for name, values in batch.items()}
-
-    def observations(self, scenes: Tensor, asked: Tensor) -> dict[str, Tensor]:
-        """Those of scenes (B,), of whose objects (B,) are asked for."""
-        seen = {name: values[scenes] for name, values in (self.pictures | self.robot_state).items()}
-        return seen | {"language": self.language[asked]}
 
 
 def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scenes:
@@ -89,9 +74,6 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
         if text not in language.embeddings:
             raise BadInput(f"data.scenes: {folder} asks to '{text}', which has no embedding; see embed_language.py")
     known = [[file.objects.get(text) or file.lacking() for text in texts] for file in files]
-    if len(steps := {file.actions.shape[1] for file in files} - {0}) > 1:
-        raise BadInput(f"data.scenes: files of {folder} hold {' and '.join(map(str, sorted(steps)))} actions a scene")
-    most = max(steps, default=0)
     scenes = Scenes(
         {camera: torch.cat([file.pictures[camera] for file in files]) for camera in CAMERAS},
         {part: torch.cat([file.robot_state[part] for file in files]) for part in STATE_WIDTHS},
@@ -99,8 +81,6 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
         torch.cat([torch.stack([one.places for one in objects], dim=1) for objects in known]),
         torch.cat([file.goals for file in files]),
         torch.stack([language[text] for text in texts]),
-        torch.cat([file.asked_among(texts) for file in files]),
-        torch.cat([file.actions_of(most) for file in files]),
     )
     if not (seen := in_view(scenes.at[:, 0]).any(dim=1)).all():
         raise BadInput(f"data.scenes: {folder} has {int((~seen).sum())} scenes without any object in {CAMERAS[0]}")
@@ -118,29 +98,17 @@ class _Object:
 @dataclass(frozen=True)
 class _File:
     """pictures of each camera (N, S, S, 3), parts of the robot state (N, width), goals (N, 3), NaN where that is no
-    object, by instruction the object that it asks for, and of the expert which of them it takes, asked (N,), and its
-    actions (N, H, 7), -1 and H = 0 where it does not act."""
+    object, and by instruction the object that it asks for."""
 
     pictures: dict[str, Tensor]
     robot_state: dict[str, Tensor]
     goals: Tensor
     objects: dict[str, _Object]
-    asked: Tensor
-    actions: Tensor
 
     def lacking(self) -> _Object:
         """Of an object that its scenes do not have."""
         nan, count = torch.nan, len(self.goals)
         return _Object(torch.full((count, len(CAMERAS), 2), nan), torch.full((count, 3), nan))
-
-    def asked_among(self, texts: list[str]) -> Tensor:
-        """(N,): `asked` as numbers among those of several files."""
-        numbers = torch.tensor([*(texts.index(text) for text in self.objects), -1])
-        return numbers[self.asked]
-
-    def actions_of(self, steps: int) -> Tensor:
-        """(N, steps, 7), NaN where the expert does not act."""
-        return self.actions if self.actions.shape[1] else torch.full((len(self.asked), steps, ACTION_DIM), torch.nan)
 
 
 def _read(path: Path, image_size: int) -> _File:
@@ -162,34 +130,11 @@ def _read(path: Path, image_size: int) -> _File:
         size = min(image_size, *(stored.shape[1] for stored in datasets.values()))
         pictures = {camera: _smaller(stored, size) for camera, stored in datasets.items()}
         places = [torch.from_numpy(kinematics.positions(states, name)).float() for name in asked]
-        expert = _expert(path, file, len(states), len(asked))
         goal = _goal(path, file, kinematics)
         goals = np.full((len(states), 3), np.nan) if goal is None else kinematics.positions(states, goal)
         robot_state = {part: torch.from_numpy(of) for part, of in kinematics.robot_state(states).items()}
     objects = {text: _Object(at[:, :, k], places[k]) for k, text in enumerate(asked.values())}
-    return _File(pictures, robot_state, torch.from_numpy(goals).float(), objects, *expert)
-
-
-def _expert(path: Path, file: h5py.File, scenes: int, objects: int) -> tuple[Tensor, Tensor]:
-    """Which object it takes (N,) and its next actions (N, H, 7); -1 and H = 0 in files where it does not act."""
-    if EXPERT_ACTIONS not in file:
-        return torch.full((scenes,), -1), torch.empty(scenes, 0, ACTION_DIM)
-    stored = open_dataset(path, "", file, EXPERT_ACTIONS)
-    if stored.shape != (scenes, *stored.shape[1:2], ACTION_DIM) or stored.dtype.kind != "f":
-        expected = f"({scenes}, H, {ACTION_DIM}) floats"
-        raise BadInput(f"{path}: key {EXPERT_ACTIONS} is {stored.shape} {stored.dtype}, expected {expected}")
-    actions = torch.from_numpy(stored[()].astype(np.float32))
-    if not (actions.abs() <= 1).all():
-        raise BadInput(f"{path}: key {EXPERT_ACTIONS} holds NaN or an action beyond [-1, 1]")
-    stored = open_dataset(path, "", file, ASKED)
-    if stored.shape != (scenes,) or stored.dtype.kind not in "iu":
-        raise BadInput(f"{path}: key {ASKED} is {stored.shape} {stored.dtype}, expected ({scenes},) integers")
-    asked = torch.from_numpy(stored[()].astype(np.int64))
-    if not ((asked >= 0) & (asked < objects)).all():
-        raise BadInput(
-            f"{path}: key {ASKED} holds {int(asked.min())} to {int(asked.max())}, expected 0 to {objects - 1}"
-        )
-    return asked, actions
+    return _File(pictures, robot_state, torch.from_numpy(goals).float(), objects)
 
 
 def _goal(path: Path, file: h5py.File, kinematics: Kinematics) -> str | None:

@@ -29,15 +29,6 @@ REACH = 0.77  # from the base. Beyond, the elbow stretches to its limit, from wh
 
 
 @dataclass(frozen=True)
-class Upright:
-    """How the hand points straight down in the arm's start pose: its `rotation` (3, 3), and `yaw`, the heading of the
-    axis along which the fingers close. Grasps are turned from there as little as can be."""
-
-    rotation: np.ndarray
-    yaw: float
-
-
-@dataclass(frozen=True)
 class Grasp:
     """Where the hand takes the object: centre `xy` (2,), `height` of the fingertips, `rotation` of the hand (3, 3)."""
 
@@ -52,7 +43,7 @@ class ScriptedExpert:
     """The expert of one episode; its gains, heights and aim are drawn from `rng`, so no two episodes look alike.
 
     Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
-    `env.step`. One who comes later, when everything stands, gives those of `actions_from_here()` alone.
+    `env.step`.
 
     Tall objects are taken near their top. Lower down, the palm would stand on a carton or a bottle before the fingers
     are where they should be: the hand then presses for a second before it closes, from which a policy learns to press
@@ -77,23 +68,18 @@ class ScriptedExpert:
         self.placed = self._object_rotation(self.target)
         for _ in range(SETTLE_STEPS):
             yield np.array([0, 0, 0, 0, 0, 0, OPEN])
-        self.upright = self.hand_upright()
-
-    def hand_upright(self) -> Upright:
-        """With the arm in its start pose, of which `actions_from_here()` has to know."""
         _, rotation = self._hand()
-        return Upright(_pointing_down(rotation), self._closing_yaw())
+        self.upright, self.upright_yaw = _pointing_down(rotation), self._closing_yaw()
 
     def why_target_cannot_be_taken(self) -> str:
         """After `settle()`: why this is no scene to show a grasp in, or "" if it is one."""
         turned = self._object_rotation(self.target) @ self.placed.T
         if turned[2, 2] < np.cos(FALLEN):
             return "the target fell over"
-        return "" if self.is_in_reach() else "the target is out of reach"
-
-    def is_in_reach(self) -> bool:
         base = self.env.domain.robots[0].base_pos
-        return bool(np.linalg.norm((self._object_position(self.target) - base)[:2]) <= REACH)
+        if np.linalg.norm((self._object_position(self.target) - base)[:2]) > REACH:
+            return "the target is out of reach"
+        return ""
 
     def missed_grasp(self) -> Iterator[np.ndarray]:
         """A grasp beside the target, which it may push over, and what one does who has not noticed: lift, go to the
@@ -115,26 +101,16 @@ class ScriptedExpert:
             yield from self._place()
             self.aim_offset = self.rng.normal(0, 0.003, 2)  # slipped, or beside the basket: once more
 
-    def actions_from_here(self, upright: Upright) -> Iterator[np.ndarray]:
-        """As `actions()`, of one who comes in the middle of an episode with nothing in the hand. What is right under it
-        is taken from there, without going up once more."""
-        self.upright = upright
-        yield from self._grasp(comes_later=True)
-        yield from self._lift()
-        yield from self._place()
-        yield from self.actions()
-
     # The parts of an episode. Each yields actions until its goal is reached or its time is up.
 
-    def _grasp(self, missed_by=(0.0, 0.0), comes_later: bool = False) -> Iterator[np.ndarray]:
+    def _grasp(self, missed_by=(0.0, 0.0)) -> Iterator[np.ndarray]:
         """Above the object, or `missed_by` (2,) beside it, down, close."""
         grasp = self._plan_grasp()
         for _ in range(80):
             hand, _ = self._hand()
             goal = np.append(grasp.xy + missed_by + 2 * self.aim_offset, max(grasp.top, grasp.height) + self.hover)
             distance = np.linalg.norm((goal - hand)[:2])
-            too_high = hand[2] - goal[2]
-            if distance < 0.018 and (-np.inf if comes_later else -0.03) < too_high < 0.03:
+            if distance < 0.018 and abs(goal[2] - hand[2]) < 0.03:
                 break
             if distance > 0.06:
                 goal[2] = max(goal[2], TRAVEL_HEIGHT)
@@ -175,29 +151,29 @@ class ScriptedExpert:
             goal = self._over_basket(self.carry_height)
             if np.linalg.norm((goal - self._hand()[0])[:2]) < 0.02:
                 break
-            yield self._towards(goal, self.upright.rotation, CLOSED)
+            yield self._towards(goal, self.upright, CLOSED)
 
         for _ in range(25):
             goal = self._over_basket(0.10)  # the object's bottom is then 4 to 5 cm below the rim
             if self._hand()[0][2] < goal[2] + 0.015:
                 break
-            yield self._towards(goal, self.upright.rotation, CLOSED, noise=0.4)
+            yield self._towards(goal, self.upright, CLOSED, noise=0.4)
 
         letting_go_at, _ = self._hand()
         for _ in range(OPENING_STEPS):
-            yield self._towards(letting_go_at, self.upright.rotation, OPEN, noise=0.2, fastest=0.3)
+            yield self._towards(letting_go_at, self.upright, OPEN, noise=0.2, fastest=0.3)
         retreat = np.append(letting_go_at[:2], 0.30)
         for _ in range(RETREAT_STEPS):
-            yield self._towards(retreat, self.upright.rotation, OPEN, noise=0.5)
+            yield self._towards(retreat, self.upright, OPEN, noise=0.5)
         while self.env.check_success():
-            yield self._towards(retreat, self.upright.rotation, OPEN, noise=0.5)
+            yield self._towards(retreat, self.upright, OPEN, noise=0.5)
 
     def _let_go_over_basket(self) -> Iterator[np.ndarray]:
         """As `_place`, with nothing in the hand."""
         goal = np.append(self._object_position(self.basket)[:2] + self.drop_offset, self._hand()[0][2])
         for gripper, steps in ((CLOSED, 40), (OPEN, UNNOTICED_STEPS)):
             for _ in range(steps):
-                yield self._towards(goal, self.upright.rotation, gripper)
+                yield self._towards(goal, self.upright, gripper)
 
     def _towards(self, goal, rotation, gripper: float, noise: float = 1.0, fastest: float = 1.0) -> np.ndarray:
         """Proportional control of the hand to position `goal` (3,) and `rotation` (3, 3), as one noisy action (7,)."""
@@ -250,8 +226,8 @@ class ScriptedExpert:
                 if cost < best_cost:
                     best_cost, best_yaw, best_xy = cost, yaw, xy
         # The two fingers are alike, so a quarter turn is the farthest that the hand ever has to turn.
-        turn = (best_yaw - self.upright.yaw + np.pi / 2) % np.pi - np.pi / 2
-        return Grasp(best_xy, height, _about_z(turn) @ self.upright.rotation, top, bottom)
+        turn = (best_yaw - self.upright_yaw + np.pi / 2) % np.pi - np.pi / 2
+        return Grasp(best_xy, height, _about_z(turn) @ self.upright, top, bottom)
 
     # What the expert reads from the simulator.
 

@@ -47,7 +47,7 @@ def test_every_shipped_config_is_valid_alone_and_with_the_plain_recipe(path):
     assert load_config(path).wandb.mode == "disabled"
     plain = load_config([path, "conf/plain.yaml"])
     assert plain.training.phase1.foresight_weight == plain.training.phase2.state_noise == 0
-    assert plain.training.phase2.scenes_share == 0 and plain.training.phase2.gripper_noise is None
+    assert plain.training.phase2.gripper_noise is None
     assert plain.model.embed_dim == load_config(path).model.embed_dim
 
 

@@ -28,7 +28,7 @@ from config import load_config, parse_config
 from demos.language import LanguageTable, load_language
 from demos.scenes import load_scenes
 from errors import BadInput
-from observation import ASKED, CAMERAS, EXPERT_ACTIONS, ROBOT_STATES, STATE_WIDTHS
+from observation import CAMERAS, ROBOT_STATES, STATE_WIDTHS
 from serving.libero_message import MOST_DECISIONS, RequestReader, message_of
 from serving.messages import BadMessage, packed, unpacked
 from serving.policy_server import PolicyServer, in_background
@@ -195,7 +195,7 @@ MODEL = """<mujoco><worldbody>
 
 def test_any_structure_of_a_file_of_scenes_is_read_or_refused(tmp_path):
     path, language = tmp_path / "OBJECT_SCENE1_scenes.hdf5", LanguageTable("e", {INSTRUCTION: torch.ones(512)})
-    places = st.sampled_from(["states", *CAMERAS, ASKED, EXPERT_ACTIONS])
+    places = st.sampled_from(["states", *CAMERAS])
     names = st.sampled_from(["model_file", "instructions"])
     texts = '{"milk_1": 3}', '{"milk_1": "lift it"}', "[1]", "{}", "<mujoco>", MODEL.replace("_1", "_2")
     changes = st.one_of(
@@ -209,7 +209,6 @@ def test_any_structure_of_a_file_of_scenes_is_read_or_refused(tmp_path):
     def read(change_of_it) -> None:
         with h5py.File(path, "w") as file:
             file["states"] = np.tile([0, *[0.1] * 9, 0, 0, 0.1, 1, 0, 0, 0], (4, 1))
-            file[ASKED], file[EXPERT_ACTIONS] = np.zeros(4, int), np.zeros((4, 10, 7), np.float32)
             for camera in CAMERAS:
                 file[camera] = np.zeros((4, 16, 16, 3), np.uint8)
             file.attrs["model_file"], file.attrs["instructions"] = MODEL, f'{{"milk_1": "{INSTRUCTION}"}}'

@@ -1,8 +1,5 @@
 """The eye that looks for what the words ask for: its labels, what teaches it, and that words choose."""
 
-import json
-import re
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +13,13 @@ from small_trainings import assert_same_run, lines_of, ranks_of, send, small, tr
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dataloader import ExpertSamples, chunk_rows, shift_pictures, transition_rows
+from dataloader import shift_pictures, transition_rows
 from demos.language import LanguageTable
 from demos.scenes import load_scenes
 from demos.simulator_truth import simulator_truth, target_on_pictures
 from errors import BadInput
 from jepa.gaze import FOUND_WITHIN, Gaze, cell_middles, found, gaze_loss, grid_of
-from observation import ASKED, CAMERAS, EXPERT_ACTIONS, SIMULATOR_KEYS, STATE_WIDTHS
+from observation import CAMERAS, SIMULATOR_KEYS, STATE_WIDTHS
 from simulator.env import make_env
 from simulator.suites import make_suite
 from statevla_model import StateVLATrainer, build_trainer, component_table, load_encoder
@@ -297,9 +294,6 @@ def scenes_file(collected_demos, tmp_path) -> Path:
         file.attrs["instructions"] = (
             f'{{"butter_1": "{words.format("butter")}", "tomato_sauce_1": "{words.format("tomato sauce")}"}}'
         )
-        file[ASKED] = np.arange(len(file["states"])) % 2
-        chunk = np.linspace(-1, 1, len(file["states"]), dtype=np.float32)
-        file[EXPERT_ACTIONS] = np.tile(chunk[:, None, None], (1, 10, 7))  # a scene's number, as it were
     return path
 
 
@@ -336,81 +330,6 @@ def test_the_arm_of_a_scene_stands_as_the_simulator_said(collected_demos, scenes
         torch.testing.assert_close(scenes.robot_state[part], values, atol=within.get(part, 1e-5), rtol=0, msg=part)
 
 
-def test_what_the_expert_would_do_joins_the_samples_of_demonstrations(collected_demos, scenes_file):
-    scenes, demos = load_scenes(scenes_file.parent, 32, two_instructions()), load(collected_demos)[0]
-    assert scenes.asked.tolist() == [i % 2 for i in range(len(scenes))]
-    torch.testing.assert_close(scenes.actions[:, 3, 6], torch.linspace(-1, 1, len(scenes)))
-    chunks = scenes.actions[:4]
-    numbered = torch.arange(4.0)[:, None].expand(4, 8) + 100  # stand for z
-    rows, states = chunk_rows(demos, 10), torch.zeros(sum(map(len, demos)), 8)
-    expert = ExpertSamples(numbered, chunks, share=0.5)
-    torch.manual_seed(0)
-    seen = []
-    batches = batches_of(demos, rows, 10, language=two_instructions(), states=states, expert=expert)
-    for batch, own in zip(batches, rows.split(16), strict=True):
-        count = len(own)
-        assert len(batch["z_t"]) == len(batch["actions"]) == count + round(count / 2)
-        assert (batch["z_t"][:count] == 0).all()
-        numbers = (batch["z_t"][count:, 0] - 100).long()
-        torch.testing.assert_close(batch["actions"][count:], chunks[numbers])
-        seen += numbers.tolist()
-    assert set(seen) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("key", "change", "sentence"),
-    [
-        (EXPERT_ACTIONS, lambda of: of[:, 0], r"key expert_actions is \(\d+, 7\) float32, expected \(\d+, H, 7\)"),
-        (EXPERT_ACTIONS, lambda of: np.where(np.arange(7) > 3, np.nan, of), "expert_actions holds NaN or an action"),
-        (EXPERT_ACTIONS, lambda of: of * 2, r"expert_actions holds NaN or an action beyond \[-1, 1\]"),
-        (ASKED, lambda of: of + 1, "key asked holds 1 to 2, expected 0 to 1"),
-        (ASKED, lambda of: of * 0.5, r"key asked is \(\d+,\) float64, expected \(\d+,\) integers"),
-    ],
-)
-def test_what_the_expert_cannot_have_done_is_named(scenes_file, key, change, sentence):
-    with h5py.File(scenes_file, "a") as file:
-        values = file[key][()]
-        del file[key]
-        file[key] = change(values)
-    with pytest.raises(BadInput, match=f"{scenes_file}: .*{sentence}"):
-        load_scenes(scenes_file.parent, 32, two_instructions())
-
-
-def test_files_with_and_without_the_expert_go_together(scenes_file):
-    """And one that names its objects in another order."""
-    other = scenes_file.with_name("OBJECT_SCENE9_scenes.hdf5")
-    shutil.copy(scenes_file, other)
-    with h5py.File(other, "a") as file:
-        del file[ASKED], file[EXPERT_ACTIONS]
-    scenes = load_scenes(scenes_file.parent, 32, two_instructions())
-    half = len(scenes) // 2
-    assert scenes.asked.tolist() == [*(i % 2 for i in range(half)), *[-1] * half]
-    assert scenes.actions[:half].isfinite().all() and scenes.actions[half:].isnan().all()
-    with h5py.File(other, "a") as file:
-        told = json.loads(file.attrs["instructions"])
-        file.attrs["instructions"] = json.dumps(dict(reversed(told.items())))
-        file[ASKED], file[EXPERT_ACTIONS] = np.zeros(half, int), np.zeros((half, 10, 7), np.float32)
-    scenes = load_scenes(scenes_file.parent, 32, two_instructions())
-    assert scenes.asked[half:].tolist() == [1] * half
-    with h5py.File(other, "a") as file:
-        del file[EXPERT_ACTIONS]
-        file[EXPERT_ACTIONS] = np.zeros((half, 8, 7), np.float32)
-    with pytest.raises(BadInput, match="hold 8 and 10 actions a scene"):
-        load_scenes(scenes_file.parent, 32, two_instructions())
-
-
-def test_what_the_expert_takes_is_asked_for_more_often_than_others(scenes_file):
-    """In half of the draws besides its share, for that is what a hand over an object is there for."""
-    scenes = load_scenes(scenes_file.parent, 32, two_instructions())
-    torch.manual_seed(0)
-    drawn = scenes.draw(4000, torch.device("cpu"))
-    taken = 0
-    for scene in range(len(scenes)):
-        same = (drawn["agentview_rgb"] == scenes.pictures["agentview_rgb"][scene]).flatten(1).all(dim=1)
-        taken += (drawn["language"][same] == scenes.language[scenes.asked[scene]]).all(dim=1).sum().item()
-    assert 0.72 < taken / 4000 < 0.78  # half, and half of the other half
-
-
 def test_scenes_that_cannot_be_used_are_named(scenes_file):
     folder = scenes_file.parent
     with pytest.raises(BadInput, match=f"no .* in {folder}/none; `python collect_demos.py --scenes`"):
@@ -440,7 +359,7 @@ def test_a_batch_brings_labels_of_its_own_rows_and_half_as_many_scenes(collected
 
 
 @pytest.mark.slow
-def test_trainings_on_scenes_that_were_stopped_go_on_as_if_they_had_not_been(collected_demos, scenes_file, tmp_path):
+def test_a_training_on_scenes_that_was_stopped_goes_on_as_if_it_had_not_been(collected_demos, scenes_file, tmp_path):
     embeddings, words = tmp_path / "language.npz", two_instructions().embeddings
     vectors = torch.stack(list(words.values())).numpy()
     np.savez(embeddings, texts=list(words), embeddings=vectors, encoder="test encoder")
@@ -448,51 +367,23 @@ def test_trainings_on_scenes_that_were_stopped_go_on_as_if_they_had_not_been(col
         "data__language_embeddings": embeddings, "data__cache_directory": tmp_path / "cache",
         "data__scenes": scenes_file.parent, "model__gaze": True, "training__phase1__place_weight": 1,
         "training__phase1__place_scenes_weight": 1, "training__phase1__place_of": "target_and_goal",
-        "training__phase2__scenes_share": 0.5,
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    stopped = [{0: (2, send(signal.SIGTERM))}, {0: (6, send(signal.SIGTERM))}, {}]
-    for phase, start in ((1, []), (2, ["--phase1_checkpoint", whole / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt"])):
-        for folder, stops in ((whole, [{}]), (parts, stopped)):
-            flags = [str(word) for word in (phase, "--resume", *start)]
-            command = ["--phase", *flags, *small(phase, collected_demos, folder, **changes)]
-            ends = [ranks_of(1, tmp_path / "said", trained, command, stop)[0] for stop in stops]
-            assert [code for code, _ in ends] == [143 if stop else 0 for stop in stops], ends
-        assert_same_run(parts / PHASE_DIRECTORIES[phase], whole / PHASE_DIRECTORIES[phase])
+    for folder, stops in ((whole, [{}]), (parts, [{0: (2, send(signal.SIGTERM))}, {0: (6, send(signal.SIGTERM))}, {}])):
+        command = ["--phase", "1", "--resume", *small(1, collected_demos, folder, **changes)]
+        ends = [ranks_of(1, tmp_path / "said", trained, command, stop)[0] for stop in stops]
+        assert [code for code, _ in ends] == [143 if stop else 0 for stop in stops], ends
+    assert_same_run(parts / PHASE_DIRECTORIES[1], whole / PHASE_DIRECTORIES[1])
     assert lines_of(parts / PHASE_DIRECTORIES[1])[("train", 6)]["gaze_scenes"] > 0
-    assert re.search(r"the expert acts in (\d+) of \1 scenes", ends[0][1])
-
-    def refused(phase: int) -> str:
-        command = "train.py", "--phase", phase, *(start if phase == 2 else ())
-        return one_sentence(run(*command, *small(phase, collected_demos, tmp_path / "refused", **changes), expect=2))
-
     with h5py.File(scenes_file, "a") as file:
-        del file.attrs["bddl_file_content"], file[ASKED], file[EXPERT_ACTIONS]
-    assert "do not say where the target is to be brought" in refused(1)
-    assert "has 0 actions of the expert a scene, and training.phase2.scenes_share needs 10" in refused(2)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ("data.scenes=null", "data.scenes must be a folder of collect_demos.py --scenes"),
-        ("training.phase2.freeze_encoder=false", "training.phase2.freeze_encoder must be true"),
-        ("training.phase2.store_states=false", "training.phase2.store_states must be true"),
-        ("training.phase2.image_shift=2", "training.phase2.image_shift must be 0"),
-    ],
-)
-def test_scenes_join_the_states_of_a_frozen_encoder_alone(change, sentence):
-    changes = ("data.scenes=somewhere", "training.phase2.scenes_share=0.5", change)
-    settings = (word for one in changes for word in ("--set", one))
-    done = run("train.py", "--phase", 2, "--phase1_checkpoint", "x", *settings, expect=2)
-    assert f"training.phase2.scenes_share is 0.5: {sentence}" in one_sentence(done)
+        del file.attrs["bddl_file_content"]
+    done = run("train.py", "--phase", 1, *small(1, collected_demos, tmp_path / "refused", **changes), expect=2)
+    assert "do not say where the target is to be brought" in one_sentence(done)
 
 
 def test_scenes_without_gaze_are_refused():
     done = run("train.py", "--phase", 1, "--set", "data.scenes=somewhere", expect=2)
-    assert "data.scenes is somewhere, but nothing is taught on them; set model.gaze to true, training" in one_sentence(
-        done
-    )
+    assert "data.scenes is somewhere, but nothing is taught on them; set model.gaze to true, or" in one_sentence(done)
 
 
 def test_the_trainers_signs_say_how_often_the_object_is_found():

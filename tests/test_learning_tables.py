@@ -5,7 +5,7 @@ import re
 from functools import cache
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, one_sentence, run
 
 from config import Config, load_config
 from experiments.learning import training_minutes
@@ -115,3 +115,21 @@ def test_minutes_of_a_training_leave_out_its_interruption_and_count_a_repeated_s
     assert training_minutes(tmp_path / "metrics.jsonl", 64) == pytest.approx(35 / 60)
     (tmp_path / "none.jsonl").write_text(json.dumps(lines[2]) + "\n")  # of an untrained row
     assert training_minutes(tmp_path / "none.jsonl", 64) == 0
+
+
+@pytest.mark.simulator
+def test_a_policy_is_played_once_wherever_it_is_asked_for_and_every_episode_is_kept(tmp_path):
+    command = (
+        "-m", "experiments.everywhere", "--quick", "--checkpoint", "checkpoints/pretrained/libero_object_cpu",
+        "--output_dir", tmp_path, "--num_workers", 1,
+    )  # fmt: skip
+    said = run(*command, "--scenes", "withheld_place").stdout
+    (line,) = (line.strip() for line in said.splitlines() if line.startswith("  withheld_place"))
+    assert " ".join(line.split()) == "withheld_place 0 of 1 0 to 79% - 1 0 0"  # in 20 steps nothing is lifted
+    kept = json.loads((tmp_path / "quick/everywhere.json").read_text())["scenes"]["withheld_place"]
+    assert [episode["steps"] for episode in kept["episodes"]] == [20]
+    assert kept["settings"]["visual_mesh_ratio"] == 1 and kept["settings"]["layouts"] == "withheld_place"
+    again = run(*command, "--scenes", "withheld_place").stdout
+    assert line in again and "episode" not in again
+    sentence = one_sentence(run(*command, "--scenes", "moon", expect=1))
+    assert sentence.startswith("error: --scenes moon: no such scenes; known are init_states, shifted_5cm")

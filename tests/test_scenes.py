@@ -12,20 +12,10 @@ from helpers import one_sentence, run
 
 from collection import scenes
 from collection.files import SceneSettings, claimed
-from collection.scene_drawer import (
-    CHUNK,
-    HOLD_STILL,
-    NEAR,
-    ArmPoses,
-    DrawnScene,
-    SceneDrawer,
-    at_rest,
-    draw_scene,
-    set_scene,
-)
+from collection.scene_drawer import HOLD_STILL, ArmPoses, SceneDrawer, resting_heights, set_scene
 from collection.scenes import SceneBlocks, arm_poses_in, fingerprint
 from demos.simulator_truth import Kinematics
-from observation import ASKED, CAMERAS, EXPERT_ACTIONS, SIMULATOR_KEYS, from_simulator
+from observation import CAMERAS, SIMULATOR_KEYS, from_simulator
 from provenance import code_version
 from simulator.env import SimulatorError, make_env
 from simulator.layouts import MOVED_BY, WITHHELD_CELLS, graspable, in_withheld_cell, places_of, withheld_partner
@@ -49,7 +39,6 @@ def write_demos(folder: Path, lengths=(4, 3)) -> np.ndarray:
         with h5py.File(folder / f"task_{i}_demo.hdf5", "w") as file:
             file["data/demo_0/actions"] = np.zeros((length, 7))
             file["data/demo_0/obs/joint_states"], file["data/demo_0/obs/gripper_states"] = joints, fingers
-            file["data/demo_0/obs/ee_pos"] = np.zeros((length, 3))
         poses.append(np.hstack([joints, fingers]))
     return np.concatenate(poses)
 
@@ -237,19 +226,19 @@ def test_the_arm_is_in_a_pose_of_the_demonstrations(collected, env, tmp_path):
             np.testing.assert_allclose(values[i], expected, atol=1e-5, err_msg=part)
         pose = np.hstack([seen[SIMULATOR_KEYS[name]] for name in ("joint_states", "gripper_states")])
         assert (pose == poses).all(axis=1).any()
-    used, resting = np.zeros(len(poses), int), at_rest(env)
+    used, heights = np.zeros(len(poses), int), resting_heights(env)
     for scene in range(200):
-        set_scene(env, np.random.default_rng(scene), resting, read)
+        set_scene(env, np.random.default_rng(scene), heights, read)
         used[np.abs(read.joints - env.proprioception()["robot0_joint_pos"]).sum(axis=1).argmin()] += 1
     assert used.min() > 10  # of 28.6 each
 
 
 def test_no_object_is_where_training_never_shows_it_and_all_stand_still(env):
-    places, resting = places_of(env), at_rest(env)
-    pose = ArmPoses(READY[None], np.array([[0.04, -0.04]]), np.zeros((1, 3)))
+    places, heights = places_of(env), resting_heights(env)
+    pose = ArmPoses(READY[None], np.array([[0.04, -0.04]]))
     seen = set()
     for scene in range(15):
-        set_scene(env, np.random.default_rng(scene), resting, pose)
+        set_scene(env, np.random.default_rng(scene), heights, pose)
         at = {name: env.sim.data.body_xpos[env.domain.obj_body_id[name]].copy() for name in env.domain.objects_dict}
         for name in graspable(env):
             (place,) = (place for place in WITHHELD_CELLS if np.abs(at[name][:2] - place).max() <= MOVED_BY)
@@ -264,125 +253,12 @@ def test_no_object_is_where_training_never_shows_it_and_all_stand_still(env):
     assert len(seen) > 25  # of 30
 
 
-# What the expert does
-
-
-@pytest.fixture(scope="module")
-def over_the_floor(env) -> ArmPoses:
-    """Some with open fingers and some with closed ones, the hand anywhere over the objects' places."""
-    rng, joints, hands = np.random.default_rng(0), [], []
-    env.reset(seed=0)
-    while len(joints) < 300:
-        env.pose_arm(READY + rng.normal(0, 0.3, 7))
-        place = hand_of(env).copy()
-        if 0.05 < place[2] < 0.3 and np.abs(place[:2] - [-0.05, -0.1]).max() < 0.25:
-            joints.append(env.sim.data.qpos[env.domain.robots[0]._ref_joint_pos_indexes].copy())
-            hands.append(place)
-    fingers = np.where(np.arange(300)[:, None] % 3 > 0, [[0.039, -0.039]], [[0.02, -0.02]])
-    return ArmPoses(np.array(joints), fingers, np.array(hands))
-
-
-def hand_of(env) -> np.ndarray:
-    return env.sim.data.site_xpos[env.sim.model.site_name2id("gripper0_grip_site")]
-
-
-def object_of(env, name: str) -> np.ndarray:
-    return env.sim.data.body_xpos[env.domain.obj_body_id[name]]
-
-
-def test_the_open_hand_is_over_the_object_that_is_named_and_touches_none(env, over_the_floor):
-    resting = at_rest(env)
-    for scene in range(12):
-        name = graspable(env)[scene % 6]
-        set_scene(env, np.random.default_rng(scene), resting, over_the_floor, over=name)
-        assert not env.arm_touches_an_object()
-        assert np.linalg.norm((hand_of(env) - object_of(env, name))[:2]) < NEAR
-        assert np.abs(env.proprioception()["robot0_gripper_qpos"]).min() > 0.036
-
-
 def test_an_arm_inside_of_an_object_touches_it(env):
     env.reset(seed=0)
     assert not env.arm_touches_an_object()
-    hand = hand_of(env)
+    hand = env.sim.data.site_xpos[env.sim.model.site_name2id("gripper0_grip_site")]
     env.place_objects({"milk_1": hand[:2].copy()}, {"milk_1": float(hand[2])})
     assert env.arm_touches_an_object()
-
-
-@pytest.fixture(scope="module")
-def acted_in(env, over_the_floor) -> list[DrawnScene]:
-    """Scenes with the expert."""
-    resting = at_rest(env)
-    return [draw_scene(env, np.random.default_rng(scene), resting, over_the_floor, 0.7) for scene in range(24)]
-
-
-def test_the_expert_goes_to_what_it_was_asked_for_closes_and_lifts(env, acted_in):
-    """Its actions, played from rest in the stored state, bring an open hand nearer; where they close, the hand is at
-    the object, and it rises with it."""
-    names, nearer, closed_at, rises, asked_for = sorted(graspable(env)), [], [], 0, set()
-    for scene in acted_in:
-        asked, chunk = scene.expert
-        assert chunk.shape == (CHUNK, 7) and np.abs(chunk).max() <= 1
-        asked_for.add(asked)
-        env.reset(seed=0)
-        env.set_init_state(scene.state)
-        seen = env.proprioception()
-        env.pose_arm(seen["robot0_joint_pos"], seen["robot0_gripper_qpos"])
-        at = object_of(env, names[asked]).copy()
-        before = np.linalg.norm((hand_of(env) - at)[:2])
-        if (chunk[:, 6] > 0).any():
-            closed_at.append(before)
-            rises += chunk[:, 2].mean() > 0.2
-            continue
-        for action in chunk:
-            env.step(action)
-        nearer.append(before - np.linalg.norm((hand_of(env) - at)[:2]))
-    assert len(asked_for) > 3
-    assert 4 <= len(closed_at) <= 18 and rises >= 2
-    assert np.max(closed_at) < 0.035  # metres
-    assert np.mean(nearer) > 0.01 and np.min(nearer) > -0.02
-
-
-def test_a_picture_with_the_expert_is_that_of_the_stored_state(env, acted_in):
-    """But for what the arm moves in LIBERO's 2 ms between a picture and the state, as in demonstrations."""
-
-    def apart(one: np.ndarray, other: np.ndarray) -> float:
-        return np.abs(one.astype(int) - other).mean()
-
-    for scene, another in zip(acted_in, acted_in[1:] + acted_in[:1], strict=True):
-        env.reset(seed=0)
-        env.set_init_state(scene.state)
-        seen = env.draw(env.poses())
-        for name in map(SIMULATOR_KEYS.__getitem__, CAMERAS):
-            assert 5 * apart(scene.pictures[name], seen[name]) < apart(another.pictures[name], seen[name]), name
-
-
-def test_an_object_out_of_reach_is_not_asked_for(env, acted_in):
-    base, names = env.domain.robots[0].base_pos, sorted(graspable(env))
-    for scene in acted_in:
-        env.reset(seed=0)
-        env.set_init_state(scene.state)
-        assert np.linalg.norm((object_of(env, names[scene.expert[0]]) - base)[:2]) < 0.79
-
-
-def test_scenes_grow_with_what_the_expert_does(suite, drawer, over_the_floor, tmp_path):
-    settings = SceneSettings(SIZE, MESHES, 0, fingerprint(over_the_floor), 0.5)
-
-    def blocks(wanted: int) -> SceneBlocks:
-        return SceneBlocks(suite, SCENE, tmp_path, wanted, settings, over_the_floor, block=2)
-
-    def of_expert() -> list[np.ndarray]:
-        with h5py.File(scene_file(tmp_path)) as file:
-            return [file[name][()] for name in (ASKED, EXPERT_ACTIONS)]
-
-    work_off(blocks(1))
-    work_off(blocks(3))
-    grown = of_expert()
-    shutil.rmtree(tmp_path / "scenes")
-    work_off(blocks(3))
-    for one, other in zip(grown, of_expert(), strict=True):
-        np.testing.assert_array_equal(one, other)
-    told = json.loads(blocks(3).attributes()["instructions"])
-    assert list(told) == sorted(told)  # the order that `asked` counts in
 
 
 # Wrong use
@@ -398,17 +274,6 @@ def test_scenes_grow_with_what_the_expert_does(suite, drawer, over_the_floor, tm
 def test_flags_of_demonstrations_are_refused(tmp_path, flag, value):
     said = one_sentence(command(tmp_path, "--scenes", 3, flag, value, expect=2))
     assert said == f"error: --scenes 3: goes without {flag}, which say what a demonstration is like"
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (("--grasps", 0.5), "--grasps 0.5: goes with --scenes, a share of which it is"),
-        (("--scenes", 3, "--grasps", 2), "--grasps 2.0: expected a share of the scenes, 0 to 1"),
-    ],
-)
-def test_flags_of_scenes_are_checked(tmp_path, flags, sentence):
-    assert one_sentence(command(tmp_path, *flags, expect=2)) == f"error: {sentence}"
 
 
 def test_scenes_are_at_least_one(tmp_path):
@@ -496,7 +361,7 @@ def test_a_drawing_that_breaks_down_leaves_no_part_of_a_block(drawer, tmp_path, 
         raise SimulatorError(problem)
 
     monkeypatch.setattr(drawer.env, "draw", draw)
-    settings, pose = SceneSettings(SIZE, MESHES, 0, ""), ArmPoses(READY[None], np.full((1, 2), 0.04), np.zeros((1, 3)))
+    settings, pose = SceneSettings(SIZE, MESHES, 0, ""), ArmPoses(READY[None], np.full((1, 2), 0.04))
     with pytest.raises(error, match=sentence):
         drawer.draw(SCENE, range(1), pose, settings, tmp_path / "block.hdf5")
     assert list(tmp_path.iterdir()) == []

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from dataloader import (
-    Batches,
-    ExpertSamples,
-    LowDimensional,
-    chunk_rows,
-    every_frame,
-    to_device,
-    transition_rows,
-)
+from dataloader import Batches, LowDimensional, chunk_rows, every_frame, transition_rows
 from demos.frames import DeviceFrames, Frames, open_frames
 from demos.hdf5 import Demo, between_pictures, drawn_rows, load_demos, split_demos
 from demos.language import LanguageTable, load_languages
@@ -64,9 +56,9 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
         first_raised(between_pictures(demos, config.model.prediction_gap))
     low_dimensional = LowDimensional(demos, language, device)
     scenes = None
-    if config.data.scenes and (phase == 1 or config.training.phase2.scenes_share):
+    if phase == 1 and config.data.scenes:
         scenes = load_scenes(Path(config.data.scenes), config.model.image_size, language)
-        if phase == 1 and config.training.phase1.place_of == "target_and_goal" and not scenes.goals.isfinite().all():
+        if config.training.phase1.place_of == "target_and_goal" and not scenes.goals.isfinite().all():
             raise BadInput(
                 f"data.scenes: some files of {config.data.scenes} do not say where the target is to be brought "
                 "(attribute bddl_file_content, an obj_of_interest that can move), which training.phase1.place_of needs"
@@ -130,33 +122,7 @@ def phase2_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
     return samples | {"states": states}
 
 
-def expert_samples(trainer: StateVLATrainer, data: Data, config: Config) -> ExpertSamples | None:
-    """What the expert would do in scenes without a demonstration, where phase 2 is to learn from it.
-
-    Raises BadInput where it was asked in none of them, or for fewer steps than a chunk has."""
-    share, steps = config.training.phase2.scenes_share, config.model.action_seq_len
-    if trainer.phase == 1 or not share:
-        return None
-    assert data.scenes is not None  # config.py has seen to it
-    acted, there = torch.nonzero(data.scenes.asked >= 0).squeeze(1), data.scenes.actions.shape[1]
-    if not len(acted) or there < steps:
-        raise BadInput(
-            f"data.scenes: {config.data.scenes} has {there} actions of the expert a scene, and "
-            f"training.phase2.scenes_share needs {steps}; collect_demos.py --scenes with --grasps keeps them"
-        )
-    batch_size, device = config.training.batch_size, data.low_dimensional.device
-    with torch.no_grad():
-        states = [
-            trainer.model.encode(to_device(data.scenes.observations(scenes, data.scenes.asked[scenes]), device))
-            for scenes in acted.split(batch_size)
-        ]
-    report(f"data: the expert acts in {len(acted):,} of {len(data.scenes):,} scenes")
-    return ExpertSamples(torch.cat(states).float(), data.scenes.actions[acted, :steps].to(device), share)
-
-
-def both_batches(
-    phase: int, data: Data, config: Config, samples: dict, expert: ExpertSamples | None = None
-) -> tuple[Batches, Batches]:
+def both_batches(phase: int, data: Data, config: Config, samples: dict) -> tuple[Batches, Batches]:
     """Training and held-out batches, the latter of demonstrations alone. Raises BadInput where VICReg would take the
     variance of a single row, or there is nothing to validate."""
     batch_size, gap, chunk_length = config.training.batch_size, config.model.prediction_gap, config.model.action_seq_len
@@ -170,7 +136,6 @@ def both_batches(
         batch_size=batch_size,
         seed=config.training.seed,
         scenes=data.scenes if phase == 1 else None,
-        expert=expert,
         **samples,
     )
     held_out_batches = Batches(held_out_rows, data.low_dimensional, batch_size=batch_size, **samples)
