@@ -4,9 +4,8 @@
     python -m experiments.everywhere --checkpoint FILE --scenes init_states,swap
 
 Episodes are those of run_libero_eval.py, in LIBERO's own pictures. An interrupted evaluation goes on where it stopped,
-and what is there is not played again. `--blind` plays a demonstration repeated blindly and standing still in the same
-episodes, too; it needs the demonstrations that the policy was trained on. All of them take some two hours of two cores,
-the blind ones about as long. The table and every episode are written to --output_dir as everywhere.json.
+and what is there is not played again. All of it takes about an hour of two cores. The table and every episode are
+written to --output_dir as everywhere.json.
 """
 
 import json
@@ -28,7 +27,6 @@ SCENES = {  # name -> flags of run_libero_eval.py
     "lan": ("--num_trials", 10, "--task_suite", "libero_object_lan"),
     "object": ("--num_trials", 10, "--task_suite", "libero_object_object"),
 }
-BLIND = ("replay", "zero")
 OWN_PICTURES = ("--visual_mesh_ratio", 1)
 
 
@@ -39,7 +37,6 @@ def main() -> None:
         scenes={"default": ",".join(SCENES), "help": "comma-separated (default: %(default)s)"},
         output_dir={"default": "results/everywhere", "help": "of the evaluations (default: %(default)s)"},
         num_workers={"help": "simulators side by side (default: as run_libero_eval.py)"},
-        blind={"action": "store_true", "help": "play blind policies in the same episodes, too"},
     )
     names = flags.scenes.split(",")
     if unknown := [name for name in names if name not in SCENES]:
@@ -48,17 +45,18 @@ def main() -> None:
     workers = ("--num_workers", flags.num_workers) if flags.num_workers else ()
     played: dict[str, dict] = {}
     for name in names:
-        for policy in ("checkpoint", *(BLIND if flags.blind else ())):
-            episodes = SCENES[name]
-            if flags.quick:  # one, and not to its end
-                episodes = (*episodes, episodes[0], 1, "--tasks", 0, "--max_steps", 20)
-            cell = name if policy == "checkpoint" else f"{name}_{policy}"
-            if not (folder / cell / "results.json").exists():
-                script(
-                    "run_libero_eval.py", "--checkpoint", flags.checkpoint, "--policy", policy, *OWN_PICTURES,
-                    *episodes, *workers, "--output_dir", folder / cell,
-                )  # fmt: skip
-            played[cell] = json.loads((folder / cell / "results.json").read_text())
+        episodes = SCENES[name]
+        if flags.quick:  # one, and not to its end
+            episodes = (*episodes, episodes[0], 1, "--tasks", 0, "--max_steps", 20)
+        results = folder / name / "results.json"
+        if not results.exists():
+            script(
+                "run_libero_eval.py", "--checkpoint", flags.checkpoint, *OWN_PICTURES, *episodes, *workers,
+                "--output_dir", folder / name,
+            )  # fmt: skip
+        played[name] = json.loads(results.read_text())
+        if (other := played[name]["checkpoint"]) != flags.checkpoint:
+            sys.exit(f"error: {results} is of {other}, not of {flags.checkpoint}; choose another --output_dir")
     show(played)
     write(folder / "everywhere.json", played)
 

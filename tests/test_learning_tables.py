@@ -131,5 +131,8 @@ def test_a_policy_is_played_once_wherever_it_is_asked_for_and_every_episode_is_k
     assert kept["settings"]["visual_mesh_ratio"] == 1 and kept["settings"]["layouts"] == "withheld_place"
     again = run(*command, "--scenes", "withheld_place").stdout
     assert line in again and "episode" not in again
+    another = [word if word != "checkpoints/pretrained/libero_object_cpu" else "another.pt" for word in command]
+    sentence = one_sentence(run(*another, "--scenes", "withheld_place", expect=1))
+    assert "is of checkpoints/pretrained/libero_object_cpu, not of another.pt; choose another --output_dir" in sentence
     sentence = one_sentence(run(*command, "--scenes", "moon", expect=1))
     assert sentence.startswith("error: --scenes moon: no such scenes; known are init_states, shifted_5cm")
