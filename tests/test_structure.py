@@ -20,7 +20,8 @@ WORKERS = (
 )  # without torch they start sooner and hold less memory
 FILE_LINES, FUNCTION_LINES = 500, 80
 STORIES = {"train.py: main"}  # the training loop is read from top to bottom in one sitting
-LARGEST_MB = 70
+LARGEST_MB = 70  # of a checkout
+LARGEST_HISTORY_MB = 95  # it has three generations of the weights that look, of 20 MB each
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -170,7 +171,7 @@ def test_a_clone_with_its_history_is_small(clone, tmp_path):
     git("bundle", "create", tmp_path / "history", "HEAD")  # packed as a clone gets it
     found = (tmp_path / "history").stat().st_size / 1e6
     assert found > 1
-    assert found < LARGEST_MB, f"the history takes {found:.0f} MB, expected less than {LARGEST_MB}"
+    assert found < LARGEST_HISTORY_MB, f"the history takes {found:.0f} MB, expected less than {LARGEST_HISTORY_MB}"
 
 
 def test_the_files_of_a_checkout_are_small(clone):
