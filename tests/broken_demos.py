@@ -12,8 +12,9 @@ from helpers import CPU, INSTRUCTION
 from checkup.folder import FolderReport, examine
 from config import Config, load_config
 from demos.frames import open_frames
-from demos.hdf5 import load_demos, split_demos
+from demos.hdf5 import between_pictures, load_demos, split_demos
 from demos.language import EMBEDDINGS_FILE, load_languages
+from demos.problems import first_raised
 from errors import BadInput
 
 
@@ -146,6 +147,7 @@ def settings(directory: Path, *overrides: str) -> Config:
 def trains_on(config: Config) -> None:
     """Reads the data as a training does that starts with it. Raises what it raises."""
     demos, _ = load_demos(config.data, max(config.model.action_seq_len, config.model.prediction_gap))
+    first_raised(between_pictures(demos, config.model.prediction_gap))
     split_demos(demos, config.data.train_split, config.data.split_seed)
     load_languages(config.data, demos, config.model.lang_emb_dim)
     open_frames(demos, config.data, config.model.image_size, CPU)

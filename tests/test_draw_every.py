@@ -134,6 +134,8 @@ def test_a_gap_that_ends_between_two_pictures_is_refused(few, tmp_path):
     command = ("train.py", "--phase", 1, *small(1, few, tmp_path / "run", model__prediction_gap=4))
     sentence = one_sentence(run(*command, expect=2))
     assert "demo_0: has a picture every 5 steps, and model.prediction_gap is 4; expected a multiple of 5" in sentence
+    (told,) = verdict(config_of(few, "model.prediction_gap=4")).all_errors()
+    assert told in sentence
 
 
 @pytest.mark.parametrize(
