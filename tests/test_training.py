@@ -561,27 +561,29 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_trains_both_phases_as_one_process_with_the_joint_batch(runs, data, tmp_path):
-    half = settings(data__data_directory=data, training__checkpoint_directory=tmp_path, training__batch_size=8)
+    exact = {"data__data_directory": data, "training__precision": "fp32"}  # in bf16 rounding alone is 2e-3 on one CPU
+    half = settings(training__checkpoint_directory=tmp_path / "two", training__batch_size=8, **exact)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     run(*torchrun, "--config", "conf/config.yaml", "--phase", 1, *half)
+    whole = settings(training__checkpoint_directory=tmp_path / "one", **exact)
+    run("train.py", "--config", "conf/config.yaml", "--phase", 1, *whole)
     encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
     other_policy = ("--set", "model.policy_layers=2")  # phase 2 takes the encoder alone
     command = ["--phase", "2", "--phase1_checkpoint", str(encoder), *map(str, half), *other_policy]
     ends = ranks_of(2, tmp_path / "said", trained, command, {})  # forked: what torchrun starts imports torch anew
     assert [code for code, _ in ends] == [0, 0], ends
+    roots = (tmp_path / "one", tmp_path / "two")
     alone, together = (
-        read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"]
-        for root in (runs, tmp_path)
+        read_checkpoint(root / "phase1_temporal_jepa/checkpoint_latest.pt")["model_state_dict"] for root in roots
     )
-    # 30-odd AdamW steps amplify rounding, by as much as 0.0023 on one CPU; unsynchronised ranks would be far off.
-    for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, rtol=0, atol=5e-3, equal_nan=True, msg=name)
-    validation = [metrics(root / "phase1_temporal_jepa", "validation")[-1]["loss"] for root in (runs, tmp_path)]
-    assert validation[0] == pytest.approx(validation[1], rel=5e-3)
+    for name, value in alone.items():  # 30-odd AdamW steps amplify rounding, unsynchronised ranks would be far off
+        torch.testing.assert_close(together[name], value, rtol=0, atol=2e-3, equal_nan=True, msg=name)
+    validation = [metrics(root / "phase1_temporal_jepa", "validation")[-1]["loss"] for root in roots]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-3)
 
     state = [
         read_checkpoint(root / "phase2_flow_matching/checkpoint_latest.pt")["model_state_dict"]
-        for root in (runs, tmp_path)
+        for root in (runs, tmp_path / "two")
     ]
     for name in ("model.state_scaling.mean", "model.state_scaling.transform", "model.policy.normalizer.mean"):
         torch.testing.assert_close(state[0][name], state[1][name], rtol=1e-5, atol=1e-6)
