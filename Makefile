@@ -120,7 +120,7 @@ libero-object-looks: install
 	@$(RUN) eval.py --checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt --sight
 	@$(RUN) train.py $(LOOKS) --phase 2 --resume --phase1_checkpoint $(LOOKING)/phase1_temporal_jepa/checkpoint_latest.pt
 	@$(RUN) eval.py --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt --turning
-	@$(RUN) -m experiments.everywhere --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt \
+	@$(RUN) -m experiments.everywhere --blind --checkpoint $(LOOKING)/phase2_flow_matching/checkpoint_latest.pt \
 	  --output_dir $(LOOKING)/everywhere
 
 clean-demo:

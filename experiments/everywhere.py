@@ -2,15 +2,15 @@
 
     python -m experiments.everywhere --checkpoint checkpoints/pretrained/libero_object_looks
     python -m experiments.everywhere --checkpoint FILE --scenes init_states,swap
+    python -m experiments.everywhere --checkpoint FILE --blind        beside it, what policies get that do not look
 
 Episodes are those of run_libero_eval.py, in LIBERO's own pictures. An interrupted evaluation goes on where it stopped,
-and what is there is not played again. All of it takes about an hour of two cores. The table and every episode are
-written to --output_dir as everywhere.json.
+and what is there is not played again. All of it takes about an hour of two cores, and the blind ones half as long. The
+table and every episode are written to --output_dir as everywhere.json.
 """
 
 import json
 import sys
-from pathlib import Path
 
 from benchmarks.measure import REPO, arguments, machine, print_table, script
 from files import written_whole
@@ -28,6 +28,9 @@ SCENES = {  # name -> flags of run_libero_eval.py
     "object": ("--num_trials", 10, "--task_suite", "libero_object_object"),
 }
 OWN_PICTURES = ("--visual_mesh_ratio", 1)
+BLIND = ("zero", "replay")  # standing still, and a training demonstration of the same words played again
+BLIND_TRIALS = 10  # of each task at most
+NO_REPLAY = ("lan",)  # no demonstration has its words
 
 
 def main() -> None:
@@ -36,6 +39,11 @@ def main() -> None:
         checkpoint={"required": True, "help": "the policy: a file or a folder of export_policy.py"},
         scenes={"default": ",".join(SCENES), "help": "comma-separated (default: %(default)s)"},
         output_dir={"default": "results/everywhere", "help": "of the evaluations (default: %(default)s)"},
+        blind={
+            "action": "store_true",
+            "help": f"plays {BLIND_TRIALS} episodes of each task standing still and with a demonstration replayed, "
+            "too, for which those that the policy was trained on have to be there",
+        },
         num_workers={"help": "simulators side by side (default: as run_libero_eval.py)"},
     )
     names = flags.scenes.split(",")
@@ -43,25 +51,41 @@ def main() -> None:
         sys.exit(f"error: --scenes {unknown[0]}: no such scenes; known are {', '.join(SCENES)}")
     folder = (REPO / flags.output_dir / ("quick" if flags.quick else "")).resolve()
     workers = ("--num_workers", flags.num_workers) if flags.num_workers else ()
-    played: dict[str, dict] = {}
-    for name in names:
-        episodes = SCENES[name]
+
+    def play(name: str, policy: str = "checkpoint") -> dict:
+        """The results of one evaluation, made now or before."""
+        start, trials, *further = SCENES[name]
+        if policy in BLIND:
+            trials = min(trials, BLIND_TRIALS)
         if flags.quick:  # one, and not to its end
-            episodes = (*episodes, episodes[0], 1, "--tasks", 0, "--max_steps", 20)
-        results = folder / name / "results.json"
+            trials, further = 1, [*further, "--tasks", 0, "--max_steps", 20]
+        evaluation = folder / (f"{name}_{policy}" if policy in BLIND else name)
+        results = evaluation / "results.json"
         if not results.exists():
             script(
-                "run_libero_eval.py", "--checkpoint", flags.checkpoint, *OWN_PICTURES, *episodes, *workers,
-                "--output_dir", folder / name,
+                "run_libero_eval.py", "--checkpoint", flags.checkpoint, "--policy", policy, *OWN_PICTURES,
+                start, trials, *further, *workers, "--output_dir", evaluation,
             )  # fmt: skip
-        played[name] = json.loads(results.read_text())
-        if (other := played[name]["checkpoint"]) != flags.checkpoint:
+        played = json.loads(results.read_text())
+        if (other := played["checkpoint"]) != flags.checkpoint:
             sys.exit(f"error: {results} is of {other}, not of {flags.checkpoint}; choose another --output_dir")
-    show(played)
-    write(folder / "everywhere.json", played)
+        return played
+
+    played = {name: play(name) for name in names}
+    blind: dict[str, dict[str, dict]] = {name: {} for name in names}
+    if flags.blind:
+        for policy in BLIND:
+            for name in names:
+                if not (policy == "replay" and name in NO_REPLAY):
+                    blind[name][policy] = play(name, policy)
+    show(played, blind)
+    with written_whole(folder / "everywhere.json") as stream:
+        found = {"machine": machine(), "scenes": played, "blind": blind}
+        stream.write((json.dumps(found, indent=1) + "\n").encode())
 
 
-def show(played: dict[str, dict]) -> None:
+def show(played: dict[str, dict], blind: dict[str, dict[str, dict]]) -> None:
+    """A line for each of the scenes."""
     lines = []
     for cell, results in played.items():
         overall = results["overall"]
@@ -71,26 +95,27 @@ def show(played: dict[str, dict]) -> None:
         lines.append(
             [
                 cell,
-                f"{overall['successes']} of {overall['trials']}",
+                count(overall),
                 percent(overall["interval"]),
                 percent(over_tasks) if over_tasks else "-",
                 lifted.get(NOTHING, 0),
                 lifted.get(ASKED_FOR, 0),
                 another,
+                *(count(blind[cell][policy]["overall"]) if policy in blind[cell] else "-" for policy in BLIND),
             ]
         )
-    heads = ["scenes", "successes", "95%", "over tasks", "lifted nothing", "lost what was asked", "took another"]
+    failures = ["lifted nothing", "lost what was asked", "took another"]
+    heads = ["scenes", "successes", "95%", "over tasks", *failures, "standing still", "replay"]
     print_table("LIBERO's own pictures", heads, lines)
+
+
+def count(overall: dict) -> str:
+    return f"{overall['successes']} of {overall['trials']}"
 
 
 def percent(interval: list[float]) -> str:
     low, high = interval
     return f"{100 * low:.0f} to {100 * high:.0f}%"
-
-
-def write(path: Path, played: dict[str, dict]) -> None:
-    with written_whole(path) as stream:
-        stream.write((json.dumps({"machine": machine(), "scenes": played}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
