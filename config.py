@@ -108,9 +108,6 @@ class Phase1Config:
     num_epochs: CountOrZero
     learning_rate: Number | None
     temporal_predictor_hidden_dim: Count
-    gap_drawn: bool
-    regulariser: Literal["vicreg", "sigreg", "sigreg_centred"]
-    sigreg_weight: NumberOrZero
     vicreg_on: Literal["both", "state"]
     variance_weight: NumberOrZero
     covariance_weight: NumberOrZero

@@ -52,7 +52,6 @@ class LowDimensional:
             name: torch.cat([demo.robot_state[name] for demo in demos]).to(device) for name in demos[0].robot_state
         }
         self.task = task.to(device)  # (N,) of each row's file
-        self.draw_every = torch.cat([torch.full((len(demo),), demo.draw_every) for demo in demos])  # (N,)
         last_rows = [torch.full((len(demo),), demo.first_row + len(demo) - 1) for demo in demos]
         self.last_row = torch.cat(last_rows).to(device)  # (N,) of each row's demo
         self.language = torch.stack([language[task] for task in instructions.values()]).to(device)  # (tasks, D)
@@ -133,24 +132,25 @@ class PictureReader:
 
     BUFFERS = 3  # one with the model, one ready, one being filled
 
-    def __init__(self, frames: Frames | DeviceFrames, moments: int, batch_size: int, device: torch.device):
-        """moments: of how many rows a sample has pictures."""
-        self.frames, self.moments, self.batch_size, self.device = frames, moments, batch_size, device
+    def __init__(self, frames: Frames | DeviceFrames, offsets: Sequence[int], batch_size: int, device: torch.device):
+        """offsets: how many rows after each row of a batch its pictures are, 0 for its own."""
+        self.frames, self.offsets, self.batch_size, self.device = frames, offsets, batch_size, device
         self.buffers: list[Tensor] = []
         self.waited = 0.0
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """rows (moments, B) of each batch -> those rows, and pictures (moments, B, 2, S, S, 3) uint8 on the device."""
+        """rows (B,) of each batch -> those rows, and pictures (offsets, B, 2, S, S, 3) uint8 on the device."""
         if isinstance(self.frames, DeviceFrames):
             for rows in batches:
-                yield rows, self.frames.at(rows.to(self.device))
+                at = torch.stack([rows + offset for offset in self.offsets]).to(self.device)
+                yield rows, self.frames.at(at)
         else:
             yield from self._read_ahead(self.frames, batches)
 
     def _read_ahead(self, frames: Frames, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         on_gpu = self.device.type == "cuda"
         if not self.buffers:
-            shape = (self.moments, self.batch_size, *frames.frame_shape)
+            shape = (len(self.offsets), self.batch_size, *frames.frame_shape)
             self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(self.BUFFERS)]
         free: queue.SimpleQueue = queue.SimpleQueue()
         ready: queue.SimpleQueue = queue.SimpleQueue()
@@ -165,7 +165,7 @@ class PictureReader:
                 self.waited += time.perf_counter() - asked
                 if isinstance(rows, Exception):
                     raise rows
-                pictures = buffer[:, : rows.shape[1]].to(self.device, non_blocking=on_gpu)
+                pictures = buffer[:, : len(rows)].to(self.device, non_blocking=on_gpu)
                 if on_gpu:
                     copied = torch.cuda.Event()
                     copied.record()
@@ -187,8 +187,8 @@ class PictureReader:
                 buffer, copied = slot
                 if copied is not None:
                     copied.synchronize()
-                for pictures, of_moment in zip(buffer.numpy(), rows.numpy(), strict=True):
-                    frames.read(of_moment, pictures[: len(of_moment)])
+                for pictures, offset in zip(buffer.numpy(), self.offsets, strict=True):
+                    frames.read((rows + offset).numpy(), pictures[: len(rows)])
                 ready.put((rows, buffer))
         except Exception as problem:  # raised where the batch is awaited
             ready.put((problem, None))
@@ -198,9 +198,8 @@ class Batches:
     """The batches of one rank, epoch after epoch, on the device: `for batch in batches`.
 
     Beside `actions` (B, num_actions, 7), the ones that follow each of its rows, a batch holds
-    with `frames`: `obs`, equal to observation.from_simulator's; with a `gap` also `next_obs`, as many rows later or,
-    with `gap_drawn`, drawn rows up to that, another number in every epoch, and `actions` are 0 from there on; with
-    `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8); with `labels`,
+    with `frames`: `obs`, equal to observation.from_simulator's; with a `gap` also `next_obs`, as many rows later, and
+    with `ahead` the robot's state so many frames after each row, `robot_ahead` (B, F, 9 or 8); with `labels`,
     name -> (N, ...) by row, those of each row; with `scenes` half as many of those as the batch has samples;
     with `states` (N, D), a frozen encoder's z by row: `z_t` (B, D).
 
@@ -216,7 +215,6 @@ class Batches:
         *,
         frames: Frames | DeviceFrames | None = None,
         gap: int = 0,
-        gap_drawn: bool = False,
         ahead: Sequence[int] = (),
         states: Tensor | None = None,
         labels: Mapping[str, Tensor] | None = None,
@@ -226,9 +224,8 @@ class Batches:
         self.order = RowOrder(rows, batch_size, seed)
         self.low_dimensional, self.num_actions, self.ahead = low_dimensional, num_actions, ahead
         self.device = low_dimensional.device
-        self.gap, self.gap_drawn = gap, gap_drawn
-        moments = 2 if gap else 1
-        self.reader = None if frames is None else PictureReader(frames, moments, batch_size, self.device)
+        self.offsets = (0, gap) if gap else (0,)
+        self.reader = None if frames is None else PictureReader(frames, self.offsets, batch_size, self.device)
         self.states = None if states is None else states.to(self.device)
         self.labels = {name: values.to(self.device) for name, values in (labels or {}).items()}
         self.scenes = scenes
@@ -252,28 +249,10 @@ class Batches:
         """One batch, of the first row alone, whichever rank has it."""
         return self._of([self.order.rows[:1]])
 
-    def gaps(self) -> Tensor | int:
-        """Rows from each row (N,) to the one that is predicted from it in this epoch, of held-out rows in any."""
-        if not self.gap_drawn:
-            return self.gap
-        steps = self.low_dimensional.draw_every
-        generator = torch.Generator().manual_seed(mixed_seed(self.order.seed or 0, self.order.epoch, "gap"))
-        share = torch.rand(len(steps), generator=generator)
-        return steps * (1 + (share * (self.gap // steps)).long())
-
     def _of(self, batches: Sequence[Tensor]) -> Iterator[dict]:
         if self.reader is not None:
-            gaps = self.gaps()
-            moments = []
-            for rows in batches:
-                later = rows + (gaps[rows] if isinstance(gaps, Tensor) else gaps)
-                moments.append(torch.stack([rows, later] if self.gap else [rows]))
-            for at, pictures in self.reader.read(moments):
-                batch = self._low_dimensional(at[0]) | self._observations(at, pictures)
-                if self.gap_drawn:
-                    index = torch.arange(self.num_actions)
-                    batch["actions"][(index >= (at[1] - at[0])[:, None]).to(self.device)] = 0
-                yield batch
+            for rows, pictures in self.reader.read(batches):
+                yield self._low_dimensional(rows) | self._observations(rows, pictures)
         else:
             for rows in batches:
                 of_encoder = {} if self.states is None else {"z_t": self.states[rows.to(self.device)]}
@@ -289,12 +268,12 @@ class Batches:
             batch["scenes"] = self.scenes.draw(-(-len(rows) // 2), self.device)
         return batch
 
-    def _observations(self, moments: Tensor, pictures: Tensor) -> dict[str, dict[str, Tensor]]:
-        """moments (1 or 2, B) rows; pictures (1 or 2, B, 2, S, S, 3) on the device."""
+    def _observations(self, rows: Tensor, pictures: Tensor) -> dict[str, dict[str, Tensor]]:
+        """pictures (offsets, B, 2, S, S, 3) on the device."""
         observations = {}
-        for name, rows, both_cameras in zip(("obs", "next_obs"), moments.to(self.device), pictures, strict=False):
+        for name, offset, both_cameras in zip(("obs", "next_obs"), self.offsets, pictures, strict=False):
             cameras = dict(zip(CAMERAS, both_cameras.unbind(1), strict=True))  # (B, S, S, 3) each
-            observations[name] = cameras | self.low_dimensional.obs(rows)
+            observations[name] = cameras | self.low_dimensional.obs(rows.to(self.device) + offset)
         return observations
 
 

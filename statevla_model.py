@@ -30,9 +30,7 @@ from jepa.temporal_predictor import (
     Foresight,
     InverseDynamics,
     covariance_loss,
-    random_directions,
     representation_health,
-    sigreg_loss,
     variance_loss,
 )
 from observation import CAMERAS, state_of_width
@@ -177,9 +175,6 @@ class StateVLATrainer(nn.Module):
         self.weights = {
             "jepa_mse": 1.0, "jepa_variance": recipe.variance_weight, "jepa_covariance": recipe.covariance_weight,
         }  # fmt: skip
-        self.regulariser = recipe.regulariser
-        if self.regulariser != "vicreg":  # whose terms are still reported
-            self.weights |= {"jepa_variance": 0.0, "jepa_covariance": 0.0, "jepa_sigreg": recipe.sigreg_weight}
         self.proprioception_masking, self.vicreg_on = recipe.proprioception_masking, recipe.vicreg_on
         self.freeze_encoder, self.state_noise = config.phase2.freeze_encoder, config.phase2.state_noise
         self.gripper_noise = config.phase2.gripper_noise
@@ -265,16 +260,12 @@ class StateVLATrainer(nn.Module):
             own = {name: in_float32([part[name] for part in parts]) for name in parts[0]}
             rows = {name: rows_of_all_ranks(values if counted else values[:0]) for name, values in own.items()}
             z_t, z_next_pred, z_next_target = (rows[name] for name in ("z_t", "z_next_pred", "z_next_target"))
-            both = [z_t, z_next_pred] if self.vicreg_on == "both" else [z_t]  # z_t is what phase 2 consumes
+            regularised = [z_t, z_next_pred] if self.vicreg_on == "both" else [z_t]  # z_t is what phase 2 consumes
             losses: dict[str, Tensor] = {
                 "jepa_mse": F.mse_loss(z_next_pred, z_next_target),
-                "jepa_variance": torch.stack([variance_loss(z) for z in both]).mean(),
-                "jepa_covariance": torch.stack([covariance_loss(z) for z in both]).mean(),
+                "jepa_variance": torch.stack([variance_loss(z) for z in regularised]).mean(),
+                "jepa_covariance": torch.stack([covariance_loss(z) for z in regularised]).mean(),
             }
-            if self.regulariser != "vicreg":
-                changes = (z_t - z_next_target) / 2**0.5  # less the mean of both moments, at the scale of z
-                regularised = changes if self.regulariser == "sigreg_centred" else z_t
-                losses["jepa_sigreg"] = sigreg_loss(regularised, random_directions(z_t))
             if self.inverse_dynamics is not None:
                 told = self.inverse_dynamics(z_t, z_next_target)  # (B, K * 7)
                 losses["inverse_dynamics"] = F.mse_loss(told, rows["actions"].flatten(1))

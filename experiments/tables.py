@@ -117,7 +117,6 @@ ONE_TASK_ROWS = {
 
 # Pictures that are moved alike in both frames would be what is easiest to predict.
 DYNAMICS = (*UNSHIFTED, *recipe(foresight_weight=0))
-FAR = (*DYNAMICS, "model.prediction_gap=20", *recipe(gap_drawn=True))
 
 TEN_TASKS_ROWS = {
     "best": Row("frozen, the best recipe", claim=True),
@@ -133,11 +132,6 @@ TEN_TASKS_ROWS = {
         "the best recipe, then trained on", phase2=(*TRAIN_ALL, *SHIFT_ALL), encoder_of="best", claim=True
     ),
     "dynamics": Row("frozen, dynamics alone", phase1=DYNAMICS),
-    "dynamics_far": Row("the same, up to 20 frames ahead", phase1=FAR),
-    "dynamics_sigreg": Row("the same, SIGReg", phase1=(*FAR, *recipe(regulariser="sigreg"))),
-    "dynamics_centred": Row(
-        "the same, temporally centred SIGReg", phase1=(*FAR, *recipe(regulariser="sigreg_centred"))
-    ),
 }
 
 TABLES = {

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FORESIGHT = (0, 5, 10, 20, 40)  # frames ahead: two seconds take the hand from the start to most targets
-DIRECTIONS = 512  # along which SIGReg looks at z
 STD_EPSILON = 1e-4  # inside the square root of VICReg's std, against its infinite slope at 0
 
 
@@ -78,23 +77,6 @@ def covariance_loss(z: Tensor) -> Tensor:
     centred = z - z.mean(dim=0)
     covariance = centred.T @ centred / (len(z) - 1)  # (D, D)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
-
-
-def sigreg_loss(z: Tensor, directions: Tensor, points: int = 17, reach: float = 5.0) -> Tensor:
-    """SIGReg (Balestriero & LeCun 2025, LeJEPA): how far z, seen along random directions, is from a standard normal
-    distribution, by the statistic of Epps & Pulley: the integral over t of |E exp(i t x) - exp(-t^2 / 2)|^2, weighted
-    with exp(-t^2 / 2). LeJEPA takes it B times; without, batches of all sizes compare. z (B, D), directions (D, M) of
-    length 1 -> scalar, the mean over directions; some 1.06 / B where z is normal, 0.41 where it has collapsed."""
-    t = torch.linspace(-reach, reach, points, device=z.device)
-    normal = torch.exp(-t.square() / 2)
-    angles = (z @ directions).unsqueeze(-1) * t  # (B, M, points)
-    apart = (angles.cos().mean(dim=0) - normal).square() + angles.sin().mean(dim=0).square()
-    return torch.trapezoid(apart * normal, t).mean()
-
-
-def random_directions(z: Tensor) -> Tensor:
-    """Other ones at every call, in the space of z (B, D): (D, DIRECTIONS), each of length 1."""
-    return F.normalize(torch.randn(z.shape[1], DIRECTIONS, device=z.device), dim=0)
 
 
 @torch.no_grad()

@@ -137,40 +137,6 @@ def test_a_batch_holds_its_two_frames_and_all_the_actions_between(tmp_path, reco
             np.testing.assert_array_equal(actions, expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("recorded, lag", [("before", 0), ("after", 1)])
-def test_a_drawn_gap_leads_to_its_frame_and_leaves_no_action_beyond_it(tmp_path, recorded, lag):
-    gap = 6
-    path = write_task_file(tmp_path, alignment=recorded, demos=2)
-    demos, _ = load(tmp_path)
-    rows = transition_rows(demos, gap)
-    with h5py.File(path) as file:
-        actions = np.concatenate([file["data"][demo.key]["actions"] for demo in demos]).astype(np.float32)
-        joints = np.concatenate([file["data"][demo.key]["obs/joint_states"] for demo in demos]).astype(np.float32)
-    batches = batches_of(demos, rows, gap, gap=gap, gap_drawn=True, seed=3, batch_size=8)
-    seen: dict[int, set] = {}
-    for epoch in range(30):
-        batches.set_epoch(epoch)
-        for starts, batch in zip(batches.order.batches(), copied(batches), strict=True):
-            for start, later, between in zip(
-                starts, batch["next_obs"]["joint_states"].numpy(), batch["actions"].numpy(), strict=True
-            ):
-                drawn = int(np.flatnonzero(between[:, 6]).max()) + 1  # the gripper is never 0
-                np.testing.assert_array_equal(later, joints[start + drawn])
-                np.testing.assert_array_equal(between[:drawn], actions[start + lag : start + lag + drawn])
-                assert not between[drawn:].any()
-                seen.setdefault(int(start), set()).add(drawn)
-    assert set().union(*seen.values()) == set(range(1, gap + 1))
-    assert min(map(len, seen.values())) > 2  # drawn anew in every epoch
-
-
-def test_drawn_gaps_of_held_out_rows_are_the_same_in_every_epoch(tmp_path):
-    write_task_file(tmp_path, demos=2)
-    demos, _ = load(tmp_path)
-    batches = batches_of(demos, transition_rows(demos, 6), 6, gap=6, gap_drawn=True)
-    one = [batch["actions"] for batch in copied(batches)]
-    assert all(map(torch.equal, one, [batch["actions"] for batch in copied(batches)]))
-
-
 IN_UNITS = {  # of a demo's obs: the robot state as a model reads it
     "joints": lambda obs: [obs["joint_states"], obs["gripper_states"][()] / 0.04],
     "end_effector": lambda obs: [obs["ee_pos"][()] / 0.1, obs["ee_ori"], obs["gripper_states"][()] / 0.04],

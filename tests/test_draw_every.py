@@ -74,15 +74,6 @@ def test_a_sample_is_that_of_the_whole_film_at_its_step(whole, few, cache):
             assert_equal(one, other)
 
 
-def test_a_drawn_gap_leads_to_steps_that_were_drawn(few):
-    demos, _ = load(few)
-    gap = 3 * EVERY
-    frames = open_frames(demos, data_config(few, "data.cache=disk"), 32, CPU)  # raises where there is no picture
-    samples = samples_of(batches_of(demos, transition_rows(demos, gap), gap, frames=frames, gap=gap, gap_drawn=True))
-    drawn = {int(sample["actions"][:, 6].nonzero().max()) + 1 for sample in samples}
-    assert len(samples) == 3 * 4 and drawn == {5, 10, 15}
-
-
 def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():

@@ -12,9 +12,7 @@ from config import ModelConfig, load_config
 from jepa.temporal_predictor import (
     FORESIGHT,
     covariance_loss,
-    random_directions,
     representation_health,
-    sigreg_loss,
     variance_loss,
 )
 from jepa.tokenizer import resize_images
@@ -115,25 +113,6 @@ def test_covariance_loss_is_the_mean_squared_off_diagonal():
     covariance = torch.cov(z.T)
     expected = sum(covariance[i, j] ** 2 for i in range(5) for j in range(5) if i != j) / 5
     assert covariance_loss(z).item() == pytest.approx(expected.item(), rel=1e-9)
-
-
-def test_sigreg_is_the_closed_form_of_epps_and_pulleys_statistic():
-    """With the weight exp(-t^2 / 2) over all t the integral is a double sum over the sample."""
-    x = torch.randn(40, 1, dtype=torch.float64) * 0.7 + 0.3
-    pairs = torch.exp(-(x - x.T).square() / 2).mean()
-    alone = torch.exp(-x.square() / 4).mean() * 2 / math.sqrt(2)
-    expected = math.sqrt(2 * math.pi) * (pairs - alone + 1 / math.sqrt(3))
-    found = sigreg_loss(x, torch.ones(1, 1, dtype=torch.float64), points=2001, reach=12.0)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_sigreg_is_least_where_z_is_normal_in_every_direction():
-    normal = torch.randn(256, 16)
-    directions = random_directions(normal)
-    flat = torch.cat([normal[:, :8], torch.zeros(256, 8)], dim=1)
-    least = sigreg_loss(normal, directions)
-    for worse in (2 * normal, normal / 2, normal + 1, flat, torch.zeros(256, 16)):
-        assert sigreg_loss(worse, directions) > 2 * least
 
 
 def test_effective_rank_counts_the_dimensions_in_use():

@@ -75,7 +75,6 @@ def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
         "labels": labels_of(trainer, data.demos),
         "num_actions": gap,
         "gap": gap,
-        "gap_drawn": config.training.phase1.gap_drawn,
         "ahead": FORESIGHT if trainer.foresight else (),
         "frames": open_frames(data.demos, config.data, config.model.image_size, device),
     }
