@@ -30,7 +30,7 @@ SCENES = {  # name -> flags of run_libero_eval.py
 OWN_PICTURES = ("--visual_mesh_ratio", 1)
 BLIND = ("zero", "replay")  # standing still, and a training demonstration of the same words played again
 BLIND_TRIALS = 10  # of each task at most
-NO_REPLAY = ("lan",)  # no demonstration has its words
+NO_REPLAY = ("lan", "task")  # no demonstration has the words of the one, those with the other's are of several scenes
 
 
 def main() -> None:
