@@ -110,11 +110,18 @@ def _read(path: Path) -> tuple[str, list[str], np.ndarray]:
     if is_archive and path.suffix not in (".pkl", ".pickle", ".pt"):
         arrays = npz_arrays(path, ("texts", "encoder", "embeddings"))
         texts = arrays["texts"].astype(str).reshape(-1).tolist()
-        return str(arrays["encoder"]), texts, arrays["embeddings"].astype(np.float32)
+        return str(arrays["encoder"]), texts, _float32(arrays["embeddings"])
     found = pickled_arrays(path)
     if not isinstance(found, dict) or len({vector.size for vector in found.values()}) != 1:
         raise ValueError("expected texts with a vector each, all of one length")
-    return path.name, list(found), np.stack([vector.reshape(-1).astype(np.float32) for vector in found.values()])
+    return path.name, list(found), np.stack([_float32(vector.reshape(-1)) for vector in found.values()])
+
+
+def _float32(numbers: np.ndarray) -> np.ndarray:
+    """Raises ValueError for complex ones, whose imaginary part numpy would drop."""
+    if np.iscomplexobj(numbers):
+        raise ValueError(f"vectors are {numbers.dtype}, expected real ones")
+    return numbers.astype(np.float32)
 
 
 def same_language(first: LanguageTable, second: LanguageTable, where: str, other: str = "the checkpoint") -> None:

@@ -516,6 +516,13 @@ def test_embeddings_are_normalised_when_loaded(tmp_path):
     assert table[INSTRUCTION].norm().item() == pytest.approx(1)
 
 
+def test_complex_embeddings_are_refused(tmp_path):
+    path = tmp_path / EMBEDDINGS_FILE
+    write_embeddings(path, [INSTRUCTION], np.full((1, 512), 1 + 1j, np.complex64))
+    with pytest.raises(BadInput, match=r"not readable as language embeddings \(vectors are complex64, expected real"):
+        load_language(path, [INSTRUCTION], 512)
+
+
 def test_embeddings_lie_beside_the_demos_or_where_the_config_says(tmp_path):
     assert embeddings_files(data_config(tmp_path)) == [tmp_path / EMBEDDINGS_FILE]
     own = data_config(tmp_path, f"data.language_embeddings={tmp_path}/elsewhere/own.npz")
