@@ -115,7 +115,7 @@ ONE_TASK_ROWS = {
     "unscaled": ingredient("z as it is", phase2=("training.phase2.state_scaling=none",)),
 }
 
-# Pictures that are moved alike in both frames would be what is easiest to predict.
+# How both frames were moved could be predicted without knowing anything about the scene.
 DYNAMICS = (*UNSHIFTED, *recipe(foresight_weight=0))
 
 TEN_TASKS_ROWS = {
