@@ -290,7 +290,7 @@ def finish(
     if overall["decision_ms_mean"]:
         mean, median = overall["decision_ms_mean"], overall["decision_ms_median"]
         print(f"decisions: {mean:.1f} ms on average, median {median:.1f} ms")
-    if causes := causes_text(overall["lifted_in_failures"]):
+    if causes := causes_text(overall):
         print(f"the failures lifted: {causes}")
     for trouble, times in Counter(filter(None, map(trouble_of, episodes))).most_common():
         print(f"{times} x {trouble}")

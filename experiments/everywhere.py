@@ -91,7 +91,7 @@ def show(played: dict[str, dict], blind: dict[str, dict[str, dict]]) -> None:
         overall = results["overall"]
         lifted = overall["lifted_in_failures"]
         another = sum(lifted.values()) - lifted.get(NOTHING, 0) - lifted.get(ASKED_FOR, 0)
-        over_tasks = overall.get("interval_over_tasks")
+        over_tasks, fallen = overall.get("interval_over_tasks"), overall.get("fallen_in_failures")
         lines.append(
             [
                 cell,
@@ -99,12 +99,13 @@ def show(played: dict[str, dict], blind: dict[str, dict[str, dict]]) -> None:
                 percent(overall["interval"]),
                 percent(over_tasks) if over_tasks else "-",
                 lifted.get(NOTHING, 0),
+                "-" if fallen is None else fallen,
                 lifted.get(ASKED_FOR, 0),
                 another,
                 *(count(blind[cell][policy]["overall"]) if policy in blind[cell] else "-" for policy in BLIND),
             ]
         )
-    failures = ["lifted nothing", "lost what was asked", "took another"]
+    failures = ["lifted nothing", "target fell", "lost what was asked", "took another"]
     heads = ["scenes", "successes", "95%", "over tasks", *failures, "standing still", "replay"]
     print_table("LIBERO's own pictures", heads, lines)
 

@@ -94,7 +94,7 @@ def failures_section(
             f'<li id="{_name(episode)}">\n{_seen(directory, episode, where)}\n<h3>{where.capitalize()}</h3>\n'
             f'<p>{html.escape(instructions[episode["task_id"]])}</p>\n<p class="soft">{_became(episode)}</p></li>'
         )
-    causes = causes_text(overall["lifted_in_failures"])
+    causes = causes_text(overall)
     lifted = f" They lifted: {html.escape(causes)}." if causes else ""
     section = [f'<p class="soft">{len(failed)} of {overall["trials"]} episodes failed.{lifted}</p>']
     section.append('<ul class="cards">\n' + "\n".join(cards) + "\n</ul>")
@@ -117,14 +117,16 @@ def _seen(directory: Path, episode: dict, where: str) -> str:
 
 
 def _became(episode: dict) -> str:
-    """Such as "lifted milk_1, butter_1 (asked for); 280 steps"."""
+    """Such as "lifted milk_1; butter_1 (asked for) fell over; 280 steps"."""
     if episode.get("broken_by_policy") is not None:
         return f"broken off by the policy's own actions {html.escape(episode['broken_by_policy'])}"
     parts = [f"{episode['steps']} steps"]
     if "lifted" in episode:  # it was not always recorded
-        asked_for = episode["asked_for"]
-        lifted = [name + (" (asked for)" if name in asked_for else "") for name in episode["lifted"]]
-        parts.insert(0, f"lifted {', '.join(lifted) or 'nothing'}")
+        said = {name: f"{name} (asked for)" for name in episode["asked_for"]}
+        lifted, fallen = (
+            ", ".join(said.get(name, name) for name in episode.get(key, ())) for key in ("lifted", "fallen")
+        )
+        parts = [f"lifted {lifted or 'nothing'}", *([f"{fallen} fell over"] if fallen else []), *parts]
     return html.escape("; ".join(parts))
 
 
@@ -248,7 +250,7 @@ def episodes_section(
             f"<h3>Task {task_id}: {html.escape(task['task'])}</h3>",
             f'<ul class="chips">{"".join(f"<li>{_chip(directory, episode)}</li>" for episode in own)}</ul>',
         ]
-        if causes := causes_text(task["lifted_in_failures"]):
+        if causes := causes_text(task):
             section.append(f'<p class="soft">The failures lifted: {html.escape(causes)}.</p>')
         if task_id in grids:
             width, height = grids[task_id]

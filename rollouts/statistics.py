@@ -107,6 +107,7 @@ def summarise(episodes: Sequence[dict]) -> dict:
         "interval_over_tasks": interval_over_tasks(finished),
         "mean_steps_to_success": fmean(episode["steps"] for episode in solved) if solved else None,
         "lifted_in_failures": lifted_in_failures(finished),
+        "fallen_in_failures": fallen_in_failures(finished),
         "decision_ms_mean": fmean(decisions) if decisions else None,
         "decision_ms_median": median(decisions) if decisions else None,
     }
@@ -123,14 +124,23 @@ def lifted_in_failures(finished: Sequence[dict]) -> dict[str, int]:
     return dict(kinds.most_common())
 
 
-def causes_text(lifted: dict[str, int]) -> str:
-    """Such as "3 nothing, 2 the object asked for, 3 another (2 x milk_1, butter_1)", or ""."""
+def fallen_in_failures(finished: Sequence[dict]) -> int | None:
+    """How many failures never lifted an object asked for, and left it lying; None where no failure recorded that."""
+    failures = [episode for episode in finished if not episode["success"] and "fallen" in episode]
+    return sum(bool({*episode["asked_for"]} & {*episode["fallen"]}) for episode in failures) if failures else None
+
+
+def causes_text(summary: dict) -> str:
+    """Of `summarise`, such as "3 nothing, 2 the object asked for, 3 another (2 x milk_1, butter_1); the object asked
+    for fell over in 2", or ""."""
+    lifted = summary["lifted_in_failures"]
     others = {name: count for name, count in lifted.items() if name not in (NOTHING, ASKED_FOR)}
     parts = [f"{lifted[kind]} {kind}" for kind in (NOTHING, ASKED_FOR) if kind in lifted]
     if others:
         which = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in others.items())
         parts.append(f"{sum(others.values())} another ({which})")
-    return ", ".join(parts)
+    fallen = summary.get("fallen_in_failures")  # it was not always recorded
+    return ", ".join(parts) + (f"; {ASKED_FOR} fell over in {fallen}" if fallen else "")
 
 
 def summarise_tasks(instructions: dict[int, str], episodes: Sequence[dict]) -> list[dict]:

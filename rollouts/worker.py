@@ -26,7 +26,7 @@ from errors import BadInput, is_out_of_memory
 from observation import from_simulator
 from rollouts.episodes import LIFTED, STAND_STILL, WAIT_STEPS, Episode, Rollouts
 from rollouts.video import CONTROL_HZ, VIDEO_EVERY, VIDEO_SIZE, framed, upright, write_mp4, write_png
-from simulator.env import LiberoEnv, SimulatorError, make_env
+from simulator.env import LiberoEnv, SimulatorError, has_fallen, make_env
 from simulator.layouts import LAYOUTS
 from simulator.suites import make_suite
 
@@ -62,7 +62,7 @@ def play_episode(
     frames = []
     executed = hashlib.sha256()  # two episodes with the same fingerprint went exactly the same way
     steps, success, broken = 0, False, None
-    stood, lifted = env.object_heights(), []
+    heights, rotations, lifted = env.object_heights(), env.object_rotations(), []
     going_on = np.empty((0, 7))  # of the chunk before, while the policy decides
     while steps < rollouts.max_steps and not success and broken is None:
         chunk = ask(from_simulator(env.observe()) if rollouts.policy_looks else None)
@@ -82,7 +82,7 @@ def play_episode(
                 break
             steps += 1
             for name, height in env.object_heights().items():
-                if height > stood[name] + LIFTED and name not in lifted:
+                if height > heights[name] + LIFTED and name not in lifted:
                     lifted.append(name)
             if success or steps == rollouts.max_steps:
                 break
@@ -101,6 +101,11 @@ def play_episode(
         "broken_by_policy": broken,
         "asked_for": env.asked_for,  # objects
         "lifted": lifted,  # objects, in the order in which they left their place
+        "fallen": [  # objects that lie now, and were never lifted
+            name
+            for name, rotation in env.object_rotations().items()
+            if name not in lifted and has_fallen(rotations[name], rotation)
+        ],
     }
 
 

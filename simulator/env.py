@@ -19,6 +19,7 @@ POSE_ARRAYS = (
     "xpos", "xquat", "xmat", "xipos", "ximat",
 )  # fmt: skip
 UNDRAWN_GROUP = 5  # mjv_updateScene leaves this group away unless its options say otherwise
+FALLEN = 0.35  # rad by which what stood leans; a standing object settles within 0.02
 BOX_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 
 
@@ -41,6 +42,12 @@ def is_seen_only_directly(model, shapes) -> np.ndarray:
     mirrors = (model.mat_reflectance[model.geom_matid[is_flat]] > 0).any()  # LIBERO's stove does
     shades = (model.light_castshadow & model.light_active).any()
     return (model.geom_type != shapes.mjGEOM_PLANE) & (not (mirrors or shades))
+
+
+def has_fallen(stood: np.ndarray, now: np.ndarray) -> bool:
+    """Whether an object that stood with one rotation (3, 3) has fallen over in another one; turning in place is none of
+    it."""
+    return bool((now @ stood.T)[2, 2] < np.cos(FALLEN))
 
 
 def make_env(suite, task_id: int, image_size: int, visual_mesh_ratio: float = 1.0) -> "LiberoEnv":
@@ -235,6 +242,11 @@ class LiberoEnv:
         """Where the middle of each movable object is, in metres above the floor of the world."""
         heights = self.sim.data.body_xpos[:, 2]
         return {name: float(heights[self.domain.obj_body_id[name]]) for name in self.domain.objects_dict}
+
+    def object_rotations(self) -> dict[str, np.ndarray]:
+        """How each movable object is turned, (3, 3): its own axes, in the world's, are the columns."""
+        bodies, rotations = self.domain.obj_body_id, self.sim.data.body_xmat
+        return {name: rotations[bodies[name]].reshape(3, 3).copy() for name in self.domain.objects_dict}
 
     def check_success(self) -> bool:
         return bool(self._env.check_success())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.env import LiberoEnv
+from simulator.env import LiberoEnv, has_fallen
 
 OPEN, CLOSED = -1.0, 1.0
 SETTLE_STEPS = 5  # the objects drop onto the floor; LIBERO's files leave these steps out
@@ -24,7 +24,6 @@ CLEAR_OF_RIM = 0.165  # lowest height of the carried object's bottom on its way 
 MISSED_BY = 0.02, 0.05  # from the middle of the grasp that was missed on purpose
 UNNOTICED_STEPS = 70  # after it, at most: long enough to be over the basket with nothing in the hand
 ACTION_NOISE = 0.05
-FALLEN = 0.35  # rad by which what was upright leans; a standing object settles within 0.02
 REACH = 0.77  # from the base. Beyond, the elbow stretches to its limit, from where the hand does not come back.
 
 
@@ -65,7 +64,7 @@ class ScriptedExpert:
 
     def settle(self) -> Iterator[np.ndarray]:
         """The hand waits until the objects have dropped onto the floor."""
-        self.placed = self._object_rotation(self.target)
+        self.placed = self.env.object_rotations()[self.target]
         for _ in range(SETTLE_STEPS):
             yield np.array([0, 0, 0, 0, 0, 0, OPEN])
         _, rotation = self._hand()
@@ -73,8 +72,7 @@ class ScriptedExpert:
 
     def why_target_cannot_be_taken(self) -> str:
         """After `settle()`: why this is no scene to show a grasp in, or "" if it is one."""
-        turned = self._object_rotation(self.target) @ self.placed.T
-        if turned[2, 2] < np.cos(FALLEN):
+        if has_fallen(self.placed, self.env.object_rotations()[self.target]):
             return "the target fell over"
         base = self.env.domain.robots[0].base_pos
         if np.linalg.norm((self._object_position(self.target) - base)[:2]) > REACH:
@@ -245,9 +243,6 @@ class ScriptedExpert:
 
     def _object_position(self, name: str) -> np.ndarray:
         return self.env.sim.data.body_xpos[self.env.domain.obj_body_id[name]].copy()
-
-    def _object_rotation(self, name: str) -> np.ndarray:
-        return self.env.sim.data.body_xmat[self.env.domain.obj_body_id[name]].reshape(3, 3).copy()
 
     def _over_basket(self, bottom_height: float) -> np.ndarray:
         """Where the hand (3,) must be for the object in it to hang over the basket, its bottom at `bottom_height`."""

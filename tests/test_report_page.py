@@ -85,7 +85,8 @@ def reports(tmp_path_factory) -> Path:
         other = finish(still, None, None, {})
     broken = {"broken_by_policy": "after 3 steps: the action [nan, 0, 0, 0, 0, 0, -1] is not finite", "steps": 3}
     episodes = [
-        *(episode(0, trial) for trial in range(11)), failure(0, 11), failure(0, 12, "milk_1", "butter_1"),
+        *(episode(0, trial) for trial in range(11)), failure(0, 11, fallen=["butter_1"]),
+        failure(0, 12, "milk_1", "butter_1"),
         episode(0, 13), episode(3, 0, earlier="killed by SIGKILL"), failure(3, 1, "butter_1"),
         failure(3, 2, **broken), failure(3, 3, "chocolate_pudding_1"), episode(3, 4, error=CRASH),
         *(episode(12, trial) for trial in range(3)),
@@ -227,7 +228,7 @@ def test_failures_come_first_each_with_its_last_frame_its_instruction_and_what_i
     assert broken_pictures(tab) == []
     cards = dict(zip(of_each(tab, ".cards li", "one.id"), of_each(tab, ".cards li", "one.innerText"), strict=True))
     expected = {
-        "task0-11": (0, 11, "lifted nothing; 280 steps"),
+        "task0-11": (0, 11, "lifted nothing; butter_1 (asked for) fell over; 280 steps"),
         "task0-12": (0, 12, "lifted milk_1, butter_1 (asked for); 280 steps"),
         "task3-1": (3, 1, "lifted butter_1 (asked for); 280 steps"),
         "task3-2": (3, 2, "broken off by the policy's own actions after 3 steps: the action [nan, 0, 0, "),

@@ -733,25 +733,29 @@ def test_layouts_are_of_random_resets_and_have_episodes_and_a_title_of_their_own
             replace(shuffled, **changes)
 
 
-def test_a_failure_is_told_by_what_it_lifted(tmp_path):
-    def failure(trial: int, *lifted: str) -> dict:
-        return episode(6, trial, success=False) | {"asked_for": ["butter_1"], "lifted": [*lifted]}
+def test_a_failure_is_told_by_what_it_lifted_and_knocked_over(tmp_path):
+    def failure(trial: int, *lifted: str, **outcome) -> dict:
+        return episode(6, trial, success=False) | {"asked_for": ["butter_1"], "lifted": [*lifted]} | outcome
 
     solved = episode(6, 0) | {"asked_for": ["butter_1"], "lifted": ["butter_1"]}
     failures = [failure(1), failure(2, "milk_1", "butter_1"), failure(3, "milk_1"), failure(4, "ketchup_1"), failure(5)]
     row = summarise([solved, *failures, episode(6, 6, success=False), episode(6, 7, error="died")])
     found = row["lifted_in_failures"]
     assert found == {"nothing": 2, "the object asked for": 1, "milk_1": 1, "ketchup_1": 1}  # 6 was not recorded yet
-    text = causes_text(found)
-    assert text == "2 nothing, 1 the object asked for, 2 another (milk_1, ketchup_1)"
-    assert causes_text({"milk_1": 2, "butter_1": 1}) == "3 another (2 x milk_1, butter_1)"
+    text = "2 nothing, 1 the object asked for, 2 another (milk_1, ketchup_1)"
+    assert causes_text(row) == text and row["fallen_in_failures"] is None
+    assert causes_text({"lifted_in_failures": {"milk_1": 2, "butter_1": 1}}) == "3 another (2 x milk_1, butter_1)"
+    failures[0]["fallen"], failures[2]["fallen"] = ["butter_1", "milk_1"], ["ketchup_1"]
+    row, text = summarise([solved, *failures]), f"{text}; the object asked for fell over in 1"
+    assert causes_text(row) == text
     folder = folder_with(tmp_path, solved, *failures)
     results = {
         "title": "t", "overall": row, "tasks": [{"task_id": 6, "task": "pick"} | row], "episodes": folder.episodes,
         "settings": SETTINGS, "checkpoint": None, "checkpoint_epoch": None, "code": [], "renderer": [],
         "side_by_side": {},
     }  # fmt: skip
-    assert text in Page(write_report(tmp_path, results).read_text()).text
+    page = Page(write_report(tmp_path, results).read_text()).text
+    assert text in page and "lifted nothing; butter_1 (asked for), milk_1 fell over; 100 steps" in page
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -12,6 +12,7 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -133,8 +134,28 @@ def test_what_was_lifted_is_recorded_in_its_order(tmp_path):
     short = replace(rollouts, max_steps=5)
     random_reset = play_episode(env, episode, None, short, lambda obs: np.tile(STAND_STILL, (5, 1)))
     assert random_reset["lifted"] == [] and random_reset["fingerprint"] != outcome["fingerprint"]
+    assert random_reset["fallen"] == outcome["fallen"] == []
+    check_that_what_was_knocked_over_is_recorded(env, episode, init_state, short)
     check_that_a_late_decision_is_the_same_actions_in_another_order(env, episode, init_state, rollouts)
     env.close()
+
+
+def check_that_what_was_knocked_over_is_recorded(env, episode, init_state, rollouts):
+    """Of three objects one is laid down, one turned in place, and one laid down and lifted."""
+    down, turned, taken = "ketchup_1", "orange_juice_1", "tomato_sauce_1"
+
+    def hand(obs):
+        for name, axis, height in ((down, [1.0, 0, 0], 0), (turned, [0, 0, 1.0], 0), (taken, [1.0, 0, 0], 0.2)):
+            joint, turn = env.domain.objects_dict[name].joints[-1], np.empty(4)
+            pose = env.sim.data.get_joint_qpos(joint).copy()
+            pose[2] += height
+            mujoco.mju_axisAngle2Quat(turn, np.array(axis), np.pi / 2)
+            mujoco.mju_mulQuat(pose[3:], turn, pose[3:].copy())
+            env.sim.data.set_joint_qpos(joint, pose)
+        return np.tile(STAND_STILL, (5, 1))
+
+    outcome = play_episode(env, episode, init_state, rollouts, hand)
+    assert (outcome["lifted"], outcome["fallen"]) == ([taken], [down])
 
 
 def check_that_a_late_decision_is_the_same_actions_in_another_order(env, episode, init_state, rollouts):
