@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, run
 
 from collection import demonstrator
-from collection.demonstrator import Demonstrator, Outcome, begins_after_a_miss, demonstrate, expert_at_start
+from collection.demonstrator import Demonstrator, Outcome, demonstrate, expert_at_start, is_of_share
 from collection.files import DemoSettings, check_settings, settings_text
 from collection.task_demos import libero_attributes
 from config import load_config
@@ -301,7 +301,7 @@ def test_missed_grasps_are_spread_over_all_scenes_of_an_instruction(tasks):
     butter = [task for task in tasks if task.target == "butter_1"]
     for share in (0.4, 0.5, 0.25, 1 / 3, 0.0, 1.0):
         chosen = np.array(
-            [[begins_after_a_miss(attempt, share, task.rank / task.scenes) for attempt in range(12)] for task in butter]
+            [[is_of_share(attempt, share, task.rank / task.scenes) for attempt in range(12)] for task in butter]
         )
         assert (abs(chosen.sum(axis=1) - 12 * share) < 1).all()  # no scene has all of them, and none has none
         assert abs(chosen[:, :2].sum() - 12 * share) <= 2
