@@ -117,7 +117,7 @@ class Phase1Config:
     gaze_scenes_weight: NumberOrZero
     place_weight: NumberOrZero
     place_scenes_weight: NumberOrZero
-    place_of: Literal["target", "target_and_goal"]
+    place_of: Literal["target", "target_and_goal", "target_goal_and_hand"]
     proprioception_masking: Share
     image_shift: CountOrZero
 

@@ -37,6 +37,13 @@ from observation import CAMERAS, state_of_width
 from state_encoder import JEPAStateEncoder
 from training.checkpoint import read_checkpoint
 
+# training.phase1.place_of -> the labels that the head of place tells, (B, 3) each
+PLACED = {
+    "target": ("target_place",),
+    "target_and_goal": ("target_place", "goal_place"),
+    "target_goal_and_hand": ("target_place", "goal_place", "end_effector_place"),
+}
+
 
 class StateVLA(nn.Module):
     """Observation -> z_t -> a chunk of ten actions.
@@ -180,7 +187,7 @@ class StateVLATrainer(nn.Module):
         self.gripper_noise = config.phase2.gripper_noise
         self.inverse_dynamics = self.foresight = None
         self.place = None
-        self.placed = ("target_place", "goal_place")[: 2 if recipe.place_of == "target_and_goal" else 1]
+        self.placed = PLACED[recipe.place_of]
         if phase == 1:
             gaze, place = float(model.config.gaze), float(recipe.place_weight > 0)
             taught = {
@@ -274,7 +281,7 @@ class StateVLATrainer(nn.Module):
                 losses["foresight"] = F.mse_loss(foreseen, self.robot_normalizer.normalize(rows["robot_ahead"]))
             for name, z in (("place", z_t), ("place_scenes", rows.get("scenes_z"))):
                 if self.place is not None and z is not None and name in self.weights:
-                    truth, told = self.place_normalizer.normalize(rows[f"{name}_truth"]), self.place(z)  # (B, 3 or 6)
+                    truth, told = self.place_normalizer.normalize(rows[f"{name}_truth"]), self.place(z)  # (B, 3 to 9)
                     known = truth.isfinite()
                     errors = (told - torch.where(known, truth, told.detach())).square()
                     losses[name] = errors.sum() / known.sum().clamp_min(1)
@@ -300,7 +307,7 @@ class StateVLATrainer(nn.Module):
             taught = losses_of_looks(tokenizer.eyes, looks, batch["target_at"])  # (B, 2) each
             part |= {f"gaze_{name}": values for name, values in taught.items()}
         if "place" in self.weights:
-            part["place_truth"] = self.places_in(batch)  # (B, 3 or 6), NaN where it is not known
+            part["place_truth"] = self.places_in(batch)  # (B, 3 to 9), NaN where it is not known
         if "scenes" in batch:
             part |= self.scenes_rows(batch["scenes"])
         part["z_next_pred"] = encoder.predictor(part["z_t"], batch["actions"])  # (B, D), z_t + delta
@@ -323,7 +330,7 @@ class StateVLATrainer(nn.Module):
         return part
 
     def places_in(self, labels: dict[str, Tensor]) -> Tensor:
-        """What the head of place is to tell: where the target is, and the goal with it where place_of says so."""
+        """What the head of place is to tell, (B, 3) for each of PLACED."""
         return torch.cat([labels[name] for name in self.placed], dim=1)
 
     def hidden_arms(self, rows: Tensor) -> Tensor | None:
@@ -359,7 +366,7 @@ class StateVLATrainer(nn.Module):
     @torch.no_grad()
     def see(self, obs: dict[str, np.ndarray], instruction: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """One frame, as `StateVLA.decide` -> where each eye looks (2, 2), the middle of its highest cell, and where
-        place tells the object to be (3,) in metres, or it and its goal (6,); None without eyes, or that head."""
+        place tells the object to be, and what else it tells, (3,) each in metres; None without eyes, or that head."""
         batch, encoder = self.model.batch_of(obs, instruction), self.model.state_encoder
         looks = encoder.tokenizer.looks(batch)
         at = [eye.cells[look.scores.argmax()] for eye, look in zip(encoder.tokenizer.eyes, looks, strict=True)]

@@ -48,12 +48,13 @@ class Scenes:
 
     def draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """Scenes at random, in each of which one of the objects that the first camera sees is asked for: pictures,
-        robot state, language, target_at (B, 2, 2), target_place and goal_place (B, 3)."""
+        robot state, language, target_at (B, 2, 2), target_place, goal_place and end_effector_place (B, 3)."""
         chosen = torch.randint(len(self), (count,))
         asked = torch.multinomial(in_view(self.at[chosen, 0]).float(), 1).squeeze(1)
         batch = {name: values[chosen] for name, values in (self.pictures | self.robot_state).items()}
         batch |= {"language": self.language[asked], "target_at": self.at[chosen, :, asked]}
         batch |= {"target_place": self.places[chosen, asked], "goal_place": self.goals[chosen]}
+        batch["end_effector_place"] = batch["ee_pos"]
         return {name: values.to(device) for name, values in batch.items()}
 
 

@@ -108,7 +108,7 @@ def figures(shown: Sequence[Shown]) -> dict:
     told = [(scene.seen.place, scene) for scene in shown if scene.seen.place is not None]
     if told:
         result |= _errors([(place[:2], scene.place[:2]) for place, scene in told], "mm")
-    both = [(place[3:5], scene.goal[:2]) for place, scene in told if len(place) == 6 and scene.goal is not None]
+    both = [(place[3:5], scene.goal[:2]) for place, scene in told if len(place) >= 6 and scene.goal is not None]
     if both:
         result |= _errors(both, "goal_mm")
     return result

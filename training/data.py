@@ -58,7 +58,7 @@ def load_data(config: Config, phase: int, device: torch.device, held_out: Sequen
     scenes = None
     if phase == 1 and config.data.scenes:
         scenes = load_scenes(Path(config.data.scenes), config.model.image_size, language)
-        if config.training.phase1.place_of == "target_and_goal" and not scenes.goals.isfinite().all():
+        if config.training.phase1.place_of != "target" and not scenes.goals.isfinite().all():
             raise BadInput(
                 f"data.scenes: some files of {config.data.scenes} do not say where the target is to be brought "
                 "(attribute bddl_file_content, an obj_of_interest that can move), which training.phase1.place_of needs"
@@ -82,7 +82,7 @@ def phase1_samples(trainer: StateVLATrainer, data: Data, config: Config) -> dict
 
 def labels_of(trainer: StateVLATrainer, demos: Sequence[Demo]) -> dict[str, Tensor]:
     """What phase 1 is told of the simulator's states, by row: where the asked object appears on both pictures (N, 2, 2)
-    and where it and, with place_of target_and_goal, its goal are (N, 3), each only where a loss needs it."""
+    and where it and what else place_of names are (N, 3), each only where a loss needs it."""
     advice = "training.phase1.{}_weight needs it; set it to 0 to do without labels"
     labels = {}
     if "gaze" in trainer.weights:
