@@ -23,6 +23,7 @@ from observation import CAMERAS, SIMULATOR_KEYS, STATE_WIDTHS
 from simulator.env import make_env
 from simulator.suites import make_suite
 from statevla_model import StateVLATrainer, build_trainer, component_table, load_encoder
+from training.data import labels_of
 from training.run_log import PHASE_DIRECTORIES
 
 NEEDED = "gaze needs it"
@@ -168,19 +169,23 @@ def taught_batch(rows: int = 4) -> dict:
             "target_at": torch.rand(rows, 2, 2) * 2.4 - 1.2,
             "target_place": torch.randn(rows, 3),
             "goal_place": torch.randn(rows, 3),
+            "end_effector_place": torch.randn(rows, 3),
         }
 
     return phase1_batch(rows) | labels() | {"scenes": random_observation(rows) | labels()}
 
 
-def test_the_goal_is_told_beside_the_target_and_learns_nothing_where_it_is_not_known():
+@pytest.mark.parametrize(
+    ("place_of", "others"), [("target_and_goal", ["goal"]), ("target_goal_and_hand", ["goal", "end_effector"])]
+)
+def test_goal_and_hand_are_told_beside_the_target_and_nothing_is_learnt_where_one_is_not_known(place_of, others):
     torch.manual_seed(0)
-    weights = ("training.phase1.place_weight=1", "training.phase1.place_of=target_and_goal")
+    weights = ("training.phase1.place_weight=1", f"training.phase1.place_of={place_of}")
     trainer = build_trainer(small_config(*weights), phase=1)
     batch = taught_batch(6)
     del batch["scenes"]
     batch["goal_place"][4] = torch.nan
-    truth = torch.cat([batch["target_place"], batch["goal_place"]], dim=1)
+    truth = torch.cat([batch[f"{name}_place"] for name in ("target", *others)], dim=1)
     trainer.place_normalizer.fit(truth[truth.isfinite().all(dim=1)])
     loss = trainer(batch)["place"]
     errors = trainer.place(trainer.model.encode(batch["obs"])) - trainer.place_normalizer.normalize(truth)
@@ -311,12 +316,27 @@ def test_a_scene_asks_for_one_of_its_objects_and_says_where_it_is(collected_demo
     torch.testing.assert_close(scenes.goals, simulator_truth(demo, NEEDED)["goal"][:-1], equal_nan=True)
     torch.manual_seed(0)
     drawn = scenes.draw(64, CPU)
+    torch.testing.assert_close(drawn["end_effector_place"], drawn["ee_pos"])
     assert drawn["agentview_rgb"].shape == (64, 32, 32, 3)
     asked = (drawn["language"] @ torch.stack(list(language.embeddings.values())).T).argmax(dim=1)
     assert {*asked.tolist()} == {0, 1}  # its own task's and another
     for n in range(64):
         same = (scenes.pictures["agentview_rgb"] == drawn["agentview_rgb"][n]).all(dim=(1, 2, 3)).nonzero().squeeze(1)
         torch.testing.assert_close(scenes.at[same[0], :, asked[n]], drawn["target_at"][n], equal_nan=True)
+
+
+def test_the_hand_of_a_demonstration_is_where_its_file_has_it(collected_demos):
+    trainer = build_trainer(
+        small_config("training.phase1.place_weight=1", "training.phase1.place_of=target_goal_and_hand"), phase=1
+    )
+    demos = load(collected_demos)[0]
+    labels = labels_of(trainer, demos)
+    assert list(labels) == ["target_place", "goal_place", "end_effector_place"]
+    for demo in demos:
+        with h5py.File(demo.path) as file:
+            hand = torch.from_numpy(file["data"][demo.key]["obs/ee_pos"][()]).float()
+        rows = slice(demo.first_row, demo.first_row + len(demo))
+        torch.testing.assert_close(labels["end_effector_place"][rows], hand)
 
 
 def test_the_arm_of_a_scene_stands_as_the_simulator_said(collected_demos, scenes_file):
