@@ -38,10 +38,7 @@ from simulator.self_check import simulator_difference
 from simulator.suites import make_suite, parse_task_ids
 
 # Flags that say what a demonstration is like.
-DEMOS_ALONE = (
-    "demos_per_task", "obs_alignment", "start_noise", "shift_target", "missed_grasps", "lying_targets", "layouts",
-    "draw_every",
-)  # fmt: skip
+DEMOS_ALONE = "demos_per_task", "obs_alignment", "start_noise", "shift_target", "missed_grasps", "layouts", "draw_every"
 
 
 def report(tasks: Sequence[TaskDemos]) -> None:
@@ -94,8 +91,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--missed_grasps", type=float, default=0.0, metavar="SHARE",
         help="share of the demos that begin after a grasp that missed, where the expert notices and tries again; the "
         "miss itself is not recorded (default: %(default)s)")
-    add("--lying_targets", type=float, default=0.0, metavar="SHARE",
-        help="with shuffled layouts, share of the demos that begin with the target on its side (default: %(default)s)")
     add("--layouts", choices=("libero", "shuffled"), default="libero",
         help="libero: every object at its own place; shuffled: objects exchange their places, are moved by up to "
         f"{MOVED_BY:g} m, and any of them is asked for (default: %(default)s)")
@@ -135,10 +130,6 @@ def check_arguments(args: argparse.Namespace, folder: Path, wanted: int) -> None
         raise BadInput(f"--shift_target {args.shift_target}: expected 0, shuffled layouts move every object already")
     if not 0 <= args.missed_grasps <= 1:
         raise BadInput(f"--missed_grasps {args.missed_grasps}: expected a share of the demos, 0 to 1")
-    if not 0 <= args.lying_targets <= 1:
-        raise BadInput(f"--lying_targets {args.lying_targets}: expected a share of the demos, 0 to 1")
-    if args.lying_targets and args.layouts != "shuffled":
-        raise BadInput(f"--lying_targets {args.lying_targets}: expected 0 without --layouts shuffled")
     if not 1 <= args.draw_every <= SHORTEST_DEMO // 2:  # the shortest demo then has two pictures
         raise BadInput(f"--draw_every {args.draw_every}: expected 1 to {SHORTEST_DEMO // 2} steps")
     if args.seed < 0:
@@ -161,7 +152,7 @@ def demos_of(
     """The names of the files to be collected, and what reads how far they are, once this process alone writes them."""
     settings = DemoSettings(
         args.image_size, args.visual_mesh_ratio, args.obs_alignment, args.start_noise, args.seed, args.shift_target,
-        args.missed_grasps, args.layouts, args.draw_every, args.lying_targets,
+        args.missed_grasps, args.layouts, args.draw_every,
     )  # fmt: skip
     orders: list[tuple[int, int, ShuffledTask | None]] = [(task_id, wanted, None) for task_id in task_ids]
     if args.layouts == "shuffled":

@@ -19,7 +19,7 @@ from errors import BadInput, is_out_of_memory
 from observation import DRAW_EVERY, SIMULATOR_KEYS, SIMULATOR_QUATERNION, axis_angle
 from provenance import code_version
 from simulator.env import LiberoEnv, SimulatorError
-from simulator.layouts import ShuffledTask, graspable, lay_down, training_layout
+from simulator.layouts import ShuffledTask, graspable, training_layout
 from simulator.scripted_expert import ScriptedExpert
 
 LONGEST_DEMO = 245  # steps; LIBERO's own longest of this suite has 254
@@ -49,28 +49,25 @@ def demonstrate(
 ) -> Demonstration | None:
     """Lets the expert try once, without drawing. None when it failed, or solved the task in less than SHORTEST_DEMO.
 
-    With `asked` the layout is shuffled, and in settings.lying_targets of them the target lies on its side. A layout
-    whose target has fallen over by itself, has no room to lie or is out of reach before the expert begins is drawn
-    anew, and `discarded` gets the reason.
+    With `asked` the layout is shuffled. One whose target has fallen over or lies out of reach before the expert begins
+    is drawn anew, and `discarded` gets the reason.
     """
-    offset = asked.rank / asked.scenes if asked else 0.0
     if asked is None:
         rng = np.random.default_rng([settings.seed, task_id, attempt])
         expert = expert_at_start(env, rng, settings)
     else:
         env.ask_for(asked.target)
-        lies = is_of_share(attempt, settings.lying_targets, offset)
         rng = np.random.default_rng([settings.seed, task_id, attempt, 1 + graspable(env).index(asked.target)])
         for _ in range(LAYOUTS_DRAWN):
-            expert = expert_at_start(env, rng, settings, shuffled=True, lies=lies)
-            why_not = expert.why_target_cannot_be_taken(lies)
+            expert = expert_at_start(env, rng, settings, shuffled=True)
+            why_not = expert.why_target_cannot_be_taken()
             if not why_not:
                 break
             if discarded is not None:
                 discarded.append(why_not)
         else:
             raise SimulatorError(f"in none of {LAYOUTS_DRAWN} layouts {asked.target} could be taken: {why_not}")
-    if is_of_share(attempt, settings.missed_grasps, offset):
+    if begins_after_a_miss(attempt, settings.missed_grasps, offset=asked.rank / asked.scenes if asked else 0.0):
         for action in expert.missed_grasp():
             env.step(action)
     actions, states, proprioception, poses = [], [], [env.proprioception()], [env.poses()]
@@ -90,10 +87,9 @@ def demonstrate(
 
 
 def expert_at_start(
-    env: LiberoEnv, rng: np.random.Generator, settings: DemoSettings, shuffled: bool = False, lies: bool = False
+    env: LiberoEnv, rng: np.random.Generator, settings: DemoSettings, shuffled: bool = False
 ) -> ScriptedExpert:
-    """Draws a scene, where the target `lies` on its side, and lets its objects settle. -> the expert that is to act in
-    it."""
+    """Draws a scene and lets its objects settle. -> the expert that is to act in it."""
     env.reset(seed=int(rng.integers(2**31)))
     if shuffled:
         env.place_objects(training_layout(env, rng))
@@ -101,16 +97,14 @@ def expert_at_start(
     if settings.shift_target:
         env.shift_target(rng, settings.shift_target)
     expert = ScriptedExpert(env, rng)
-    if lies:
-        lay_down(env, rng, expert.target)
     for action in expert.settle():
         env.step(action)
     return expert
 
 
-def is_of_share(attempt: int, share: float, offset: float = 0.0) -> bool:
-    """Which attempts are the `share` of them that begins otherwise, spread evenly over those of a file. Files that
-    share an instruction have other offsets, from 0 to 1, so that theirs do not all come at once."""
+def begins_after_a_miss(attempt: int, share: float, offset: float = 0.0) -> bool:
+    """Which attempts are recorded from a missed grasp on: `share` of them, spread evenly over those of a file. Files
+    that share an instruction have other offsets, from 0 to 1, so that their misses do not all come at once."""
     return int((attempt + 1) * share + offset) > int(attempt * share + offset)
 
 

@@ -34,7 +34,6 @@ class DemoSettings:
     missed_grasps: float = 0.0
     layouts: str = "libero"  # this and what follows are written only where they say something else
     draw_every: int = 1  # steps from one drawn frame to the next
-    lying_targets: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def settings_text(settings: DemoSettings | SceneSettings) -> str:
-    unsaid = {("layouts", "libero"), ("draw_every", 1), ("lying_targets", 0.0)}  # as in files that are older than they
+    unsaid = {("layouts", "libero"), ("draw_every", 1)}  # as in files that are older than they
     told = {name: value for name, value in asdict(settings).items() if (name, value) not in unsaid}
     return json.dumps({"program": "collect_demos.py", **told})
 

@@ -190,23 +190,6 @@ class LiberoEnv:
         self.sim.forward()
         self._read_sensors_anew()
 
-    @_breakdowns_named()
-    def turn_object(self, name: str, axis: np.ndarray, angle: float) -> None:
-        """Turns an object by `angle` in rad about a world `axis` (3,) of length 1 through its origin; its lowest corner
-        keeps its height. Call it after `reset()`."""
-        mujoco, data = import_libero().mujoco, self.sim.data
-        joint = self.domain.objects_dict[name].joints[-1]
-        pose, turn, turned = np.array(data.get_joint_qpos(joint)), np.zeros(4), np.zeros(4)
-        mujoco.mju_axisAngle2Quat(turn, axis, angle)
-        mujoco.mju_mulQuat(turned, turn, pose[3:])
-        pose[3:], bottom = turned, self.collision_boxes(name)[..., 2].min()
-        data.set_joint_qpos(joint, pose)
-        self.sim.forward()
-        pose[2] += bottom - self.collision_boxes(name)[..., 2].min()
-        data.set_joint_qpos(joint, pose)
-        self.sim.forward()
-        self._read_sensors_anew()
-
     def ask_for(self, target: str) -> None:
         """Changes the object that a "pick up the X and place it in the Y" is about: what `obj_of_interest` names and
         `check_success` looks at. It stays so until the next call."""

@@ -38,7 +38,6 @@ Layout = dict[str, np.ndarray]  # object or basket -> x and y (2,)
 MOVED_BY = 0.05
 CLEARANCE = 0.02  # between the collision geometries of two objects, beyond LIBERO's own radii: room for a finger
 SETTLES_WITHIN = 0.005  # of where it is put
-HEADINGS = 50  # drawn before an object has no room to lie in
 TRIES = 2000  # layouts and moves drawn before a scene counts as one that has no room
 
 # Scene (the object that LIBERO itself asks for in it) -> three pairs. The first is LIBERO-PRO's. Of the three ways to
@@ -115,21 +114,6 @@ def layout_with_withheld_place(env: LiberoEnv, rng: np.random.Generator, target:
     """A layout for evaluation: exchanged and moved as in training, but `target` stands in the withheld cell beside its
     place. Use it, and see errors, as `training_layout`."""
     return _moved(env, rng, lambda: _exchanged(env, rng), to_withheld_cell=target)
-
-
-def lay_down(env: LiberoEnv, rng: np.random.Generator, target: str) -> None:
-    """Lays `target` on its side where it stands, with a random heading among those that leave the others their
-    clearance; where there is none it stands as before. Call it after `env.reset()` or `env.place_objects`."""
-    origin = {name: env.sim.data.body_xpos[env.domain.obj_body_id[name]][:2].copy() for name in env.domain.objects_dict}
-    others = {name: _footprint(env, name) for name in env.domain.objects_dict if name != target}
-    for _ in range(HEADINGS):
-        heading = rng.uniform(0, 2 * np.pi)
-        axis = np.array([np.cos(heading), np.sin(heading), 0.0])
-        env.turn_object(target, axis, np.pi / 2)
-        lying = _footprint(env, target)
-        if all(_gap(lying, origin[target], other, origin[name]) > CLEARANCE for name, other in others.items()):
-            return
-        env.turn_object(target, axis, -np.pi / 2)
 
 
 LAYOUTS: dict[str, Callable[[LiberoEnv, np.random.Generator, str], Layout]] = {
@@ -216,13 +200,8 @@ def _footprint(env: LiberoEnv, name: str) -> Footprint:
 
 def _are_clear(first: Footprint, at: np.ndarray, second: Footprint, second_at: np.ndarray) -> bool:
     """LIBERO's radii are smaller than the objects (the basket's is a third of it), so the geometry counts, too."""
-    is_clear = _gap(first, at, second, second_at) > CLEARANCE
-    return bool(is_clear and np.linalg.norm(at - second_at) > first.radius + second.radius)
-
-
-def _gap(first: Footprint, at: np.ndarray, second: Footprint, second_at: np.ndarray) -> float:
-    """Between the two, along x or y, whichever is more; below 0 they overlap."""
-    return float(np.maximum(at + first.low - second_at - second.high, second_at + second.low - at - first.high).max())
+    gap = np.maximum(at + first.low - second_at - second.high, second_at + second.low - at - first.high)  # (2,)
+    return bool(gap.max() > CLEARANCE and np.linalg.norm(at - second_at) > first.radius + second.radius)
 
 
 # ----------------------------------------------------------------------------------------------- scenes and their files

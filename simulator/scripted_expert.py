@@ -41,8 +41,8 @@ class Grasp:
 class ScriptedExpert:
     """The expert of one episode; its gains, heights and aim are drawn from `rng`, so no two episodes look alike.
 
-    Use after `env.reset()`, while the target stands: every action of `settle()`, then perhaps of `missed_grasp()`, then
-    of `actions()` goes to `env.step`.
+    Use after `env.reset()`: every action of `settle()`, then perhaps of `missed_grasp()`, then of `actions()` goes to
+    `env.step`.
 
     Tall objects are taken near their top. Lower down, the palm would stand on a carton or a bottle before the fingers
     are where they should be: the hand then presses for a second before it closes, from which a policy learns to press
@@ -52,7 +52,6 @@ class ScriptedExpert:
     def __init__(self, env: LiberoEnv, rng: np.random.Generator):
         self.env, self.rng = env, rng
         self.target, self.basket = env.domain.obj_of_interest[:2]
-        self.stood = env.object_rotations()[self.target]
         self.hand_site = env.sim.model.site_name2id("gripper0_grip_site")
         self.pads = [env.sim.model.geom_name2id(f"gripper0_finger{i}_pad_collision") for i in (1, 2)]
         self.position_gain = rng.uniform(9, 13)
@@ -65,17 +64,16 @@ class ScriptedExpert:
 
     def settle(self) -> Iterator[np.ndarray]:
         """The hand waits until the objects have dropped onto the floor."""
+        self.placed = self.env.object_rotations()[self.target]
         for _ in range(SETTLE_STEPS):
             yield np.array([0, 0, 0, 0, 0, 0, OPEN])
         _, rotation = self._hand()
         self.upright, self.upright_yaw = _pointing_down(rotation), self._closing_yaw()
 
-    def why_target_cannot_be_taken(self, lies: bool = False) -> str:
-        """After `settle()`: why this is no scene to show a grasp in, of a target that stands, or one that `lies`; "" if
-        it is one."""
-        fell = has_fallen(self.stood, self.env.object_rotations()[self.target])
-        if fell != lies:
-            return "the target fell over" if fell else "the target does not lie"
+    def why_target_cannot_be_taken(self) -> str:
+        """After `settle()`: why this is no scene to show a grasp in, or "" if it is one."""
+        if has_fallen(self.placed, self.env.object_rotations()[self.target]):
+            return "the target fell over"
         base = self.env.domain.robots[0].base_pos
         if np.linalg.norm((self._object_position(self.target) - base)[:2]) > REACH:
             return "the target is out of reach"

@@ -24,7 +24,7 @@ from helpers import ROOT, batches_of, load, samples_of
 import collect_demos
 from collect_demos import report
 from collection import demonstrator, task_demos
-from collection.demonstrator import Demonstration, Demonstrator, Outcome, demonstrate, is_of_share, write_demo
+from collection.demonstrator import Demonstration, Demonstrator, Outcome, begins_after_a_miss, demonstrate, write_demo
 from collection.files import UNFINISHED, DemoSettings, claimed, settings_text, written_hdf5
 from collection.pool import collect, how_it_ended
 from collection.task_demos import TaskDemos, check_expert
@@ -206,7 +206,7 @@ def test_a_demo_after_a_missed_grasp_shows_the_second_attempt_alone(env, episode
 
 @pytest.mark.parametrize("share, expected", [(0.0, 0), (0.3, 6), (0.4, 8), (1.0, 20)])
 def test_missed_grasps_are_spread_evenly_over_the_attempts(share, expected):
-    chosen = [is_of_share(attempt, share) for attempt in range(20)]
+    chosen = [begins_after_a_miss(attempt, share) for attempt in range(20)]
     assert sum(chosen) == expected
     assert abs(sum(chosen[:10]) - expected / 2) <= 0.5
 
@@ -758,8 +758,6 @@ def test_which_of_several_folders_is_to_be_filled_is_asked(said_by, monkeypatch,
         (["--visual_mesh_ratio", "nan"], "--visual_mesh_ratio nan: expected above 0 and at most 1"),
         (["--start_noise", "inf"], "--start_noise inf: expected 0 to 1 rad"),
         (["--shift_target", "nan"], "--shift_target nan: expected 0 to 0.2 metres"),
-        (["--lying_targets", "1.5"], "--lying_targets 1.5: expected a share of the demos, 0 to 1"),
-        (["--lying_targets", "0.1"], "--lying_targets 0.1: expected 0 without --layouts shuffled"),
         (["--missed_grasps", "nan"], "--missed_grasps nan: expected a share of the demos, 0 to 1"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--num_workers", "0"], "--num_workers 0: expected at least 1"),

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,7 +13,7 @@ import torch
 from helpers import ROOT, run
 
 from collection import demonstrator
-from collection.demonstrator import Demonstrator, Outcome, demonstrate, expert_at_start, is_of_share
+from collection.demonstrator import Demonstrator, Outcome, begins_after_a_miss, demonstrate, expert_at_start
 from collection.files import DemoSettings, check_settings, settings_text
 from collection.task_demos import libero_attributes
 from config import load_config
@@ -24,16 +23,14 @@ from errors import BadInput
 from rollouts.episodes import STAND_STILL, Episode, Rollouts
 from rollouts.policies import read_demo
 from rollouts.worker import play_episode
-from simulator.env import LiberoEnv, has_fallen, make_env
+from simulator.env import LiberoEnv, make_env
 from simulator.layouts import (
-    CLEARANCE,
     MOVED_BY,
     WITHHELD_CELLS,
     WITHHELD_PAIRS,
     cell_by_rule,
     graspable,
     in_withheld_cell,
-    lay_down,
     layout_with_withheld_exchange,
     layout_with_withheld_place,
     paired_by_rule,
@@ -304,7 +301,7 @@ def test_missed_grasps_are_spread_over_all_scenes_of_an_instruction(tasks):
     butter = [task for task in tasks if task.target == "butter_1"]
     for share in (0.4, 0.5, 0.25, 1 / 3, 0.0, 1.0):
         chosen = np.array(
-            [[is_of_share(attempt, share, task.rank / task.scenes) for attempt in range(12)] for task in butter]
+            [[begins_after_a_miss(attempt, share, task.rank / task.scenes) for attempt in range(12)] for task in butter]
         )
         assert (abs(chosen.sum(axis=1) - 12 * share) < 1).all()  # no scene has all of them, and none has none
         assert abs(chosen[:, :2].sum() - 12 * share) <= 2
@@ -355,64 +352,9 @@ def test_a_layout_whose_target_fell_over_is_no_attempt_and_is_counted(env, milk,
     assert len(placed) == 2 and not (placed[0]["milk_1"] == placed[1]["milk_1"]).all()
 
 
-def test_what_is_laid_down_lies_on_the_floor_beside_the_others(env, milk):
-    env.ask_for(milk.target)
-    headings = []
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        env.reset(seed=seed)
-        env.place_objects(training_layout(env, rng))
-        before, boxes = env.object_rotations(), {name: env.collision_boxes(name) for name in graspable(env)}
-        lay_down(env, rng, milk.target)
-        after, lying = env.object_rotations(), env.collision_boxes(milk.target)
-        turned = after[milk.target] @ before[milk.target].T
-        assert turned[2, 2] == pytest.approx(0, abs=1e-6)  # a quarter turn about a horizontal axis
-        headings.append(np.arctan2(turned[1, 2], turned[0, 2]))
-        assert lying[..., 2].min() == pytest.approx(boxes[milk.target][..., 2].min(), abs=1e-6)
-        assert lying[..., 2].max() < boxes[milk.target][..., 2].max() - 0.02  # a carton is taller than wide
-        low, high = lying.min(axis=(0, 1))[:2], lying.max(axis=(0, 1))[:2]
-        for name in set(boxes) - {milk.target}:
-            np.testing.assert_array_equal(after[name], before[name])
-            its_low, its_high = boxes[name].min(axis=(0, 1))[:2], boxes[name].max(axis=(0, 1))[:2]
-            assert np.maximum(its_low - high, low - its_high).max() > CLEARANCE - 1e-6
-    assert np.ptp(headings) > np.pi  # they fall in all directions
-
-
-def test_a_share_of_the_demos_begins_with_the_target_on_its_side(env, milk):
-    settings = replace(SETTINGS, lying_targets=0.5)
-    expected = [is_of_share(attempt, 0.5, milk.rank / milk.scenes) for attempt in range(2)]
-    assert sorted(expected) == [False, True]
-    env.ask_for(milk.target)
-    env.reset(seed=0)
-    stood = env.object_rotations()[milk.target]
-    for attempt, lies in enumerate(expected):
-        demo = demonstrate(env, SCENE, attempt, settings, milk)
-        env.sim.set_state_from_flattened(demo.states[0])
-        env.sim.forward()
-        assert has_fallen(stood, env.object_rotations()[milk.target]) == lies
-        if not lies:
-            as_before = demonstrate(env, SCENE, attempt, SETTINGS, milk)
-            np.testing.assert_array_equal(demo.actions, as_before.actions)
-
-
-def test_a_target_that_has_no_room_to_lie_is_no_attempt(env, milk, monkeypatch):
-    laid, lay = [], demonstrator.lay_down
-
-    def lay_the_second_alone(*arguments):
-        laid.append(arguments)
-        if len(laid) > 1:
-            lay(*arguments)
-
-    monkeypatch.setattr(demonstrator, "lay_down", lay_the_second_alone)
-    monkeypatch.setattr(demonstrator, "LONGEST_DEMO", 3)
-    discarded: list[str] = []
-    demonstrate(env, SCENE, 0, replace(SETTINGS, lying_targets=1.0), milk, discarded)
-    assert discarded[0] == "the target does not lie" and len(laid) == 1 + len(discarded)
-
-
 def test_files_of_liberos_layouts_are_what_they_were_and_are_not_mixed_with_shuffled_ones(tmp_path):
     libero = DemoSettings(64, 0.2, "after", 0.02, 0)
-    assert not {"layouts", "lying_targets"} & set(json.loads(settings_text(libero)))
+    assert "layouts" not in json.loads(settings_text(libero))
     with h5py.File(tmp_path / "demos.hdf5", "w") as file:
         file.attrs["collector"] = settings_text(libero)
         check_settings(tmp_path, file, libero)
