@@ -4,7 +4,8 @@ Collapse: effective rank and spread of z, in all, within a task and within an ep
 Probes: what a linear map and a small MLP read out of a frozen z, fitted on the training demos: where the target object,
 its goal and the end effector are, and how far the gripper is open. The truth comes from the simulator states in the
 HDF5 file. The same with the robot's own joints masked: they are an input, so that finding the end effector in z proves
-little. The target before the grasp is apart, because afterwards it moves with the hand.
+little. The target before the grasp is apart, because afterwards it moves with the hand, and so is the way to it, by
+which a policy aims: errors of hand and target may cancel there, or add up.
 Prediction: the error of the predicted z, up to 20 frames ahead, as a share of the error of predicting no change.
 
 A frame is a step of 0.05 s; of demos with pictures of every few alone, these frames are what z is known of.
@@ -99,7 +100,9 @@ def all_probes(inputs: dict[str, Tensor], truths: Sequence[dict], task: Tensor, 
     results = {}
     for name, z in inputs.items():
         results[name] = {quantity: probe(z, values, task, split) for quantity, values in truth.items()}
-        results[name]["target before the grasp"] = probe(z, truth["target"][:, :2], task, split, before_grasp)
+        places = {"target": truth["target"], "way to the target": truth["target"] - truth["end_effector"]}
+        for quantity, values in places.items():
+            results[name][f"{quantity} before the grasp"] = probe(z, values[:, :2], task, split, before_grasp)
     return results
 
 

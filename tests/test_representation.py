@@ -11,7 +11,7 @@ from libero_files import write_task_file
 
 from demos.simulator_truth import simulator_truth
 from errors import BadInput
-from representation import prediction_errors, probe, spread_within
+from representation import all_probes, prediction_errors, probe, spread_within
 from simulator.env import make_env
 from simulator.suites import make_suite
 from statevla_model import build_trainer
@@ -70,6 +70,19 @@ def test_probes_ignore_frames_without_truth_and_frames_left_out():
     among = torch.ones(400, dtype=torch.bool)
     truth[320:], among[320:] = 1e6, False
     assert probe(z, truth, torch.zeros(400), 300, among)["linear"]["mm"] < 20  # of a spread of 1,250
+
+
+def test_a_z_whose_errors_of_hand_and_target_cancel_knows_the_way_alone():
+    torch.manual_seed(0)
+    episodes, frames, lifted = 60, 20, 5
+    target = (0.1 * torch.randn(episodes, 1, 3)).repeat(1, frames, 1)
+    target[:, -lifted:] += 0.1  # where it is in the hand, and nothing is aimed at any more
+    hand, error = 0.1 * torch.randn(episodes, frames, 3), 0.02 * torch.randn(episodes, frames, 3)
+    z = torch.cat([target + error, hand + error], dim=2).flatten(0, 1)
+    truths = [{"target": one, "end_effector": other} for one, other in zip(target, hand, strict=True)]
+    found = all_probes({"z": z}, truths, torch.zeros(len(z)), split=50 * frames)["z"]
+    assert found["way to the target before the grasp"]["linear"]["mm"] < 2
+    assert found["target before the grasp"]["linear"]["mm"] > 15 < found["end_effector"]["linear"]["mm"]
 
 
 def test_a_coordinate_that_does_not_vary_has_no_r2():
@@ -159,7 +172,12 @@ def test_a_phase1_checkpoint_is_reported_from_the_command_line(collected_demos, 
     run("train.py", "--phase", 1, *both)
     checkpoint = tmp_path / "phase1_temporal_jepa/checkpoint_best.pt"
     said = run("eval.py", "--checkpoint", checkpoint, "--output", tmp_path / "report.json").stdout
-    for words in ("effective rank", "target before the grasp, proprioception masked", "share of copying z"):
+    for words in (
+        "effective rank",
+        "target before the grasp, proprioception masked",
+        "way to the target before the grasp ",
+        "share of copying z",
+    ):
         assert words in said
     picture = tmp_path / "phase1_temporal_jepa/representation.png"
     assert picture.stat().st_size > 50_000
