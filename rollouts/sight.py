@@ -34,7 +34,7 @@ class Seen(NamedTuple):
     """What an encoder says of an observation; None where it has no eyes, or no head of place."""
 
     at: np.ndarray | None  # (2, 2) of each camera, right and up from the picture's middle, whose edges are -1 and 1
-    place: np.ndarray | None  # (3,) in metres; where the head tells the goal's place, too, (6,)
+    place: np.ndarray | None  # (3,) in metres; where the head tells the goal's place, too, (6,), and the hand's, (9,)
 
 
 See = Callable[[dict, str], Seen]  # observation, instruction

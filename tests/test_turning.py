@@ -89,12 +89,13 @@ def test_words_that_the_policy_does_not_know_are_never_said(env):
     assert {turn.change for turn in alone} == {"exchanged", "moved"}
 
 
-def test_sight_knows_where_the_object_is_in_layouts_that_differ(env):
+@pytest.mark.parametrize("hand", [(), (0.1, 0.2, 0.3)], ids=["target_and_goal", "target_goal_and_hand"])
+def test_sight_knows_where_the_object_is_in_layouts_that_differ(env, hand):
     def all_knowing(obs: dict, told: str) -> Seen:
         assert told == BUTTER and obs["agentview_rgb"].shape == (64, 64, 3)
         place = env.sim.data.body_xpos[env.domain.obj_body_id["butter_1"]]
         basket = env.sim.data.body_xpos[env.domain.obj_body_id["basket_1"]]
-        told = np.concatenate([place + off, basket + np.array([0.006, 0.008, 1.0])])
+        told = np.concatenate([place + off, basket + np.array([0.006, 0.008, 1.0]), hand])
         return Seen(kinematics.on_pictures(env.state()[None], ["butter_1"])[0, :, 0], told)
 
     kinematics, off = Kinematics(env.model_xml, "the scene", "the test needs it"), np.array([0.003, -0.004, 1.0])
