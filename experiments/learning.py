@@ -227,7 +227,8 @@ class Run:
             "minutes": [phase1["training_minutes"], actions["training_minutes"]],
             "precision": [report.get("precision", precision) for report in (phase1, actions)],
             "rollouts": {cell: rollouts(self.folder / cell) for cell in self.cells()},
-            "by_task": {cell: rollouts_by_task(self.folder / cell) for cell in self.cells()},
+            "episodes": {cell: episodes_by_task(self.folder / cell) for cell in self.cells()},
+            "lifted_in_failures": {cell: lifted_in_failures(self.folder / cell) for cell in self.cells()},
         }
 
 
@@ -269,10 +270,21 @@ def rollouts(folder: Path) -> list[int] | None:
     return [played["overall"]["successes"], played["overall"]["trials"]] if played else None
 
 
-def rollouts_by_task(folder: Path) -> dict[int, list[int]] | None:
-    """Task id -> [successes, trials]."""
+def episodes_by_task(folder: Path) -> dict[int, str] | None:
+    """Task id -> a digit for each episode, 1 where it was solved: what two rows are paired by."""
     played = played_in(folder)
-    return {row["task_id"]: [row["successes"], row["trials"]] for row in played["tasks"]} if played else None
+    if played is None:
+        return None
+    digits: dict[int, str] = {}
+    for episode in sorted(played["episodes"], key=lambda episode: (episode["task_id"], episode["trial"])):
+        digits[episode["task_id"]] = digits.get(episode["task_id"], "") + str(int(episode["success"]))
+    return digits
+
+
+def lifted_in_failures(folder: Path) -> dict[str, int] | None:
+    """What was lifted -> in how many failures."""
+    played = played_in(folder)
+    return played["overall"]["lifted_in_failures"] if played else None
 
 
 def show(results: dict) -> None:

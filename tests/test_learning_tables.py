@@ -75,6 +75,17 @@ def test_rows_that_train_the_encoder_in_phase_2_shift_its_pictures_as_phase_1_do
     assert differs_from_best("end_to_end", 2) == untrained | in_phase_2
 
 
+def test_a_published_row_has_every_episode_that_it_counts():
+    rows = json.loads((ROOT / TEN.results).read_text())["rows"]
+    seeds = [seed for row in rows.values() for seed in row["seeds"].values()]
+    assert len(seeds) > len(TEN.seeds)
+    for of_seed in seeds:
+        for cell, count in of_seed["rollouts"].items():
+            digits = "".join(of_seed["episodes"][cell].values()) if count else ""
+            assert not count or [digits.count("1"), len(digits)] == count
+            assert not count or sum(of_seed["lifted_in_failures"][cell].values()) == digits.count("0")
+
+
 @pytest.mark.parametrize("phase", PHASE_DIRECTORIES)
 def test_the_plain_row_is_its_config_file_and_nothing_else(phase):
     assert config_of("ten_tasks", "plain", phase) == load_config([*TEN.configs, "conf/plain.yaml"], TEN.changes)
