@@ -271,20 +271,21 @@ def rollouts(folder: Path) -> list[int] | None:
 
 
 def episodes_by_task(folder: Path) -> dict[int, str] | None:
-    """Task id -> a digit for each episode, 1 where it was solved: what two rows are paired by."""
+    """Task id -> a sign for each episode, 1 solved, 0 not, - crashed: what two rows are paired by."""
     played = played_in(folder)
     if played is None:
         return None
-    digits: dict[int, str] = {}
+    signs: dict[int, str] = {}
     for episode in sorted(played["episodes"], key=lambda episode: (episode["task_id"], episode["trial"])):
-        digits[episode["task_id"]] = digits.get(episode["task_id"], "") + str(int(episode["success"]))
-    return digits
+        sign = "-" if episode["crashed"] else str(int(episode["success"]))
+        signs[episode["task_id"]] = signs.get(episode["task_id"], "") + sign
+    return signs
 
 
 def lifted_in_failures(folder: Path) -> dict[str, int] | None:
-    """What was lifted -> in how many failures."""
+    """What was lifted -> in how many failures; None where it was not looked at, as in earlier evaluations."""
     played = played_in(folder)
-    return played["overall"]["lifted_in_failures"] if played else None
+    return played["overall"].get("lifted_in_failures") if played else None
 
 
 def show(results: dict) -> None:
