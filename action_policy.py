@@ -30,12 +30,13 @@ class Normalizer(nn.Module):
         self.register_buffer("mean", torch.full((dim,), torch.nan))
         self.register_buffer("std", torch.full((dim,), torch.nan))
 
-    def fit(self, values: Tensor) -> None:
-        """values (n, dim): those of the training demos alone."""
+    def fit(self, values: Tensor, least_std: float = 0.0) -> None:
+        """values (n, dim): those of the training demos alone. A dimension with less spread than `least_std` counts as
+        having it; without one, what does not vary is not scaled."""
         values = values.cpu().double()  # Apple's GPUs have no float64
         std = values.std(dim=0, correction=0)
         self.mean.copy_(values.mean(dim=0).float())
-        self.std.copy_(torch.where(std < CONSTANT_STD, 1.0, std).float())
+        self.std.copy_(torch.where(std < CONSTANT_STD, least_std or 1.0, std.clamp(min=least_std)).float())
 
     def normalize(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std

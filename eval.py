@@ -38,7 +38,7 @@ from rollouts.sight import LAYOUTS_SEEN, Seen, sight
 from rollouts.turning import CHANGES, turning
 from simulator.env import SimulatorError
 from statevla_model import StateVLA, StateVLATrainer, trainer_from_checkpoint
-from training.checkpoint import config_of, read_checkpoint
+from training.checkpoint import config_of, instructions_of, read_checkpoint
 from training.processes import choose_device
 
 SCENES_TO_TURN_IN = 2  # random resets of each task, for --turning
@@ -106,7 +106,7 @@ def evaluate_turning(model: StateVLA, checkpoint: dict, arguments: argparse.Name
     """Phase 2: does the policy look?"""
     if checkpoint["phase"] != 2:
         raise BadInput(f"--turning: {arguments.checkpoint} is of phase {checkpoint['phase']}, a policy is of phase 2")
-    observation, instructions = checkpoint["observation"], list(checkpoint["language"]["embeddings"])
+    observation, instructions = checkpoint["observation"], instructions_of(checkpoint)
     check_observation(observation, arguments.checkpoint)
 
     def decide(obs: dict, instruction: str) -> np.ndarray:
@@ -132,7 +132,7 @@ def evaluate_sight(trainer: StateVLATrainer, checkpoint: dict, arguments: argpar
     """Either phase with gaze, phase 1 with place: does the encoder see what the words ask for?"""
     if not trainer.model.config.gaze and trainer.place is None:
         raise BadInput(f"--sight: {arguments.checkpoint} has neither model.gaze nor a head of place")
-    observation, instructions = checkpoint["observation"], list(checkpoint["language"]["embeddings"])
+    observation, instructions = checkpoint["observation"], instructions_of(checkpoint)
     check_observation(observation, arguments.checkpoint)
     found = sight(lambda *seen: Seen(*trainer.see(*seen)), instructions, observation, SCENES_TO_SEE, arguments.seed)
     print("what the words ask for, in scenes that were never seen: found on the pictures, and told from z")

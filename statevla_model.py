@@ -61,7 +61,9 @@ class StateVLA(nn.Module):
         self.state_scaling = StateScaling(config.state_dim)
         self.policy = FlowMatchingPolicy(config)
         self.gripper = GripperClassifier(config)
-        self.language: LanguageTable | None = None  # the instructions that a checkpoint brings; no part of the weights
+        # What a checkpoint brings beside the weights:
+        self.language: LanguageTable | None = None  # the instructions that it knows
+        self.flow_start = "noise"  # training.phase2.flow_start
 
     def encode(self, obs: dict[str, Tensor]) -> Tensor:
         """-> z_t (B, D)."""
@@ -93,15 +95,15 @@ class StateVLA(nn.Module):
         self,
         obs: dict[str, Tensor],
         sample_steps: int = 4,
-        flow_start: str = "noise",
+        flow_start: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """-> actions (B, H, 7): six pose deltas in robot units, [-1, 1], and the gripper, -1 (open) or +1 (close).
 
         The flow is integrated in `sample_steps` Euler steps from Gaussian noise or, with flow_start "zero", from the
-        noise's mean, which makes the answer deterministic.
+        noise's mean, which makes the answer deterministic; None is the checkpoint's own.
         """
-        x_1 = self.start_of_flow(len(obs["language"]), flow_start, generator)
+        x_1 = self.start_of_flow(len(obs["language"]), flow_start or self.flow_start, generator)
         return self.act(self.encode(obs), x_1, sample_steps)
 
     def start_of_flow(self, batch: int, flow_start: str, generator: torch.Generator | None = None) -> Tensor:
@@ -166,9 +168,9 @@ class RecordedDecision:
 class StateVLATrainer(nn.Module):
     """Routes between the phases: forward(batch) gives the losses of its phase, `loss` being the one to minimise.
 
-    Phase 1 trains tokenizer, context encoder and temporal predictor (and the heads of inverse dynamics and foresight,
-    where their weights are not 0); phase 2 trains flow policy and gripper classifier and, with `freeze_encoder` False,
-    tokenizer and context encoder too. Everything else is frozen and stays in eval mode.
+    Phase 1 trains tokenizer, context encoder and temporal predictor (and the heads of inverse dynamics, foresight and
+    place, where their weights are not 0); phase 2 trains flow policy and gripper classifier and, with `freeze_encoder`
+    False, tokenizer and context encoder too. Everything else is frozen and stays in eval mode.
     """
 
     def __init__(self, model: StateVLA, phase: int, config: TrainingConfig | None = None):
@@ -428,9 +430,11 @@ def model_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLA:
 
 def trainer_from_checkpoint(checkpoint: dict, source: str | Path) -> StateVLATrainer:
     """The same with the heads of its phase, in eval mode."""
-    trainer = build_trainer(parse_config(checkpoint["config"], str(source)), checkpoint["phase"])
+    config = parse_config(checkpoint["config"], str(source))
+    trainer = build_trainer(config, checkpoint["phase"])
     load_weights(trainer, checkpoint["model_state_dict"], source)
     trainer.model.language = LanguageTable(**checkpoint["language"])
+    trainer.model.flow_start = config.training.phase2.flow_start
     return trainer.eval()
 
 

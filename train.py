@@ -48,7 +48,7 @@ from rollouts.evaluation import tasks_of
 from statevla_model import build_trainer, count_parameters, load_encoder, load_weights
 from training.average import WeightAverage, set_parameters
 from training.bad_steps import BadSteps, demos_of
-from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, read_checkpoint
+from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, instructions_of, read_checkpoint
 from training.data import both_batches, fit_statistics, load_data, phase1_samples, phase2_samples
 from training.interruption import Interrupted, Interruption
 from training.optimizer import (
@@ -98,7 +98,7 @@ def main() -> None:
         data = load_data(config, phase, device, source["held_out_demos"] if source else ())
         rollout_interval = config.training.phase2.rollout_interval if phase == 2 else 0
         if rollout_interval and is_first_rank():  # what would stop the rollouts stops the run here and now
-            tasks_of(config.training.phase2.rollout_suite, list(data.language.embeddings))
+            tasks_of(config.training.phase2.rollout_suite, data.told_in_demos)
 
         # Model and what of it this phase trains. Weights come from the checkpoint: strictly, or not at all.
         torch.manual_seed(config.training.seed)
@@ -153,7 +153,7 @@ def main() -> None:
         total_steps = recipe.num_epochs * steps_per_epoch
         progress = Progress(processes, samples_per_step, before)
         first_epoch = resumed["epoch"] if resumed else 0
-        progress.check_alike(first_epoch, training_samples)
+        progress.check_alike(first_epoch, training_samples, source_path)
         step = (first_epoch + 1) * steps_per_epoch - (training_samples - progress.samples) // samples_per_step
         report(
             f"phase {phase}: {training_samples:,} training samples, {steps_per_epoch:,} steps an epoch "
@@ -177,13 +177,18 @@ def main() -> None:
         if not rollout_interval:  # where none are played any more, success decides nothing
             best = Score(NO_SCORE.success, best.loss)
         # What a checkpoint keeps beside the guide's six keys: an evaluation needs no other file.
+        kept_config = config.to_dict()
+        if phase == 2 and source:  # the encoder's are those that it was trained with
+            kept_config["training"]["phase1"] = source["config"]["training"]["phase1"]
+            kept_config["data"]["scenes"] = source["config"]["data"]["scenes"]
         facts = {
-            "config": config.to_dict(),
+            "config": kept_config,
             "phase": phase,
             "code": code_version(),
             "precision": precision,
             "observation": data.observation,
             "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
+            "instructions": sorted({*data.instructions, *(instructions_of(source) if source else ())}),
             "held_out_demos": [demo.name for demo in data.held_out_demos],
             "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
         }
@@ -202,7 +207,7 @@ def main() -> None:
                 "model_state_dict": trainer.state_dict(),
                 "last_weights": list(last_weights),  # of `trained`, to be resumed from
                 "optimizer_state_dict": optimizer.state_dict(),
-                "progress": progress.to_dict(samples, log, bad_steps, updates),
+                "progress": progress.to_dict(samples, training_samples, log, batches.waited, bad_steps, updates),
             }
 
         def averaged() -> contextlib.AbstractContextManager[Sequence[Tensor]]:
@@ -229,7 +234,9 @@ def main() -> None:
                 with processes.first_alone():
                     if is_first_rank():
                         pictures = log.directory / f"rollouts_{epoch}"
-                        success = play_rollouts(trainer, data.language, data.observation, config, pictures)
+                        success = play_rollouts(
+                            trainer, data.language, data.told_in_demos, data.observation, config, pictures
+                        )
                         metrics |= {"success_rate": success} if success >= 0 else {}
             log.write_validation(epoch, step, metrics, config.model.state_dim)
             check_finite(metrics, step, advice, untouched=step == 0)

@@ -33,8 +33,8 @@ AT_ONCE = 500  # scenes whose pictures are read and made smaller together
 class Scenes:
     """pictures of each camera (N, S, S, 3) uint8 and every part of the robot state (N, width); of each object that can
     be asked for, NaN where a scene does not have it, `at` (N, 2, K, 2), right and up from the pictures' middles, and
-    `places` (N, K, 3) in metres; `goals` (N, 3), to which objects are to be brought; language (K, D) of the
-    instructions that ask for them."""
+    `places` (N, K, 3) in metres; `goals` (N, 3), to which objects are to be brought; the K instructions that ask for
+    them, and language (K, D) of these."""
 
     pictures: dict[str, Tensor]
     robot_state: dict[str, Tensor]
@@ -42,6 +42,7 @@ class Scenes:
     places: Tensor
     goals: Tensor
     language: Tensor
+    instructions: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.at)
@@ -82,6 +83,7 @@ def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scene
         torch.cat([torch.stack([one.places for one in objects], dim=1) for objects in known]),
         torch.cat([file.goals for file in files]),
         torch.stack([language[text] for text in texts]),
+        tuple(texts),
     )
     if not (seen := in_view(scenes.at[:, 0]).any(dim=1)).all():
         raise BadInput(f"data.scenes: {folder} has {int((~seen).sum())} scenes without any object in {CAMERAS[0]}")

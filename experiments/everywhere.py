@@ -5,8 +5,9 @@
     python -m experiments.everywhere --checkpoint FILE --blind        beside it, what policies get that do not look
 
 Episodes are those of run_libero_eval.py, in LIBERO's own pictures. An interrupted evaluation goes on where it stopped,
-and what is there is not played again. All of it takes about an hour of two cores, and the blind ones half as long. The
-table and every episode are written to --output_dir as everywhere.json.
+episodes that crashed are played again, and no others are; those of other weights are refused. All of it takes about an
+hour of two cores, and the blind ones half as long. The table and every episode are written to --output_dir as
+everywhere.json.
 """
 
 import json
@@ -53,23 +54,18 @@ def main() -> None:
     workers = ("--num_workers", flags.num_workers) if flags.num_workers else ()
 
     def play(name: str, policy: str = "checkpoint") -> dict:
-        """The results of one evaluation, made now or before."""
+        """The results of one evaluation, whose episodes were played now or before."""
         start, trials, *further = SCENES[name]
         if policy in BLIND:
             trials = min(trials, BLIND_TRIALS)
         if flags.quick:  # one, and not to its end
             trials, further = 1, [*further, "--tasks", 0, "--max_steps", 20]
         evaluation = folder / (f"{name}_{policy}" if policy in BLIND else name)
-        results = evaluation / "results.json"
-        if not results.exists():
-            script(
-                "run_libero_eval.py", "--checkpoint", flags.checkpoint, "--policy", policy, *OWN_PICTURES,
-                start, trials, *further, *workers, "--output_dir", evaluation,
-            )  # fmt: skip
-        played = json.loads(results.read_text())
-        if (other := played["checkpoint"]) != flags.checkpoint:
-            sys.exit(f"error: {results} is of {other}, not of {flags.checkpoint}; choose another --output_dir")
-        return played
+        script(
+            "run_libero_eval.py", "--checkpoint", flags.checkpoint, "--policy", policy, *OWN_PICTURES,
+            start, trials, *further, *workers, "--output_dir", evaluation,
+        )  # fmt: skip
+        return json.loads((evaluation / "results.json").read_text())
 
     played = {name: play(name) for name in names}
     blind: dict[str, dict[str, dict]] = {name: {} for name in names}

@@ -2,6 +2,7 @@
 what it was trained on, and its limits. All of it is taken from the checkpoint and from evaluations of these weights."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rollouts.episodes import step_limit
 from rollouts.evaluation import SAMPLE_STEPS
 from rollouts.statistics import over_tasks, read_results
 from simulator.suites import numbers_text
+from training.checkpoint import instructions_of
 
 HEADER = """---
 license: mit
@@ -62,7 +64,7 @@ def evaluations_of(paths: Sequence[Path], sha256: str) -> dict[Path, dict]:
 def card_of(checkpoint: dict, place: str, evaluations: Mapping[Path, dict]) -> str:
     """place: what the commands call the folder."""
     config, observation = checkpoint["config"], checkpoint["observation"]
-    instructions = list(checkpoint["language"]["embeddings"])
+    instructions = instructions_of(checkpoint)
     is_policy = checkpoint["phase"] == 2
     several = f"{len(instructions)} instructions" if len(instructions) > 1 else "one instruction"
     code = checkpoint.get("code", "unknown")
@@ -160,7 +162,10 @@ def training(checkpoint: dict) -> list[str]:
         f"{held_out} whole demos were held out; `{FACTS}` lists them.",
         f"- Pictures: {observation['image_size']} px, seen at {config['model']['image_size']} px"
         + (f", drawn with meshes thinned to {thinned:g}." if thinned < 1 else "."),
-        f"- Validation loss {checkpoint['loss']:.4f} after epoch {checkpoint['epoch']} of phase {phase}.",
+        *labels(config),
+        f"- Validation loss {checkpoint['loss']:.4f} after epoch {checkpoint['epoch']} of phase {phase}."
+        if math.isfinite(checkpoint["loss"])
+        else f"- Saved within epoch {checkpoint['epoch'] + 1} of phase {phase}, and not validated.",
         f"- Instructions are vectors of the encoder {checkpoint['language']['encoder']}.",
         "",
         f"Settings (`{FACTS}` has all of them):",
@@ -168,10 +173,23 @@ def training(checkpoint: dict) -> list[str]:
         "| setting | value |",
         "|---|---|",
     ]
-    sections = {"model": config["model"], f"training.phase{phase}": config["training"][f"phase{phase}"]}
+    sections = {"model": config["model"]} | {
+        f"training.phase{n}": config["training"][f"phase{n}"] for n in (1, 2) if n <= phase
+    }
     for section, values in sections.items():
         lines += [f"| `{section}.{key}` | {json.dumps(value)} |" for key, value in values.items()]
     return lines
+
+
+def labels(config: dict) -> list[str]:
+    """What a demonstration on a real robot would not have had."""
+    phase1 = config["training"]["phase1"]
+    is_told = {
+        "gaze": config["model"]["gaze"] and (phase1["gaze_weight"] or phase1["gaze_scenes_weight"]),
+        "place": phase1["place_weight"],
+    }
+    told = " and ".join(name for name, told in is_told.items() if told)
+    return [f"- Labels: the encoder's {told} learnt where things are from the simulator's states."] if told else []
 
 
 def observed_state(observation: dict) -> str:
@@ -180,7 +198,7 @@ def observed_state(observation: dict) -> str:
 
 
 def limits(checkpoint: dict, is_evaluated: bool) -> list[str]:
-    instructions, observation = list(checkpoint["language"]["embeddings"]), checkpoint["observation"]
+    instructions, observation = instructions_of(checkpoint), checkpoint["observation"]
     lines = [
         "- It was trained on demonstrations in the LIBERO simulator, and nothing is known of a real robot.",
         f"- It expects raw pictures ({observation['image_orientation']} orientation) of the cameras "
@@ -189,5 +207,6 @@ def limits(checkpoint: dict, is_evaluated: bool) -> list[str]:
     ]
     if is_evaluated:
         lines.append("- The figures are of the simulator and the versions named with them, and of no others.")
-    lines.append(f"- It was told {'these instructions' if len(instructions) > 1 else 'this instruction'} and no other:")
+    these = "these instructions" if len(instructions) > 1 else "this instruction"
+    lines.append(f"- It was trained on {these} and no other:")
     return lines + [f"  - {instruction}" for instruction in instructions]

@@ -9,6 +9,7 @@ What only a training needs to go on, such as the optimizer's state, stays behind
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import safetensors
@@ -24,7 +25,7 @@ EMBEDDINGS = "language.embeddings"  # (n, lang_emb_dim), beside the weights
 LARGEST_FACTS = 32_000_000  # bytes; the demos that are held out are listed in it
 KEPT = (
     "schema", "code", "phase", "epoch", "step", "loss", "best_loss", "success", "best_success", "precision",
-    "observation", "held_out_demos", "split_rule", "config",
+    "observation", "instructions", "held_out_demos", "split_rule", "config",
 )  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"
 
@@ -55,7 +56,7 @@ def write_folder(checkpoint: dict, directory: Path, card: str) -> None:
         own, same_as = _each_once(checkpoint["model_state_dict"])
         embeddings = torch.stack(list(language["embeddings"].values()))
         weights = safetensors.torch.save(own | {EMBEDDINGS: embeddings}, metadata={"format": "pt"})
-        facts = {key: checkpoint[key] for key in KEPT if key in checkpoint} | {
+        facts = {key: _as_json(checkpoint[key]) for key in KEPT if key in checkpoint} | {
             "config": portable(checkpoint["config"]),
             "language": {"encoder": language["encoder"], "instructions": list(language["embeddings"])},
             "weights": {
@@ -70,26 +71,44 @@ def write_folder(checkpoint: dict, directory: Path, card: str) -> None:
                 stream.write(content)
 
 
+def _as_json(value):
+    """JSON has no NaN, the loss of a checkpoint that was not validated, and no infinity, that of no best one yet."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def portable(config: dict) -> dict:
     """The settings without the places of one machine, of which the next has others: whoever reads them writes nowhere
     that they name, and the folder says nothing of its writer's disk."""
     data, training = config.get("data"), config.get("training")
     if not isinstance(data, dict) or not isinstance(training, dict):
         return config
-    folders = data.get("data_directory")
-    places = [_portable_place(folder) for folder in (folders if isinstance(folders, list) else [folders])]
+    folders, scenes = data.get("data_directory"), data.get("scenes")
+    places = _portable_places(folders if isinstance(folders, list) else [folders])
     data = data | {
         "data_directory": places if isinstance(folders, list) else places[0],
+        "scenes": None if scenes is None else _portable_places([scenes])[0],
         "cache_directory": None,
         "language_embeddings": None,
     }
     return config | {"data": data, "training": training | {"checkpoint_directory": "checkpoints"}}
 
 
-def _portable_place(folder: object) -> str:
-    place = Path(str(folder))
-    is_of_one_machine = place.is_absolute() or ".." in place.parts or str(place).startswith("~")
-    return str(Path("data") / place.name if is_of_one_machine else place)
+def _portable_places(folders: list) -> list[str]:
+    """Of those that only one machine has, as many of the last names as tell them all apart."""
+    places = [Path(str(folder)) for folder in folders]
+    names = [[name for name in place.parts if name not in (place.anchor, "..", "~")] for place in places]
+    for count in range(1, max(map(len, names), default=0) + 1):
+        portable = [
+            str(Path("data", *named[-count:]) if _is_of_one_machine(place) else place)
+            for place, named in zip(places, names, strict=True)
+        ]
+        if len(set(portable)) == len(set(places)):
+            return portable
+    return [str(Path("data", str(number))) for number in range(len(places))]
+
+
+def _is_of_one_machine(place: Path) -> bool:
+    return place.is_absolute() or ".." in place.parts or str(place).startswith("~")
 
 
 def _check_free(directory: Path) -> None:
@@ -139,15 +158,20 @@ def read_folder(directory: Path) -> dict:
     if not isinstance(same_as, dict) or not {*map(str, same_as.values())} <= stored.keys():
         raise BadInput(f"{directory / FACTS}: weights.same_as names a weight that {WEIGHTS} has not")
     config = facts.get("config")
-    return facts | {
-        "config": portable(config) if isinstance(config, dict) else config,
-        "model_state_dict": stored | {name: stored[str(twin)] for name, twin in same_as.items()},
-        "optimizer_state_dict": {},
-        "language": {
-            "encoder": language.get("encoder"),
-            "embeddings": dict(zip(map(str, instructions), embeddings, strict=True)),
-        },
-    }
+    not_finite = {"loss": math.nan, "best_loss": math.inf}
+    return (
+        facts
+        | {key: value for key, value in not_finite.items() if facts.get(key, 0) is None}
+        | {
+            "config": portable(config) if isinstance(config, dict) else config,
+            "model_state_dict": stored | {name: stored[str(twin)] for name, twin in same_as.items()},
+            "optimizer_state_dict": {},
+            "language": {
+                "encoder": language.get("encoder"),
+                "embeddings": dict(zip(map(str, instructions), embeddings, strict=True)),
+            },
+        }
+    )
 
 
 def _read_facts(directory: Path) -> dict:

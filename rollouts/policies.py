@@ -32,7 +32,7 @@ from rollouts.delay import steps_of_chunk
 from rollouts.episodes import STAND_STILL, Episode, Task
 from rollouts.evaluation import Evaluation
 from statevla_model import RecordedDecision, StateVLA, model_from_checkpoint
-from training.checkpoint import config_of
+from training.checkpoint import config_of, instructions_of
 from training.processes import choose_device
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _checkpoint_policy(
         policy.act([nothing_seen(size)], [episode], [torch.Generator()])
 
     of_chunk, policy.steps = steps_of_chunk(evaluation, config.model.action_seq_len, decide)
-    new = sorted(set(instructions) - trained_language.embeddings.keys())
+    new = sorted(set(instructions) - {*instructions_of(checkpoint)})
     return policy, {"new_instructions": new} | of_chunk | of_policy
 
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -164,7 +164,7 @@ def play_all(
                     yield over
             if elsewhere:
                 elsewhere.ask(asking)
-                for worker, why in elsewhere.failures():
+                for worker, why in elsewhere.failures(pool.workers):
                     if (over := pool.crashed(worker, why)) is not None:
                         yield over
             elif asking:
@@ -220,11 +220,14 @@ class Elsewhere:
         self._answers.put((worker, answer, 1000 * (time.perf_counter() - start)))
         self._rings.send_bytes(b"!")
 
-    def failures(self) -> Iterator[tuple[SimulatorProcess, str]]:
-        """Hands the answers that have come to their workers. Yields the others: who has none, and why."""
+    def failures(self, playing: Collection[SimulatorProcess]) -> Iterator[tuple[SimulatorProcess, str]]:
+        """Hands the answers that have come to their workers. Yields the others: who has none, and why. A worker that is
+        no longer playing died while it waited, and its answer is for nobody."""
         while self.bell.poll():
             self.bell.recv_bytes()
             worker, answer, ms = self._answers.get()
+            if worker not in playing:
+                continue
             if isinstance(answer, NoChunk):
                 yield worker, str(answer)
             elif isinstance(answer, Exception):

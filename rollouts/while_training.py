@@ -2,6 +2,7 @@
 resets. Offline figures do not rank policies (docs/learning.md), and the suite's init states are for evaluation."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from training.checkpoint import NO_SCORE
 def success_rate(
     model: StateVLA,
     language: LanguageTable,
+    instructions: Sequence[str],
     observation: dict,
     suite_name: str,
     episodes_per_task: int,
@@ -26,14 +28,15 @@ def success_rate(
     seed: int,
     pictures: Path,
 ) -> float:
-    """The share of episodes that the model solves as it is now.
+    """The share of episodes that the model solves as it is now, of the tasks with one of these instructions.
 
     observation: what the demonstrations were recorded with, which is how the scenes are drawn. The last frames of
-    failures come into the folder `pictures`. Below 0 where every episode crashed, which is said and stops nothing.
+    failures come into the folder `pictures`. Crashes are said and stop nothing. A crashed episode counts as not solved,
+    so that no checkpoint becomes the best by its crashes; below 0 where every episode crashed.
     Raises BadInput where the simulator cannot be used.
     """
     suite_name = suite_name.lower()
-    tasks = tasks_of(suite_name, list(language.embeddings))
+    tasks = tasks_of(suite_name, instructions)
     episodes = [
         Episode(suite_name, task, trial, reset_seed("while training", suite_name, task, trial, seed))
         for task in tasks
@@ -50,12 +53,12 @@ def success_rate(
         policy = CheckpointPolicy(model, told, device, model.config.action_seq_len, SAMPLE_STEPS, flow_start)
         num_workers = affordable_processes(GB_PER_ENVIRONMENT)
         records = list(play_all(episodes, lambda _: None, policy, rollouts, num_workers, EPISODE_TIMEOUT))
-    finished = [record for record in records if not record["crashed"]]
-    if not finished:
-        why = records[0]["error"].partition("\n")[0]
-        print(f"warning: all {len(records)} rollouts crashed, the first {why}", flush=True)
+    if crashed := [record for record in records if record["crashed"]]:
+        why = crashed[0]["error"].partition("\n")[0]
+        print(f"warning: {len(crashed)} of {len(records)} rollouts crashed, the first {why}", flush=True)
+    if len(crashed) == len(records):
         return NO_SCORE.success
-    return sum(record["success"] for record in finished) / len(finished)
+    return sum(record["success"] for record in records) / len(records)
 
 
 @contextlib.contextmanager

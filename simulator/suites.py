@@ -50,12 +50,12 @@ def parse_numbers(text: str, count: int, flag: str, thing: str, known: str | Non
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or ("-" in part and not last.isdecimal()):
             raise BadInput(f"{flag} {text}: expected {thing} ids such as 0,3 or 2-5")
+        if last and int(last) < int(first):
+            raise BadInput(f"{flag} {text}: {part.strip()} ends before it begins")
         if int(last or first) >= count:
             there_are = known or f"there are the {thing}s"
             raise BadInput(f"{flag} {text}: {there_are} 0 to {count - 1}, there is no {thing} {int(last or first)}")
         numbers |= set(range(int(first), int(last or first) + 1))
-    if not numbers:
-        raise BadInput(f"{flag} {text}: names no {thing}")
     return sorted(numbers)
 
 

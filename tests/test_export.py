@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from errors import BadInput
 from files import Lock
 from published import CARD, FACTS, WEIGHTS
 from published.card import card_of, command_of, evaluations_of
-from published.folder import weights_sha256
+from published.folder import portable, weights_sha256
 from published.hub import downloaded
 from rollouts.episodes import Task
 from rollouts.policies import make_policy
@@ -105,6 +106,52 @@ def test_a_folder_names_no_place_of_the_machine_that_made_it(folder):
     facts["config"]["data"]["cache_directory"] = "/home/victim/.ssh"  # nor is one followed that somebody wrote into it
     (folder / FACTS).write_text(json.dumps(facts))
     assert read_checkpoint(folder)["config"]["data"]["cache_directory"] is None
+
+
+@pytest.mark.parametrize(
+    "folders, expected",
+    [
+        (["/mnt/a/train", "/mnt/b/train"], ["data/a/train", "data/b/train"]),
+        (["/mnt/a", "own/train"], ["data/a", "own/train"]),
+        (["../x/train", "~/y/train"], ["data/x/train", "data/y/train"]),
+        (["/data/train", "../train"], ["data/data/train", "data/train"]),
+        (["/train", "../train"], ["data/0", "data/1"]),
+        ("/home/somebody/demos", "data/demos"),
+    ],
+)
+def test_folders_that_only_one_machine_has_are_told_apart_on_the_next(folders, expected):
+    data = {"data_directory": folders, "scenes": "/home/somebody/scenes"}
+    found = portable({"data": data, "training": {}})["data"]
+    assert (found["data_directory"], found["scenes"]) == (expected, "data/scenes")
+
+
+def test_a_checkpoint_from_within_an_epoch_is_handed_on_in_json_that_any_program_reads(
+    checkpoint, tmp_path, monkeypatch
+):
+    within = torch.load(checkpoint, weights_only=True) | {"loss": math.nan, "best_loss": math.inf}
+    save_checkpoint(within, tmp_path / "latest.pt")
+    export(monkeypatch, "--checkpoint", tmp_path / "latest.pt", "--output_dir", tmp_path / "within")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"no JSON: {constant}")
+
+    facts = json.loads((tmp_path / "within" / FACTS).read_text(), parse_constant=refuse)
+    assert facts["loss"] is None and facts["best_loss"] is None
+    read = read_checkpoint(tmp_path / "within")
+    assert math.isnan(read["loss"]) and read["best_loss"] == math.inf
+    card = (tmp_path / "within" / CARD).read_text()
+    assert f"- Saved within epoch {within['epoch'] + 1} of phase 2, and not validated." in card
+    assert "nan" not in card.partition("## Limits")[0].partition("## Data")[2]
+
+
+def test_a_model_starts_its_flow_where_its_checkpoint_says(checkpoint, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["config"]["training"]["phase2"]["flow_start"] = "zero"
+    save_checkpoint(saved, tmp_path / "zero.pt")
+    obs = torch.load(FIXTURE, weights_only=True)["obs"]
+    from_zero, from_noise = load_checkpoint(tmp_path / "zero.pt"), load_checkpoint(checkpoint)
+    assert torch.equal(from_zero.predict(obs), from_noise.predict(obs, flow_start="zero"))
+    assert not torch.equal(from_noise.predict(obs), from_noise.predict(obs))
 
 
 def test_weights_that_are_one_tensor_are_stored_once(checkpoint, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Trainings that are interrupted, killed, hung or fed with what is not finite, alone and as two processes with gloo."""
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -100,6 +101,46 @@ def test_another_number_of_processes_goes_on_within_the_epoch_and_says_that_it_i
     latest = read_checkpoint(tmp_path / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt")
     assert (latest["epoch"], latest["step"]) == (EPOCHS, EPOCHS * STEPS)
     assert [step for split, step in lines_of(tmp_path / PHASE_DIRECTORIES[1]) if split == "validation"] == [5, 10, 15]
+
+
+def test_the_speed_of_a_resumed_run_counts_the_time_before_the_interruption(data, tmp_path, monkeypatch):
+    """Its first line is of steps on both sides of it."""
+    command = ["--phase", 1, "--resume", *small(1, data, tmp_path, training__log_interval=STEPS)]
+    clip, steps, seconds = train.clip_grad_norm_, iter(range(1, 10**6)), 0.1
+
+    def clip_slowly(*words):
+        time.sleep(seconds)
+        if next(steps) == 3:
+            send(signal.SIGINT)()
+        return clip(*words)
+
+    monkeypatch.setattr(train, "clip_grad_norm_", clip_slowly)
+    with pytest.raises(SystemExit, match="130"):
+        train_here(monkeypatch, *command)
+    train_here(monkeypatch, *command)
+    lines = [json.loads(line) for line in (tmp_path / PHASE_DIRECTORIES[1] / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["split"] == "train")
+    assert first["step"] == STEPS
+    assert 0 < first["samples_per_s"] <= 16 / seconds and 0 <= first["waiting_for_data"] < 1
+
+
+def test_another_batch_goes_on_within_the_epoch_with_noise_of_its_own(data, tmp_path, monkeypatch):
+    """Batches of 8 draw other noise than those of 16 that the epoch was begun with, so it starts anew."""
+    folder = tmp_path / PHASE_DIRECTORIES[1]
+    clip, steps = train.clip_grad_norm_, iter(range(1, 10**6))
+    interrupt = lambda *words: (send(signal.SIGINT)() if next(steps) == 2 else None, clip(*words))[1]  # noqa: E731
+    monkeypatch.setattr(train, "clip_grad_norm_", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        train_here(monkeypatch, "--phase", 1, *small(1, data, tmp_path))
+    taken = []
+    monkeypatch.setattr("training.progress.set_noise_state", lambda *state: taken.append(state))
+    latest = folder / "checkpoint_latest.pt"
+    for batch_size, times in ((8, 0), (16, 1)):
+        saved = latest.read_bytes()
+        smaller = small(1, data, tmp_path, training__batch_size=batch_size)
+        train_here(monkeypatch, "--phase", 1, *smaller, "--checkpoint", latest)
+        assert len(taken) == times
+        latest.write_bytes(saved)
 
 
 def test_the_command_to_go_on_with_is_named(data, tmp_path, monkeypatch, capsys):

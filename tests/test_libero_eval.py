@@ -37,6 +37,7 @@ from rollouts.policies import (
 from rollouts.pool import Attempt, record
 from rollouts.side_by_side import table_text
 from rollouts.video import HELD_FRAMES, SUCCESS, framed, grid, upright, write_mp4
+from rollouts.while_training import success_rate
 from run_libero_eval import choose_output_dir, evaluation_of, main, parse_arguments
 from serving.policy_server import PolicyServer, in_background
 from serving.served_checkpoint import begin, metadata_of, reader_of
@@ -228,6 +229,22 @@ def test_training_plays_a_few_episodes_of_the_tasks_it_knows(checkpoint, collect
     wrong = [*flags, "--set", "training.phase2.rollout_suite=libero_goal"]
     said = one_sentence(run("train.py", "--phase", 2, "--phase1_checkpoint", encoder, *wrong, expect=2))
     assert "none of libero_goal's tasks is in the demonstrations, whose first is 'pick up the butter" in said
+
+
+def test_no_checkpoint_is_the_best_by_its_crashes(checkpoint, tmp_path, monkeypatch, capsys):
+    saved, model = read_checkpoint(checkpoint), load_checkpoint(checkpoint)
+    known = list(saved["language"]["embeddings"])
+    assert model.language is not None
+    lost = {"crashed": True, "success": False, "error": "killed by SIGKILL\nmore of it"}
+    for solved, crashed, expected in ((1, 3, 0.25), (4, 0, 1.0), (0, 4, -1.0)):
+        records = [{"crashed": False, "success": True}] * solved + [lost] * crashed
+        monkeypatch.setattr("rollouts.while_training.play_all", lambda *_, records=records: iter(records))
+        found = success_rate(
+            model, model.language, known, saved["observation"], "libero_object", 4, "noise", 0, tmp_path / "last"
+        )
+        assert found == expected
+        said = capsys.readouterr().out
+        assert said == (f"warning: {crashed} of 4 rollouts crashed, the first killed by SIGKILL\n" if crashed else "")
 
 
 def test_a_shifted_target_is_another_episode_and_the_title_says_so(checkpoint, tmp_path):
@@ -545,6 +562,7 @@ def test_an_unknown_instruction_is_embedded_by_the_checkpoints_own_encoder(check
         (("--task_suite", "libero_object_with_trigger"), "the installed LIBERO has no init states of task 0"),
         (("--tasks", "10"), "libero_object has the tasks 0 to 9, there is no task 10"),
         (("--tasks", "six"), "expected task ids such as 0,3"),
+        (("--tasks", "0,7-5"), "--tasks 0,7-5: 7-5 ends before it begins"),
         (("--tasks", "²"), "expected task ids such as 0,3"),
         (("--tasks", "0-99999999999"), "there is no task 99999999999"),
         (("--tasks", "6", "--num_trials", "0"), "--num_trials 0: expected between 1 and 50"),

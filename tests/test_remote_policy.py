@@ -213,20 +213,20 @@ def test_a_server_that_is_slow_for_one_episode_holds_up_no_other():
         elsewhere.ask([(slow, OBS)])
         for n in (1, 2, 3):
             elsewhere.ask([(worker, OBS) for worker in quick])
-            until(lambda n=n: all(len(worker.answers) == n for worker in quick), elsewhere)
+            until(lambda n=n: all(len(worker.answers) == n for worker in quick), elsewhere, [slow, *quick])
         assert not slow.answers
         goes_on.set()
-        until(lambda: slow.answers, elsewhere)
+        until(lambda: slow.answers, elsewhere, [slow, *quick])
         for worker in (slow, *quick):
             worker.end_conversation()
     assert len(slow.decision_ms) == 1 and slow.decision_ms[0] > 0
 
 
-def until(condition, elsewhere: Elsewhere) -> list:
+def until(condition, elsewhere: Elsewhere, playing: list) -> list:
     failures, deadline = [], time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
         elsewhere.bell.poll(0.1)
-        failures += elsewhere.failures()
+        failures += elsewhere.failures(playing)
     assert condition()
     return failures
 
@@ -246,12 +246,32 @@ def test_a_server_that_does_not_answer_in_time_fails_that_episode_alone():
         deadline = time.monotonic() + 10
         while not failures and time.monotonic() < deadline:
             elsewhere.bell.poll(0.1)
-            failures += elsewhere.failures()
+            failures += elsewhere.failures(workers)
         goes_on.set()
         for worker in workers:
             worker.end_conversation()
     assert failures == [(workers[1], "the policy's server has sent no chunk within 0.3 seconds")]
     np.testing.assert_array_equal(workers[0].answers, [CHUNK])
+
+
+@pytest.mark.parametrize("answer", [{"actions": CHUNK}, {}])
+def test_an_answer_for_a_simulator_that_died_while_it_waited_is_for_nobody(answer):
+    """Its episode has crashed and is tried again, whether the server decided or not."""
+    died, plays = waiting_worker(0), waiting_worker(1)
+
+    def answers(message, number):
+        for_the_dead = message["observation/sampling_seed"] == 0 and message["observation/image"].shape[0] == 8
+        return answer if for_the_dead else {"actions": CHUNK}
+
+    with another_server(answers) as address:
+        elsewhere = Elsewhere(remote_policy(asked(address), TASKS)[0])
+        elsewhere.ask([(died, OBS)])
+        assert elsewhere.bell.poll(10)
+        elsewhere.ask([(plays, OBS)])
+        assert until(lambda: plays.answers, elsewhere, [plays]) == []
+        for worker in (died, plays):
+            worker.end_conversation()
+    assert not died.answers and not died.decision_ms
 
 
 # ---------------------------------------------------------------------------------------------------------- delays

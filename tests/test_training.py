@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,9 +27,10 @@ from errors import BadInput
 from jepa.all_ranks import gather_rows
 from jepa.temporal_predictor import FORESIGHT
 from provenance import code_version
+from published.card import card_of
 from statevla_model import StateVLATrainer, build_trainer, load_checkpoint
 from training.average import WeightAverage
-from training.checkpoint import SCHEMA, read_checkpoint, save_checkpoint
+from training.checkpoint import SCHEMA, instructions_of, read_checkpoint, save_checkpoint
 from training.processes import join_processes, seed_noise
 from training.run_log import PHASE_DIRECTORIES, against_divergence, check_finite, is_collapsing
 
@@ -641,6 +644,59 @@ def test_there_is_no_phase_3():
 def test_the_guides_untouched_config_asks_for_the_data_directory():
     said = one_sentence(run("train.py", "--config", "conf/config.yaml", "--phase", 1, expect=2))
     assert "data.data_directory" in said and "/path/to/libero_object" in said
+
+
+def test_a_resumed_run_finds_the_data_that_it_began_with(runs, data, tmp_path, monkeypatch, capsys):
+    latest = runs / "phase1_temporal_jepa/checkpoint_latest.pt"
+    fewer = settings(
+        data__data_directory=data, data__demos_per_task=3, training__checkpoint_directory=tmp_path,
+        training__phase1__num_epochs=4,
+    )  # fmt: skip
+    said = refused(monkeypatch, capsys, "--phase", 1, "--checkpoint", latest, *fewer)
+    assert f"{latest}: an epoch of it has 174 samples, of this run 116; a resumed run needs the same data" in said
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved, ignore=shutil.ignore_patterns("frame_cache"))
+    both = settings(data__data_directory=moved, training__checkpoint_directory=tmp_path, training__phase1__num_epochs=4)
+    train_here(monkeypatch, "--phase", 1, "--checkpoint", latest, *both)
+    assert f"note: data.data_directory was {data} and is now {moved}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_tells_the_instructions_that_it_was_trained_on_from_those_that_it_knows(
+    runs, data, tmp_path, monkeypatch
+):
+    known = read_checkpoint(runs / "phase1_temporal_jepa/checkpoint_best.pt")["language"]
+    texts = [*known["embeddings"], "open the drawer"]
+    vectors = torch.stack([*known["embeddings"].values(), torch.nn.functional.normalize(torch.ones(512), dim=0)])
+    more = tmp_path / "more.npz"
+    np.savez(more, texts=texts, embeddings=vectors.numpy(), encoder=known["encoder"])
+    only_milk = tmp_path / "milk"
+    only_milk.mkdir()
+    shutil.copy(next(data.glob("*milk*.hdf5")), only_milk)
+    for phase, folder in PHASE_DIRECTORIES.items():
+        start = ("--phase1_checkpoint", tmp_path / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt") if phase == 2 else ()
+        changes = {"data__language_embeddings": more, "training__phase1__num_epochs": 1,
+                   "training__phase2__num_epochs": 1}  # fmt: skip
+        both = settings(data__data_directory=only_milk, training__checkpoint_directory=tmp_path, **changes)
+        train_here(monkeypatch, "--phase", phase, *start, *both)
+        checkpoint = read_checkpoint(tmp_path / folder / "checkpoint_latest.pt")
+        assert {*checkpoint["language"]["embeddings"]} == {*texts}
+        assert instructions_of(checkpoint) == ["pick up the milk and place it in the basket"]
+    card = card_of(checkpoint, "policy", {})
+    assert "a policy for one instruction" in card and "open the drawer" not in card
+    del checkpoint["instructions"]  # as the first versions
+    assert instructions_of(checkpoint) == sorted(texts)
+
+
+def test_phase_2_keeps_the_settings_that_its_encoder_was_trained_with(runs, data, tmp_path, monkeypatch):
+    both = settings(
+        data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase2__num_epochs=1,
+        training__phase1__foresight_weight=7.5,
+    )  # fmt: skip
+    encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
+    train_here(monkeypatch, "--phase", 2, "--phase1_checkpoint", encoder, *both)
+    found = read_checkpoint(tmp_path / "phase2_flow_matching/checkpoint_latest.pt")["config"]["training"]
+    assert found["phase1"] == read_checkpoint(encoder)["config"]["training"]["phase1"]
+    assert found["phase1"]["foresight_weight"] != 7.5
 
 
 def test_a_batch_larger_than_the_data_is_named(data, tmp_path):

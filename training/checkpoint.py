@@ -109,6 +109,11 @@ def read_checkpoint(source: str | Path, phase: int | None = None) -> dict:
     }
 
 
+def instructions_of(checkpoint: dict) -> list[str]:
+    """Those that it was trained on, sorted: its language table may know more. The first versions did not say."""
+    return sorted(checkpoint.get("instructions") or checkpoint["language"]["embeddings"])
+
+
 def _read_file(path: Path):
     """What is in a file of torch.save, whatever it is."""
     if not path.is_file():
@@ -151,6 +156,9 @@ def _check_kinds(checkpoint: dict, path: Path) -> None:
     check("language", is_table and type(language["encoder"]) is str, "an encoder and its embeddings")
     embeddings = language["embeddings"]
     check("language", _are_tensors(embeddings) and len(embeddings) > 0, "instructions with a vector each")
+    told = checkpoint.get("instructions", [])
+    are_told = isinstance(told, list) and all(type(text) is str and text in embeddings for text in told)
+    check("instructions", are_told, "a list of instructions that language has")
     are_vectors = all(one.ndim == 1 and one.is_floating_point() for one in embeddings.values())
     check("language", are_vectors, "vectors of numbers")
 
@@ -224,6 +232,8 @@ def check_same_run(
     if resumes:
         other_phase = f"phase{3 - checkpoint['phase']}"
         notes += _differences(earlier["training"], config["training"], "training.", {other_phase, *MAY_DIFFER})
+        of_phase1 = {"scenes"} if checkpoint["phase"] == 2 else set()
+        notes += _differences(earlier["data"], config["data"], "data.", DATA_MAY_DIFFER | of_phase1)
         if unseen != held_out:
             raise BadInput(
                 f"{path}: it held out {len(unseen)} demos, of which this run finds {len(unseen & held_out)}; a resumed "
@@ -241,6 +251,7 @@ MAY_DIFFER = {
     "save_interval", "save_minutes", "log_interval", "rank_timeout_minutes", "max_bad_steps", "device",
     "checkpoint_directory",
 }  # fmt: skip
+DATA_MAY_DIFFER = {"cache", "cache_directory", "language_embeddings"}  # what these hold is compared itself
 
 
 def _differences(before: dict, now: dict, prefix: str, left_out: set[str]) -> list[str]:

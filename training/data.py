@@ -36,6 +36,15 @@ class Data:
     low_dimensional: LowDimensional
     scenes: Scenes | None = None  # without demonstrations
 
+    @property
+    def told_in_demos(self) -> list[str]:
+        return sorted({demo.task for demo in self.demos})
+
+    @property
+    def instructions(self) -> list[str]:
+        """All that training tells."""
+        return sorted({*self.told_in_demos, *(self.scenes.instructions if self.scenes else ())})
+
 
 def load_data(config: Config, phase: int, device: torch.device, held_out: Sequence[str]) -> Data:
     """`held_out` are the demos that the checkpoint which this run goes on from has held out."""
@@ -168,8 +177,7 @@ def fit_statistics(trainer: StateVLATrainer, data: Data, config: Config, samples
             trainer.robot_normalizer.fit(data.low_dimensional.robot_ahead(rows, frames=[0]).squeeze(1))
         if trainer.place:
             places = trainer.places_in(samples["labels"])[drawn_rows(data.train_demos)]
-            trainer.place_normalizer.fit(places[places.isfinite().all(dim=1)])
-            trainer.place_normalizer.std.clamp_(min=LEAST_SPREAD)
+            trainer.place_normalizer.fit(places[places.isfinite().all(dim=1)], least_std=LEAST_SPREAD)
         return
     states = samples.get("states")
     if states is None:  # the encoder's at the start: it is trained on, or its pictures move

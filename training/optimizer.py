@@ -38,7 +38,7 @@ def backpropagate(loss: Tensor) -> None:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
-    """Linear warm-up over training.warmup_steps, then constant, or a cosine down to 0 at the last step."""
+    """Linear warm-up over training.warmup_steps, then constant, or a cosine that would be 0 one step after the last."""
     warmup = config.training.warmup_steps
     if step < warmup:
         return (step + 1) / warmup

@@ -19,7 +19,8 @@ class Progress:
         self.processes, self.samples_per_step, self.before = processes, samples_per_step, before
         self.samples = before.get("samples", 0)
         number = before.get("processes", processes.number)
-        self.is_exact = number == processes.number and before.get("device") == processes.device.type
+        as_now = {"processes": processes.number, "samples_per_step": samples_per_step, "device": processes.device.type}
+        self.is_exact = all(before.get(key) == value for key, value in as_now.items())
         if number != processes.number:
             report(
                 f"note: it was trained on {number} process(es) so far and goes on on {processes.number}; from here the "
@@ -27,11 +28,15 @@ class Progress:
                 "been"
             )
 
-    def to_dict(self, samples: int, log: RunLog, bad_steps: BadSteps, average_updates: int) -> dict:
-        """For a checkpoint; every process has to come here. `samples`: of this epoch so far, of all processes."""
+    def to_dict(
+        self, samples: int, training_samples: int, log: RunLog, waited: float, bad_steps: BadSteps, average_updates: int
+    ) -> dict:
+        """For a checkpoint; every process has to come here. `samples`: of this epoch so far, of all processes, and
+        `training_samples` of a whole one. `waited`: as `RunLog.write_training` has it."""
         names, sums = log.unwritten()
         return {
             "samples": samples,
+            "training_samples": training_samples,
             "processes": self.processes.number,
             "device": self.processes.device.type,
             "samples_per_step": self.samples_per_step,
@@ -39,6 +44,7 @@ class Progress:
             "log_names": names,
             "log_sums": self.processes.rows(sums),  # (processes, names)
             "log_count": log.count,
+            "log_clocks": log.clocks(waited),
             "bad_steps": bad_steps.counts(),
             "average_updates": average_updates,
         }
@@ -46,15 +52,23 @@ class Progress:
     def take_over_log(self, log: RunLog) -> None:
         if self.is_exact and self.before["log_count"]:
             sums = self.before["log_sums"][self.processes.rank].to(self.processes.device)
-            log.take_over(self.before["log_names"], sums, self.before["log_count"])
+            clocks = self.before.get("log_clocks", (0.0, 0.0))  # the first versions did not keep them
+            log.take_over(self.before["log_names"], sums, self.before["log_count"], clocks)
 
     def take_over_noise(self) -> None:
         """Within an epoch that other batches were begun with, noise stays that of the epoch's begin."""
         if self.is_exact and self.samples:
             set_noise_state(self.before["noise"][self.processes.rank], self.processes.device)
 
-    def check_alike(self, epoch: int, training_samples: int) -> None:
-        """Raises BadInput where the processes have not read the same: each reads its own machine's disk."""
+    def check_alike(self, epoch: int, training_samples: int, source: str) -> None:
+        """Raises BadInput where the run that goes on had other data, or the processes have not read the same: each
+        reads its own machine's disk."""
+        earlier = self.before.get("training_samples", training_samples)
+        if earlier != training_samples:
+            raise BadInput(
+                f"{source}: an epoch of it has {earlier:,} samples, of this run {training_samples:,}; a resumed run "
+                "needs the same data (data.data_directory, data.demos_per_task)"
+            )
         found = self.processes.rows(torch.tensor([epoch, self.samples, training_samples]))
         for rank, row in enumerate(found):
             if not torch.equal(row, found[0]):

@@ -84,9 +84,15 @@ class RunLog:
         """This process's sums (names,) since the last line, of `count` steps."""
         return list(self.sums), torch.stack([value.float() for value in self.sums.values()] or [torch.zeros(())])
 
-    def take_over(self, names: list[str], sums: Tensor, count: int) -> None:
-        """What `unwritten` gave in the run that this one continues."""
+    def clocks(self, waited: float) -> tuple[float, float]:
+        """Seconds since the last line, and those of them in which steps waited for data, as `write_training` has it."""
+        return time.perf_counter() - self.since, waited - self.waited
+
+    def take_over(self, names: list[str], sums: Tensor, count: int, clocks: tuple[float, float]) -> None:
+        """What `unwritten` and `clocks` gave in the run that this one continues."""
         self.sums, self.count = dict(zip(names, sums.unbind(), strict=True)), count
+        seconds, waited = clocks
+        self.since, self.waited = time.perf_counter() - seconds, -waited
 
     def write_training(self, epoch: int, step: int, learning_rate: float, waited: float) -> dict[str, float]:
         """One line with the means over the steps since the last and over all ranks (one all-reduce). `waited` are the

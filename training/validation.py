@@ -1,5 +1,6 @@
 """How good the model is after an epoch: its losses on held-out demos and, where that is asked for, a few rollouts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,13 +34,18 @@ def validate(trainer: StateVLATrainer, batches: Batches) -> dict[str, float]:
 
 
 def play_rollouts(
-    trainer: StateVLATrainer, language: LanguageTable, observation: dict, config: Config, pictures: Path
+    trainer: StateVLATrainer,
+    language: LanguageTable,
+    instructions: Sequence[str],
+    observation: dict,
+    config: Config,
+    pictures: Path,
 ) -> float:
     """The share of a few episodes that the policy solves as it is now; below 0 where all of them crashed."""
     recipe = config.training.phase2
     trainer.eval()
     success = success_rate(
-        trainer.model, language, observation, recipe.rollout_suite, recipe.rollouts_per_task,
+        trainer.model, language, instructions, observation, recipe.rollout_suite, recipe.rollouts_per_task,
         recipe.flow_start, config.training.seed, pictures,
     )  # fmt: skip
     trainer.train()
