@@ -1,6 +1,6 @@
 # Two commands do all the set-up they need on a fresh Debian or Ubuntu machine with Python 3.10 to 3.13:
 #
-#   make demo    real LIBERO demonstrations -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
+#   make demo    demonstrations in LIBERO -> phase 1 -> phase 2 -> offline MSE -> rollouts with video and curves
 #   make test    the tests; make test-fast those without simulator and other processes, in less than a minute;
 #                make test-interop those with other projects' programs, which get environments of their own
 #
