@@ -48,7 +48,7 @@ from rollouts.evaluation import tasks_of
 from statevla_model import build_trainer, count_parameters, load_encoder, load_weights
 from training.average import WeightAverage, set_parameters
 from training.bad_steps import BadSteps, demos_of
-from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, instructions_of, read_checkpoint
+from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, read_checkpoint
 from training.data import both_batches, fit_statistics, load_data, phase1_samples, phase2_samples
 from training.interruption import Interrupted, Interruption
 from training.optimizer import (
@@ -151,7 +151,7 @@ def main() -> None:
         training_samples = len(batches.order.rows)
         steps_per_epoch = training_samples // samples_per_step
         total_steps = recipe.num_epochs * steps_per_epoch
-        progress = Progress(processes, samples_per_step, before)
+        progress = Progress(processes, samples_per_step, batches.order.batch_size, before)
         first_epoch = resumed["epoch"] if resumed else 0
         progress.check_alike(first_epoch, training_samples, source_path)
         step = (first_epoch + 1) * steps_per_epoch - (training_samples - progress.samples) // samples_per_step
@@ -188,7 +188,7 @@ def main() -> None:
             "precision": precision,
             "observation": data.observation,
             "language": {"encoder": data.language.encoder, "embeddings": data.language.embeddings},
-            "instructions": sorted({*data.instructions, *(instructions_of(source) if source else ())}),
+            "instructions": data.instructions,
             "held_out_demos": [demo.name for demo in data.held_out_demos],
             "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
         }
@@ -245,6 +245,8 @@ def main() -> None:
             best = score if is_best else best
             is_due = checkpoints.due_after(epoch, last=epoch >= recipe.num_epochs)
             signalled, due = processes.largest(interruption.number, is_due)()
+            log.leave_out(time.perf_counter() - began)  # before the checkpoint keeps the log's clocks
+            began = time.perf_counter()
             with processes.first_alone():
                 kept = checkpoint(epoch, 0, score, last_weights)
                 if is_first_rank() and is_best:

@@ -5,9 +5,9 @@
     python -m experiments.everywhere --checkpoint FILE --blind        beside it, what policies get that do not look
 
 Episodes are those of run_libero_eval.py, in LIBERO's own pictures. An interrupted evaluation goes on where it stopped,
-episodes that crashed are played again, and no others are; those of other weights are refused. All of it takes about an
-hour of two cores, and the blind ones half as long. The table and every episode are written to --output_dir as
-everywhere.json.
+episodes that crashed are played again, and no others are; those of other weights or another simulator are refused. All
+of it takes about an hour of two cores, and the blind ones half as long. The table and every episode are written to
+--output_dir as everywhere.json.
 """
 
 import json
@@ -31,6 +31,7 @@ SCENES = {  # name -> flags of run_libero_eval.py
 OWN_PICTURES = ("--visual_mesh_ratio", 1)
 BLIND = ("zero", "replay")  # standing still, and a training demonstration of the same words played again
 BLIND_TRIALS = 10  # of each task at most
+CRASHED = 1  # run_libero_eval.py's exit code where an episode has crashed; the same command tries it again
 NO_REPLAY = ("lan", "task")  # no demonstration has the words of the one, those with the other's are of several scenes
 
 
@@ -61,11 +62,15 @@ def main() -> None:
         if flags.quick:  # one, and not to its end
             trials, further = 1, [*further, "--tasks", 0, "--max_steps", 20]
         evaluation = folder / (f"{name}_{policy}" if policy in BLIND else name)
-        script(
+        ended = script(
             "run_libero_eval.py", "--checkpoint", flags.checkpoint, "--policy", policy, *OWN_PICTURES,
-            start, trials, *further, *workers, "--output_dir", evaluation,
+            start, trials, *further, *workers, "--output_dir", evaluation, may_end_with=(0, CRASHED),
         )  # fmt: skip
-        return json.loads((evaluation / "results.json").read_text())
+        results = evaluation / "results.json"
+        played = json.loads(results.read_text()) if results.exists() else {"overall": {"crashed": 0}}
+        if ended == CRASHED and not played["overall"]["crashed"]:
+            sys.exit(f"error: {evaluation}: was not evaluated")
+        return played
 
     played = {name: play(name) for name in names}
     blind: dict[str, dict[str, dict]] = {name: {} for name in names}
@@ -107,7 +112,8 @@ def show(played: dict[str, dict], blind: dict[str, dict[str, dict]]) -> None:
 
 
 def count(overall: dict) -> str:
-    return f"{overall['successes']} of {overall['trials']}"
+    crashed = f", {overall['crashed']} more crashed" if overall["crashed"] else ""
+    return f"{overall['successes']} of {overall['trials']}{crashed}"
 
 
 def percent(interval: list[float]) -> str:

@@ -27,6 +27,7 @@ KEPT = (
     "schema", "code", "phase", "epoch", "step", "loss", "best_loss", "success", "best_success", "precision",
     "observation", "instructions", "held_out_demos", "split_rule", "config",
 )  # fmt: skip
+MOST_NAMES = 4  # of a folder's path
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -94,17 +95,19 @@ def portable(config: dict) -> dict:
 
 
 def _portable_places(folders: list) -> list[str]:
-    """Of those that only one machine has, as many of the last names as tell them all apart."""
+    """Of those that only one machine has, as many of the last names as tell all apart, as the names of demos have them,
+    or a number where that takes many."""
     places = [Path(str(folder)) for folder in folders]
     names = [[name for name in place.parts if name not in (place.anchor, "..", "~")] for place in places]
-    for count in range(1, max(map(len, names), default=0) + 1):
+    choices = [[named[-count:] for named in names] for count in range(1, MOST_NAMES + 1)]
+    for chosen in [*choices, [[str(number)] for number in range(len(places))]]:
         portable = [
-            str(Path("data", *named[-count:]) if _is_of_one_machine(place) else place)
-            for place, named in zip(places, names, strict=True)
+            str(Path("data", *named) if _is_of_one_machine(place) else place)
+            for place, named in zip(places, chosen, strict=True)
         ]
         if len(set(portable)) == len(set(places)):
-            return portable
-    return [str(Path("data", str(number))) for number in range(len(places))]
+            break
+    return portable
 
 
 def _is_of_one_machine(place: Path) -> bool:

@@ -97,6 +97,18 @@ def test_an_evaluation_has_the_same_settings_whichever_form_it_was_started_with(
     assert found[0] == found[1] and len(found[0]["weights_sha256"]) == 64
 
 
+def test_an_instruction_that_is_known_but_was_not_trained_on_is_new_to_a_policy(checkpoint, monkeypatch):
+    saved = read_checkpoint(checkpoint)
+    embeddings = saved["language"]["embeddings"]
+    saved["instructions"] = trained = list(embeddings)
+    embeddings["open the drawer"] = torch.nn.functional.normalize(torch.ones_like(embeddings[trained[0]]), dim=0)
+    monkeypatch.setattr(sys, "argv", ["run_libero_eval.py", "--checkpoint", str(checkpoint)])
+    evaluation = run_libero_eval.evaluation_of(run_libero_eval.parse_arguments())
+    for instruction, new in (("open the drawer", ["open the drawer"]), (trained[0], [])):
+        tasks = {6: Task("", instruction, True, np.zeros((1, 20)))}
+        assert make_policy(evaluation, saved, tasks)[1]["new_instructions"] == new
+
+
 def test_a_folder_names_no_place_of_the_machine_that_made_it(folder):
     assert {path.name for path in folder.iterdir()} == {CARD, FACTS, WEIGHTS}
     for path in folder.iterdir():
@@ -116,6 +128,9 @@ def test_a_folder_names_no_place_of_the_machine_that_made_it(folder):
         (["../x/train", "~/y/train"], ["data/x/train", "data/y/train"]),
         (["/data/train", "../train"], ["data/data/train", "data/train"]),
         (["/train", "../train"], ["data/0", "data/1"]),
+        (["data/train", "/train"], ["data/train", "data/1"]),
+        (["/a/1/2/3/4/5", "/b/1/2/3/4/5"], ["data/0", "data/1"]),
+        (".", "."),
         ("/home/somebody/demos", "data/demos"),
     ],
 )

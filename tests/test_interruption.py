@@ -124,6 +124,14 @@ def test_the_speed_of_a_resumed_run_counts_the_time_before_the_interruption(data
     assert 0 < first["samples_per_s"] <= 16 / seconds and 0 <= first["waiting_for_data"] < 1
 
 
+def test_a_checkpoint_after_an_epoch_counts_no_validation_as_training(data, tmp_path, monkeypatch):
+    validate_soon, seconds = train.validate, 2.0
+    monkeypatch.setattr(train, "validate", lambda *words: (time.sleep(seconds), validate_soon(*words))[1])
+    train_here(monkeypatch, "--phase", 1, *small(1, data, tmp_path, training__phase1__num_epochs=1))
+    latest = read_checkpoint(tmp_path / PHASE_DIRECTORIES[1] / "checkpoint_latest.pt")
+    assert 0 <= latest["progress"]["log_clocks"][0] < seconds
+
+
 def test_another_batch_goes_on_within_the_epoch_with_noise_of_its_own(data, tmp_path, monkeypatch):
     """Batches of 8 draw other noise than those of 16 that the epoch was begun with, so it starts anew."""
     folder = tmp_path / PHASE_DIRECTORIES[1]
@@ -135,9 +143,9 @@ def test_another_batch_goes_on_within_the_epoch_with_noise_of_its_own(data, tmp_
     taken = []
     monkeypatch.setattr("training.progress.set_noise_state", lambda *state: taken.append(state))
     latest = folder / "checkpoint_latest.pt"
-    for batch_size, times in ((8, 0), (16, 1)):
+    for batch_size, accumulate, times in ((8, 1, 0), (8, 2, 0), (16, 1, 1)):
         saved = latest.read_bytes()
-        smaller = small(1, data, tmp_path, training__batch_size=batch_size)
+        smaller = small(1, data, tmp_path, training__batch_size=batch_size, training__accumulate=accumulate)
         train_here(monkeypatch, "--phase", 1, *smaller, "--checkpoint", latest)
         assert len(taken) == times
         latest.write_bytes(saved)

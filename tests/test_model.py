@@ -423,6 +423,17 @@ class WithoutDoubles(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
+def test_what_hardly_varies_counts_as_varying_by_the_least_std():
+    """As a place that never moves, whose error would otherwise count by the metre."""
+    values = torch.stack([torch.full((9,), 0.3), torch.linspace(0, 0.01, 9), torch.linspace(0, 1, 9)], dim=1)
+    normalizer = Normalizer(3)
+    normalizer.fit(values, least_std=0.02)
+    spread = values[:, 2].std(correction=0)
+    torch.testing.assert_close(normalizer.std, torch.stack([torch.tensor(0.02), torch.tensor(0.02), spread]))
+    normalizer.fit(values)
+    assert normalizer.std[0] == 1.0 and 0 < normalizer.std[1] < 0.01
+
+
 @pytest.mark.parametrize("statistics, dim", [(StateScaling, 5), (Normalizer, 5)])
 def test_statistics_are_measured_in_double_precision_where_the_device_has_none(statistics, dim):
     values = torch.randn(50, dim)

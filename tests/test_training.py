@@ -682,21 +682,58 @@ def test_a_checkpoint_tells_the_instructions_that_it_was_trained_on_from_those_t
         assert {*checkpoint["language"]["embeddings"]} == {*texts}
         assert instructions_of(checkpoint) == ["pick up the milk and place it in the basket"]
     card = card_of(checkpoint, "policy", {})
-    assert "a policy for one instruction" in card and "open the drawer" not in card
+    assert "a policy for one instruction" in card and "open the drawer" not in card and "Labels" not in card
+    assert "| `training.phase1.foresight_weight` |" in card and "| `training.phase2.num_epochs` | 1 |" in card
+    checkpoint["config"]["training"]["phase1"]["place_weight"] = 8.0
+    assert "- Labels: the encoder's place learnt where things are from the" in card_of(checkpoint, "policy", {})
+    both = settings(data__data_directory=only_milk, training__checkpoint_directory=tmp_path / "fewer", **changes)
+    fewer = tmp_path / "fewer.npz"  # than the encoder was trained with
+    np.savez(fewer, texts=texts[:2], embeddings=vectors[:2].numpy(), encoder=known["encoder"])
+    both += ["--set", f"data.language_embeddings={fewer}"]
+    train_here(monkeypatch, "--phase", 2, *start, *both)
+    fewer_known = read_checkpoint(tmp_path / "fewer/phase2_flow_matching/checkpoint_latest.pt")
+    assert instructions_of(fewer_known) == ["pick up the milk and place it in the basket"]
     del checkpoint["instructions"]  # as the first versions
     assert instructions_of(checkpoint) == sorted(texts)
 
 
 def test_phase_2_keeps_the_settings_that_its_encoder_was_trained_with(runs, data, tmp_path, monkeypatch):
+    """Not those of a config that teaches on scenes, for which this encoder has no head."""
     both = settings(
-        data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase2__num_epochs=1,
-        training__phase1__foresight_weight=7.5,
+        data__data_directory=data, training__checkpoint_directory=tmp_path, data__scenes=tmp_path / "scenes",
+        training__phase1__foresight_weight=7.5, training__phase1__place_weight=1,
+        training__phase1__place_scenes_weight=1,
     )  # fmt: skip
     encoder = runs / "phase1_temporal_jepa/checkpoint_best.pt"
-    train_here(monkeypatch, "--phase", 2, "--phase1_checkpoint", encoder, *both)
-    found = read_checkpoint(tmp_path / "phase2_flow_matching/checkpoint_latest.pt")["config"]["training"]
-    assert found["phase1"] == read_checkpoint(encoder)["config"]["training"]["phase1"]
-    assert found["phase1"]["foresight_weight"] != 7.5
+    latest = tmp_path / "phase2_flow_matching/checkpoint_latest.pt"
+    before = read_checkpoint(encoder)["config"]
+    for epochs, start in ((1, ("--phase1_checkpoint", encoder)), (2, ("--checkpoint", latest))):
+        train_here(monkeypatch, "--phase", 2, *start, *both, "--set", f"training.phase2.num_epochs={epochs}")
+        found = read_checkpoint(latest)["config"]
+        assert found["training"]["phase2"]["num_epochs"] == epochs
+        assert found["training"]["phase1"] == before["training"]["phase1"]
+        assert found["training"]["phase1"]["foresight_weight"] != 7.5 and found["data"]["scenes"] is None
+        load_checkpoint(latest)
+
+
+def test_rollouts_while_training_are_of_the_tasks_that_demonstrations_show(runs, data, tmp_path, monkeypatch):
+    """Whatever else the file of embeddings knows."""
+    known = read_checkpoint(runs / "phase1_temporal_jepa/checkpoint_best.pt")["language"]
+    demonstrated = sorted(known["embeddings"])
+    vectors = torch.stack([*known["embeddings"].values(), torch.nn.functional.normalize(torch.ones(512), dim=0)])
+    texts = [*known["embeddings"], "open the drawer"]
+    np.savez(tmp_path / "more.npz", texts=texts, embeddings=vectors.numpy(), encoder=known["encoder"])
+    asked = []
+    monkeypatch.setattr(train, "tasks_of", lambda _, instructions: asked.append(instructions))
+    monkeypatch.setattr("training.validation.success_rate", lambda _, __, told, *more: asked.append(told) or 0.0)
+    both = settings(
+        data__data_directory=data, training__checkpoint_directory=tmp_path, training__phase2__num_epochs=1,
+        training__phase2__rollout_interval=1, data__language_embeddings=tmp_path / "more.npz",
+    )  # fmt: skip
+    train_here(
+        monkeypatch, "--phase", 2, "--phase1_checkpoint", runs / "phase1_temporal_jepa/checkpoint_best.pt", *both
+    )
+    assert asked == [demonstrated, demonstrated]
 
 
 def test_a_batch_larger_than_the_data_is_named(data, tmp_path):

@@ -12,15 +12,21 @@ from training.run_log import RunLog
 
 class Progress:
     """Of an epoch: how many of its samples have been trained on, where every process's noise goes on, and what of the
-    log is in no line yet. Processes and samples a step decide what a batch is, so they are in it, too."""
+    log is in no line yet. Processes and samples a batch and a step decide what a batch is, so they are in it, too."""
 
-    def __init__(self, processes: Processes, samples_per_step: int, before: dict):
+    def __init__(self, processes: Processes, samples_per_step: int, batch_size: int, before: dict):
         """`before`: what `to_dict` gave for the checkpoint that the run goes on from, or nothing."""
-        self.processes, self.samples_per_step, self.before = processes, samples_per_step, before
+        self.processes, self.before = processes, before
         self.samples = before.get("samples", 0)
         number = before.get("processes", processes.number)
-        as_now = {"processes": processes.number, "samples_per_step": samples_per_step, "device": processes.device.type}
-        self.is_exact = all(before.get(key) == value for key, value in as_now.items())
+        self.as_now = {
+            "processes": processes.number,
+            "device": processes.device.type,
+            "samples_per_step": samples_per_step,
+            "batch_size": batch_size,
+        }
+        # The first versions did not keep the batch size.
+        self.is_exact = all(before.get(k, batch_size) == v for k, v in self.as_now.items())
         if number != processes.number:
             report(
                 f"note: it was trained on {number} process(es) so far and goes on on {processes.number}; from here the "
@@ -37,9 +43,7 @@ class Progress:
         return {
             "samples": samples,
             "training_samples": training_samples,
-            "processes": self.processes.number,
-            "device": self.processes.device.type,
-            "samples_per_step": self.samples_per_step,
+            **self.as_now,
             "noise": self.processes.rows(noise_state(self.processes.device)),  # (processes, n)
             "log_names": names,
             "log_sums": self.processes.rows(sums),  # (processes, names)
@@ -61,19 +65,19 @@ class Progress:
             set_noise_state(self.before["noise"][self.processes.rank], self.processes.device)
 
     def check_alike(self, epoch: int, training_samples: int, source: str) -> None:
-        """Raises BadInput where the run that goes on had other data, or the processes have not read the same: each
-        reads its own machine's disk."""
-        earlier = self.before.get("training_samples", training_samples)
-        if earlier != training_samples:
-            raise BadInput(
-                f"{source}: an epoch of it has {earlier:,} samples, of this run {training_samples:,}; a resumed run "
-                "needs the same data (data.data_directory, data.demos_per_task)"
-            )
+        """Raises BadInput where the processes have not read the same, for each reads its own machine's disk, or where
+        the run that goes on had other data."""
         found = self.processes.rows(torch.tensor([epoch, self.samples, training_samples]))
         for rank, row in enumerate(found):
             if not torch.equal(row, found[0]):
                 raise BadInput(f"process {rank} would begin {_said(row)}, process 0 {_said(found[0])}; every machine "
                                "needs the same data and checkpoints")  # fmt: skip
+        earlier = self.before.get("training_samples", training_samples)
+        if earlier != training_samples:
+            raise BadInput(
+                f"{source}: an epoch of it has {earlier:,} samples, of this run {training_samples:,}; a resumed run "
+                "needs the same data (data.data_directory, data.demos_per_task, data.obs_alignment)"
+            )
 
 
 def _said(row: Tensor) -> str:
