@@ -32,7 +32,10 @@ def main() -> None:
         print("\n".join(folder_table(folders[-1])), end="\n\n")
 
     errors = [sentence for folder in folders for sentence in folder.all_errors()]
-    warnings = [sentence for folder in folders for sentence in folder.all_warnings()] + refused_together(folders)
+    warnings = [sentence for folder in folders for sentence in folder.all_warnings()]
+    if len(folders) > 1:
+        listed = replace(config.data, data_directory=list(map(str, arguments.directories)))
+        warnings += refused_together(folders, replace(config, data=listed))
     for kind, sentences in (("warning", warnings), ("error", errors)):
         for sentence in sentences:
             print(f"{kind}: {sentence}")

@@ -30,6 +30,7 @@ from collection.pool import GB_PER_WORKER, collect
 from collection.task_demos import START_NOISE, TaskDemos, broken_attempts
 from collection.worker import TASK_SUITE
 from config import add_config_flags, load_config
+from demos.hdf5_writing import SCENES_FOLDER
 from errors import BadInput, exit_code, exits_on_bad_input, out_of_memory_named
 from files import expanded
 from machine import affordable_processes
@@ -191,7 +192,7 @@ def main() -> None:
     suite = make_suite(TASK_SUITE)
     task_ids = parse_task_ids(args.tasks, suite, TASK_SUITE)
     names, read = (scenes_of if of_scenes else demos_of)(args, suite, task_ids, folder, wanted)
-    with claimed(names, folder / scenes.FOLDER if of_scenes else folder):
+    with claimed(names, folder / SCENES_FOLDER if of_scenes else folder):
         collections = read()
         if args.visual_mesh_ratio < 1:
             print(f"Not LIBERO's own pictures: drawn with {args.visual_mesh_ratio:g} of the visual meshes' triangles.")

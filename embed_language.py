@@ -1,5 +1,5 @@
-"""Instructions -> 512-D sentence embeddings, written as language_embeddings.npz beside the demonstrations, in each of
-several folders its own.
+"""Instructions of demonstrations and scenes -> 512-D sentence embeddings, written as language_embeddings.npz beside the
+demonstrations, in each of several folders its own.
 
 python embed_language.py --data_directory /path/to/libero_object
 python embed_language.py --config conf/quickstart.yaml --encoder offline
@@ -13,8 +13,10 @@ from pathlib import Path
 from config import add_config_flags, load_config
 from demos.hdf5 import demos_of, find_task_files
 from demos.hdf5_errors import open_hdf5
+from demos.hdf5_writing import SCENES_FOLDER
 from demos.instructions import task_instruction
 from demos.language import embeddings_files, write_embeddings
+from demos.scenes import instructions_in
 from errors import exits_on_bad_input
 from files import expanded
 
@@ -46,6 +48,9 @@ def main() -> None:
         for path in find_task_files(folder):
             with open_hdf5(path) as file:
                 texts[folder].add(task_instruction(path, demos_of(path, file)[0]))
+        texts[folder] |= instructions_in(folder / SCENES_FOLDER)
+    if data.scenes:
+        texts[data.folders[0]] |= instructions_in(Path(data.scenes))
     targets = embeddings_files(data)
     of_targets = list(texts.values()) if len(targets) > 1 else [set.union(*texts.values())]
     for target, found in zip(targets, of_targets, strict=True):

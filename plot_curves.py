@@ -38,11 +38,12 @@ STYLES: dict[str, dict[str, Any]] = {  # by split
 
 
 def read_metrics(directory: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """-> metric -> split -> step -> value. A step that a resumed run repeated keeps its last value."""
+    """-> metric -> split -> step -> value. What a resumed run did again is there as it did it last."""
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise BadInput(f"{path}: no such file; train.py writes it into its checkpoint folder")
     curves: dict[str, dict[str, dict[int, float]]] = {}
+    latest: dict[str, int] = {}  # step of each split
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
@@ -53,6 +54,11 @@ def read_metrics(directory: Path) -> dict[str, dict[str, dict[int, float]]]:
                 f"{path}: line {number} is {line[:60]}, expected what train.py writes: a whole number as step and"
                 f" {' or '.join(STYLES)} as split, then figures"
             )
+        step, split = record["step"], record["split"]
+        if step <= latest.get(split, -1):
+            for splits in curves.values():
+                splits[split] = {before: value for before, value in splits.get(split, {}).items() if before < step}
+        latest[split] = step
         for name, value in record.items():
             if type(value) in (int, float) and name != "step":
                 curves.setdefault(name, {}).setdefault(record["split"], {})[record["step"]] = float(value)

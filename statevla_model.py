@@ -33,6 +33,7 @@ from jepa.temporal_predictor import (
     representation_health,
     variance_loss,
 )
+from jepa.tokenizer import resize_images
 from observation import CAMERAS, state_of_width
 from state_encoder import JEPAStateEncoder
 from training.checkpoint import read_checkpoint
@@ -123,7 +124,8 @@ class StateVLA(nn.Module):
 
 
 class RecordedDecision:
-    """obs, x_1 -> actions, as StateVLA.encode and act, for one batch size: on CUDA recorded once and replayed.
+    """obs, x_1 -> actions, as StateVLA.encode and act, for one batch size and pictures of any size: on CUDA recorded
+    once and replayed.
 
     A decision is some thousand small kernels. Launching them one by one takes the CPU longer than the GPU needs to run
     them; a CUDA graph launches all of them at once. Elsewhere the model is simply called.
@@ -138,7 +140,7 @@ class RecordedDecision:
         self.graph = None
         if not obs["language"].is_cuda:
             return
-        self.obs = {name: value.clone() for name, value in obs.items()}
+        self.obs = {name: value.clone() for name, value in self._at_one_size(obs).items()}
         self.x_1 = model.start_of_flow(len(obs["language"]), "zero").to(obs["language"].device)
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
@@ -153,11 +155,16 @@ class RecordedDecision:
     def __call__(self, obs: dict[str, Tensor], x_1: Tensor) -> Tensor:
         if self.graph is None:
             return self._decide(obs, x_1)
-        for name, value in obs.items():
+        for name, value in self._at_one_size(obs).items():
             self.obs[name].copy_(value, non_blocking=True)
         self.x_1.copy_(x_1, non_blocking=True)
         self.graph.replay()
         return self.actions.clone()
+
+    def _at_one_size(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the model's pictures, as its tokenizer would make them: a recorded decision has its shapes for ever."""
+        size = self.model.config.image_size
+        return obs | {camera: resize_images(obs[camera], size).permute(0, 2, 3, 1) for camera in CAMERAS}
 
     @torch.no_grad()
     def _decide(self, obs: dict[str, Tensor], x_1: Tensor) -> Tensor:

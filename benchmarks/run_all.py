@@ -1,6 +1,6 @@
 """Runs every benchmark, each in a fresh process, then draws docs/speed.png.
 
-    python benchmarks/run_all.py             about 25 minutes on two CPU cores, benchmarks/results/*.json
+    python benchmarks/run_all.py             about half an hour on two CPU cores, benchmarks/results/*.json
     python benchmarks/run_all.py --quick     a minute or two: only shows that they run
 
 Leave the machine alone meanwhile. A peer that isn't installed (benchmarks/requirements.txt) is a row that says so.
@@ -12,7 +12,7 @@ import time
 
 from measure import REPO, arguments, print_table
 
-SCRIPTS = ("flops", "encoder", "loader", "phase2", "latency", "wire", "processes", "eval_speed")
+SCRIPTS = ("flops", "encoder", "loader", "phase2", "precision", "latency", "wire", "processes", "eval_speed")
 LIMIT = 900  # seconds that one may take
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from checkup.oddities import Gripper, clipped, gripper_convention, no_ops, oddities
 from checkup.recording import Recording, read_recording
 from config import Config, DataConfig
+from demos.frames import common_size
 from demos.hdf5 import (
     FILES_AGREE,
     FOLDERS_AGREE,
@@ -27,7 +28,7 @@ from demos.hdf5 import (
     split_demos,
 )
 from demos.hdf5_errors import number_attribute, object_in, open_hdf5, text_attribute
-from demos.language import embeddings_files, load_language
+from demos.language import embeddings_files, load_language, load_languages
 from demos.problems import Reader, all_found, attempted, read_on
 from observation import CAMERAS, ORIENTATION
 
@@ -96,15 +97,22 @@ def examine(config: Config) -> FolderReport:
     return FolderReport(directory, files, description, errors, list(_unread_files(directory)))
 
 
-def refused_together(folders: Sequence[FolderReport]) -> list[str]:
+def refused_together(folders: Sequence[FolderReport], config: Config) -> list[str]:
     """Why folders that are listed in one data.data_directory could not be trained on, beside what is wrong with each:
-    demos that are copies of another folder's, pictures of another orientation."""
+    demos that are copies of another folder's, pictures of another orientation or size, embeddings of another encoder.
+    config: its data.data_directory lists the folders."""
     within = {error for folder in folders for error in folder.errors}
     demos = [demo for folder in folders for report in folder.files for demo in report.demos]
     problems = all_found(copies(demos))[1]
     descriptions = {folder.directory: folder.description for folder in folders if folder.description}
     if descriptions:
         problems += all_found(disagreements(descriptions, MAY_DIFFER, FOLDERS_AGREE))[1]
+    directory = folders[0].directory
+    if demos:
+        problems += all_found(attempted(directory, "", common_size, demos, config.model.image_size))[1]
+    if not any(folder.errors for folder in folders):  # such as embeddings that are not there
+        language = attempted(directory, "", load_languages, config.data, demos, config.model.lang_emb_dim)
+        problems += all_found(language)[1]
     return [str(problem) for problem in problems if str(problem) not in within]
 
 
@@ -139,7 +147,12 @@ def _examine_file(path: Path, config: Config, progress: str) -> tuple[FileReport
         num_bad_pictures=sum(film.num_bad for of_demo in films for film in of_demo.values()),
         actions=None if together is None else np.stack([together.min(axis=0), together.max(axis=0)]),
         films=next(
-            ({camera: of_demo[camera].samples for camera in CAMERAS} for of_demo in films if len(of_demo) == 2), {}
+            (
+                {camera: of_demo[camera].samples for camera in CAMERAS}
+                for of_demo in films
+                if len(of_demo) == 2 and len({film.samples.shape for film in of_demo.values()}) == 1
+            ),
+            {},
         ),
         errors=list(dict.fromkeys(map(str, problems))),  # a file that cannot be opened says so each time
         warnings=warnings,

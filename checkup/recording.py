@@ -91,9 +91,9 @@ def _dataset(path: Path, key: str, demo: h5py.Group, name: str) -> h5py.Dataset 
 
 
 def _numbers(path: Path, key: str, demo: h5py.Group, name: str, width: int | None) -> np.ndarray | None:
-    """(T, width) float64, or (T,) where the width is None; None unless all of it is there and finite."""
+    """(T, width) float64, or (T,) where the width is None; None unless all of it is there and finite, and T > 0."""
     dataset = _dataset(path, key, demo, name)
     if dataset is None or dataset.shape[1:] != (() if width is None else (width,)) or not dataset.ndim:
         return None
     values, _ = all_found(attempted(path, key, lambda: dataset[()].astype(np.float64)))
-    return values if values is not None and np.isfinite(values).all() else None
+    return values if values is not None and len(values) and np.isfinite(values).all() else None

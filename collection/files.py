@@ -3,10 +3,10 @@ write them."""
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -92,6 +92,17 @@ def task_lock(unfinished: Path, name: str) -> Lock:
 def remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):  # another run may still have unfinished demos in it
         folder.rmdir()
+
+
+def told_once(*attributes: Any) -> list[str]:
+    """What several runs have told of a file, a text or a list of them each, the earliest first."""
+    return list(dict.fromkeys(str(one) for told in attributes for one in np.atleast_1d(told)))
+
+
+def with_simulators_of(before: Mapping[str, Any], attributes: dict) -> dict:
+    """Attributes to be written, in which the simulators of earlier runs are told, too, where they were others."""
+    told = told_once(before.get("simulator", []), attributes.get("simulator", []))
+    return attributes | ({"simulator": told if len(told) > 1 else told[0]} if told else {})
 
 
 def settings_text(settings: DemoSettings | SceneSettings) -> str:

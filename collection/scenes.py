@@ -14,16 +14,24 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from collection.files import UNFINISHED, SceneSettings, check_settings, picture_datasets, written_hdf5
+from collection.files import (
+    UNFINISHED,
+    SceneSettings,
+    check_settings,
+    picture_datasets,
+    told_once,
+    with_simulators_of,
+    written_hdf5,
+)
 from collection.pool import Order
 from collection.scene_drawer import ArmPoses, SceneDrawer
 from collection.task_demos import demo_names, libero_attributes
 from demos.hdf5_errors import object_in, open_dataset, open_hdf5
+from demos.hdf5_writing import SCENES_FOLDER
 from errors import BadInput
 from observation import CAMERAS, STATE_WIDTHS
 from simulator.layouts import shuffled_tasks
 
-FOLDER = "scenes"  # in the data directory, where nothing that reads demonstrations looks
 POSE = "joint_states", "gripper_states"  # what of a demonstration's step makes an arm pose
 BLOCK = 50  # scenes that a worker draws in one go, and an interruption can cost
 LIBERO_ATTRIBUTES = "bddl_file_name", "bddl_file_content", "macros_image_convention"
@@ -53,8 +61,8 @@ class SceneBlocks:
         """Each scene gets one of the arm poses."""
         self.suite, self.task_id, self.settings, self.arm_poses = suite, task_id, settings, arm_poses
         self.name = name_of(task_id)
-        self.path = data_directory / FOLDER / f"{self.name}.hdf5"
-        self.unfinished = data_directory / FOLDER / UNFINISHED / self.name
+        self.path = data_directory / SCENES_FOLDER / f"{self.name}.hdf5"
+        self.unfinished = data_directory / SCENES_FOLDER / UNFINISHED / self.name
         self.seconds = 0.0
         self.in_file = self._scenes_in_file() if self.path.exists() else 0
         self.wanted = max(wanted, self.in_file)
@@ -106,7 +114,7 @@ class SceneBlocks:
                 for scenes in self.new:
                     with open_hdf5(self.block_file(scenes)) as block:
                         self._add(file, block, scenes)
-                file.attrs.update(attributes)
+                file.attrs.update(with_simulators_of(file.attrs, attributes))
                 file.attrs["num_scenes"] = self.wanted
                 file.attrs["visual_mesh_ratio"] = self.settings.visual_mesh_ratio
         shutil.rmtree(self.unfinished, ignore_errors=True)  # what stays, as on NFS while it is open, is ignored later
@@ -118,9 +126,9 @@ class SceneBlocks:
         for camera in CAMERAS:
             for i in range(len(scenes)):
                 file[camera][scenes.start + i] = part[camera][i]
-        code = [str(commit) for one in (file, part) for commit in np.atleast_1d(one.attrs.get("code", []))]
+        code = told_once(*(one.attrs.get("code", []) for one in (file, part)))
         file.attrs.update(part.attrs)
-        file.attrs["code"] = list(dict.fromkeys(code))  # commits that drew the scenes, the earliest first
+        file.attrs["code"] = code  # commits that drew the scenes
 
     def _scenes_in_file(self) -> int:
         with open_hdf5(self.path) as file:

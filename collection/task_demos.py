@@ -11,7 +11,15 @@ from pathlib import Path
 import h5py
 
 from collection.demonstrator import Demonstrator, Outcome
-from collection.files import UNFINISHED, DemoSettings, check_settings, settings_text, written_hdf5
+from collection.files import (
+    UNFINISHED,
+    DemoSettings,
+    check_settings,
+    settings_text,
+    told_once,
+    with_simulators_of,
+    written_hdf5,
+)
 from collection.pool import Order
 from demos.hdf5_errors import open_hdf5
 from errors import BadInput
@@ -121,14 +129,14 @@ class TaskDemos:
                 for number, attempt in enumerate(new, start=self.next_number):
                     with open_hdf5(self.demo_file(attempt)) as finished:
                         finished.copy("demo", data, name=f"demo_{number}")
-                data.attrs.update(attributes)
+                data.attrs.update(with_simulators_of(data.attrs, attributes))
                 data.attrs["num_demos"] = len(demos)
                 data.attrs["total"] = sum(lengths[attempt] for attempt in demos)
                 data.attrs["collector"] = settings_text(self.settings)
                 data.attrs["visual_mesh_ratio"] = self.settings.visual_mesh_ratio
                 data.attrs["attempts"] = json.dumps([*self.kept, *new])
                 code = [data[name].attrs.get("code", "unknown") for name in demo_names(data)]
-                data.attrs["code"] = list(dict.fromkeys(code))  # commits that made the demos, the earliest first
+                data.attrs["code"] = told_once(*code)  # commits that made the demos
         shutil.rmtree(self.unfinished, ignore_errors=True)  # what stays, as on NFS while it is open, is ignored later
 
     def _read_what_is_there(self) -> None:

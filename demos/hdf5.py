@@ -129,14 +129,18 @@ def folder_prefixes(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def copies(demos: Sequence[Demo]) -> Reader[None]:
-    """A demo that is there twice would be trained on and held out. States are compared with the actions that follow
-    them, so that a copy which is aligned the other way is one, too."""
+    """A demo that is there twice would be trained on and held out. States are compared with the actions that they stand
+    beside in a file that was recorded after them, so that a copy which is aligned the other way is one, too: with all
+    of its steps, or without the first, which the other one does not have."""
     seen: dict[bytes, Demo] = {}
     for demo in demos:
         states = [part[: len(demo) - demo.lag] for part in demo.robot_state.values()]
         motion = torch.cat([demo.actions[demo.lag :], *states], dim=1)
-        digest = hashlib.sha256(motion.numpy().tobytes()).digest()
-        first = seen.setdefault(digest, demo)
+        forms = (motion, motion[1:]) if demo.lag == 0 else (motion,)
+        digests = [hashlib.sha256(form.numpy().tobytes()).digest() for form in forms]
+        first = next((seen[digest] for digest in digests if digest in seen), demo)
+        for digest in digests:
+            seen.setdefault(digest, demo)
         if first is not demo:
             there = first.path.name if first.path.parent == demo.path.parent else first.path
             yield BadInput(

@@ -9,6 +9,8 @@ import h5py
 
 from files import replaced_whole, unwritable_named
 
+SCENES_FOLDER = "scenes"  # in a data directory, where nothing that reads demonstrations looks
+
 
 class HDF5Target(io.FileIO):
     """The file that HDF5 writes to. HDF5 cannot close a file that the disk has no room for, prints tracebacks and ends

@@ -59,6 +59,15 @@ class Scenes:
         return {name: values.to(device) for name, values in batch.items()}
 
 
+def instructions_in(folder: Path) -> set[str]:
+    """All that a folder's scenes can ask for, none where there are no scenes. Raises BadInput as `load_scenes`."""
+    found: set[str] = set()
+    for path in folder.glob(PATTERN):
+        with open_hdf5(path) as file, hdf5_problems_named(path):
+            found |= {*_instructions(path, file).values()}
+    return found
+
+
 def load_scenes(folder: Path, image_size: int, language: LanguageTable) -> Scenes:
     """All scenes of a folder, their pictures at the size of the model's (or their own, where that is smaller).
 

@@ -4,7 +4,7 @@ noise and from zero), of a demonstration replayed blindly and of standing still,
 the target shifted by up to 5 cm.
 
     python -m experiments.pretrained                     an interrupted one goes on where it stopped
-    python -m experiments.pretrained --checkpoint FILE   another policy for all ten tasks
+    python -m experiments.pretrained --checkpoint FILE --output_dir DIR      another policy, its figures in the folder
 
 It needs the demonstrations that the policy was trained on (`make libero-object-cpu` collects them).
 """
@@ -12,7 +12,9 @@ It needs the demonstrations that the policy was trained on (`make libero-object-
 import json
 
 from benchmarks.measure import REPO, arguments, machine, print_table, script
+from files import written_whole
 
+OURS = "checkpoints/pretrained/libero_object_cpu"
 SHIFT = 0.05  # metres
 SAME_IN_ALL = ("weights_sha256", "execute_steps", "sample_steps", "image_size", "visual_mesh_ratio", "seed")
 
@@ -20,7 +22,7 @@ SAME_IN_ALL = ("weights_sha256", "execute_steps", "sample_steps", "image_size", 
 def main() -> None:
     flags = arguments(
         __doc__,
-        checkpoint={"default": "checkpoints/pretrained/libero_object_cpu", "help": "default: %(default)s"},
+        checkpoint={"default": OURS, "help": "default: %(default)s"},
         data_directory={"default": "data/libero_object_cpu", "help": "demonstrations (default: %(default)s)"},
         output_dir={"default": "results/libero_object_cpu", "help": "the evaluations (default: %(default)s)"},
     )
@@ -44,7 +46,10 @@ def main() -> None:
     }
     show(results["rollouts"])
     if not flags.quick:
-        (REPO / "experiments/results/libero_object_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        is_ours = flags.checkpoint == OURS
+        target = REPO / "experiments/results/libero_object_cpu.json" if is_ours else folder / "figures.json"
+        with written_whole(target) as stream:
+            stream.write((json.dumps(results, indent=1) + "\n").encode())
 
 
 def counts(results: dict) -> dict:

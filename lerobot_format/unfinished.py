@@ -20,8 +20,11 @@ def becomes_whole(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """The folder OUT.part for the block's work, whose `result/` becomes `out` when the block ends without an error.
 
     `plan` is all that decides the result. Raises BadInput where `out` is there already, where OUT.part was begun by
-    another plan or another process is at it, and where OUT.part cannot be made.
+    another plan or another process is at it, and where OUT.part cannot be made or cannot become `out`.
     """
+    if not out.name or out.is_symlink():
+        what = "a symbolic link" if out.name else "no name of a folder"
+        raise BadInput(f"{out}: is {what}, expected a folder that can be made; choose another place")
     work = out.with_name(f"{out.name}.part")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if (work / PLAN).exists() and not (work / RESULT).exists():  # of a run that was killed while it cleared it away

@@ -127,6 +127,8 @@ def command_of(settings: dict, checkpoint: dict, place: str) -> str:
     flags: dict[str, object] = {"checkpoint": place, "task_suite": settings["task_suite"]}
     if settings["policy"] != "checkpoint":
         flags["policy"] = settings["policy"]
+    if settings.get("demo_was_named"):
+        flags["demo"] = next(iter(settings["demos"].values()))
     if len(tasks) < settings["tasks_of_suite"]:
         flags["tasks"] = numbers_text(tasks)
     if settings["random_resets"]:

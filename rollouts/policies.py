@@ -192,6 +192,7 @@ def _replay_policy(
     demos = {task_id: (path, *read_demo(path, key)) for task_id, (path, key) in chosen.items()}
     actions = {task_id: actions for task_id, (*_, actions) in demos.items()}
     return ReplayPolicy(actions, evaluation.max_steps), {
+        **({"demo_was_named": True} if evaluation.demo else {}),
         "demos": {str(task_id): f"{path.name}:{key}" for task_id, (path, key, _) in demos.items()},
         "actions_sha256": {  # files of one name can hold other demonstrations
             str(task_id): hashlib.sha256(one.tobytes()).hexdigest() for task_id, one in actions.items()

@@ -128,9 +128,9 @@ def close_the_fingers(path: Path) -> None:
             demo["obs/gripper_states"][...] = np.stack([opening, -opening], axis=1)
 
 
-def write_embeddings(folder: Path, *instructions: str) -> None:
+def write_embeddings(folder: Path, *instructions: str, encoder: str = "test 1") -> None:
     texts = np.array(instructions or [INSTRUCTION, INSTRUCTION.replace("milk", "butter")])
-    np.savez(folder / EMBEDDINGS_FILE, texts=texts, embeddings=np.eye(len(texts), 512), encoder=np.array("test 1"))
+    np.savez(folder / EMBEDDINGS_FILE, texts=texts, embeddings=np.eye(len(texts), 512), encoder=np.array(encoder))
 
 
 read_once = functools.cache(load_config)

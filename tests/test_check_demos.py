@@ -533,11 +533,32 @@ def test_a_folder_that_cannot_be_trained_on_with_another_is_a_warning(file, tmp_
     path = write_task_file(other, task=BUTTER, alignment="before", image_size=64)
     close_the_fingers(path)
     write_embeddings(other)
-    assert "0 errors, 0 warnings" in call(file.parent, other)[1]  # sizes and alignments may differ
+    smaller = ("--set", "model.image_size=32")
+    assert "0 errors, 0 warnings" in call(file.parent, other, *smaller)[1]  # sizes and alignments may differ
+    out = call(file.parent, other)[1]
+    assert f"warning: {file.parent}: images are 32 px, those of {other} 64 px; sizes may differ where none is" in out
+    write_embeddings(other, encoder="another")
+    out = call(file.parent, other, *smaller)[1]
+    assert matching(out.splitlines(), f"^warning: {other}.*another")
     attribute("macros_image_convention", "opencv")(path)
     code, out, _ = call(file.parent, other)
     assert code == 0
     assert f"warning: {other}: image_orientation is opencv, but data has opengl; all folders of data.data_dir" in out
+
+
+def test_an_episode_that_was_recorded_before_and_after_its_actions_is_one(file, tmp_path, call):
+    other = tmp_path / "other"
+    shutil.copytree(file.parent, other)
+    with h5py.File(other / file.name, "a") as there:
+        for demo in there["data"].values():
+            for name in ("joint_states", "gripper_states", "ee_pos", "ee_ori"):
+                after = demo[f"obs/{name}"][()]
+                first = demo["states"][:1, 1:8] if name == "joint_states" else after[:1]
+                demo[f"obs/{name}"][...] = np.concatenate([first, after[:-1]])
+    for folders in ((file.parent, other), (other, file.parent)):
+        out = call(*folders)[1]
+        assert out.count(" is a copy of demo_") == DEMOS, out
+    assert " is a copy of " not in call(other)[1]
 
 
 END_EFFECTOR = {  # what was done to the folder's one file -> (how, what an error must say, and of how many demos)
@@ -606,6 +627,24 @@ def test_the_preview_shows_first_middle_and_last_pictures_upright_in_a_row_a_fil
         lefts.append(columns.min())
     assert lefts == sorted(lefts)
     assert drawn.shape[1] > 1.5 * drawn.shape[0]
+
+
+def test_what_cannot_be_drawn_or_counted_stops_nothing(file, tmp_path, call):
+    """A demo without a step, and cameras of two sizes."""
+    with h5py.File(file, "a") as there:
+        for demo in there["data"].values():
+            del demo["obs/eye_in_hand_rgb"]
+            demo["obs/eye_in_hand_rgb"] = np.random.default_rng(0).integers(0, 256, (STEPS, 64, 64, 3), dtype=np.uint8)
+    code, out, _ = call(file.parent, "--preview", tmp_path / "preview.png")
+    assert code == 1 and "no preview" in out
+    with h5py.File(file, "a") as there:
+        for demo in there["data"].values():
+            for name in ("actions", "obs/joint_states", "obs/gripper_states"):
+                values = demo[name][:0]
+                del demo[name]
+                demo[name] = values
+    code, out, _ = call(file.parent)
+    assert code == 1 and matching(out.splitlines(), "^error: .*demo_1")
 
 
 def test_a_preview_of_nothing_is_not_drawn(file, tmp_path, call):

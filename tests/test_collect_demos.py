@@ -466,6 +466,17 @@ def test_a_file_lists_every_version_of_the_code_that_added_to_it(suite, tmp_path
         assert file["data"].attrs["code"].tolist() == ["first", "second"]
 
 
+def test_a_file_says_of_every_simulator_that_added_to_it(suite, tmp_path):
+    path = collected(suite, tmp_path, [8, 9])
+    own = "as LIBERO's own"
+    for wanted, simulator, told in ((3, own, own), (4, own, own), (5, "another", [own, "another"])):
+        more = TaskDemos(suite, TASK, tmp_path, wanted=wanted, settings=SETTINGS)
+        finish(more, more.next_attempt(), 6)
+        more.assemble({"simulator": simulator})
+        with h5py.File(path) as file:
+            assert np.asarray(file["data"].attrs["simulator"]).tolist() == told
+
+
 @pytest.mark.parametrize(
     "name, value", [("image_size", 32), ("seed", 1), ("visual_mesh_ratio", 1.0), ("missed_grasps", 0.5)]
 )

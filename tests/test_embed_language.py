@@ -1,11 +1,13 @@
 """Instructions become embeddings: with the encoder that can be had, at the place that can be written."""
 
 import http.server
+import json
 import os
 import subprocess
 import sys
 import threading
 
+import h5py
 import numpy as np
 import pytest
 from helpers import INSTRUCTION, ROOT
@@ -35,6 +37,24 @@ def test_embeddings_go_beside_the_demos_to_the_configs_file_or_to_output(tmp_pat
         table = load_language(tmp_path / path, [INSTRUCTION], 512)
         assert table.encoder.startswith(OFFLINE)
         assert table[INSTRUCTION].norm().item() == pytest.approx(1)
+
+
+def test_what_scenes_can_ask_for_is_embedded_too(tmp_path, monkeypatch):
+    """Whatever the demonstrations ask for: those of one task lie beside scenes that ask for six objects."""
+    write_task_file(tmp_path)
+    asked = {"butter_1": "pick up the butter", "soup_1": "Pick up the soup."}
+    for folder, told in ((tmp_path / "scenes", asked), (tmp_path / "elsewhere", {"jar_1": "open the jar"})):
+        folder.mkdir()
+        with h5py.File(folder / "SCENE1_scenes.hdf5", "w") as file:
+            file.attrs["instructions"] = json.dumps(told)
+    scenes = ("--set", f"data.scenes={tmp_path / 'elsewhere'}", "--set", "model.gaze=true")
+    main(monkeypatch, "--data_directory", tmp_path, "--encoder", "offline", *scenes)
+    found = load_language(tmp_path / EMBEDDINGS_FILE, [], 512).embeddings
+    assert {*found} == {INSTRUCTION, "pick up the butter", "pick up the soup", "open the jar"}
+    with h5py.File(tmp_path / "scenes/SCENE1_scenes.hdf5", "a") as file:
+        del file.attrs["instructions"]
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, "--data_directory", tmp_path, "--encoder", "offline")
 
 
 def test_a_place_that_cannot_be_written_says_where_else(tmp_path):

@@ -28,6 +28,7 @@ from published.folder import portable, weights_sha256
 from published.hub import downloaded
 from rollouts.episodes import Task
 from rollouts.policies import make_policy
+from rollouts.statistics import read_results
 from statevla_model import load_checkpoint
 from training.checkpoint import read_checkpoint, save_checkpoint
 
@@ -331,6 +332,18 @@ def test_the_cards_command_asks_for_what_was_played(checkpoint, tmp_path, monkey
     assert len(asked.trials(settings["init_states"])) == settings["num_trials"]
     assert asked.init_states_played(settings["init_states"]) == settings["init_states_played"]
     assert asked.tasks == ("2-4" if changes.get("instructions") else None)
+
+
+def test_the_cards_command_names_a_demonstration_that_was_named(checkpoint, tmp_path):
+    replay = {
+        "policy": "replay",
+        "demos": {"6": "butter_demo.hdf5:demo_3"},
+        "instructions": {"6": "pick up the butter"},
+    }
+    for named, expected in (({}, False), ({"demo_was_named": True}, True)):
+        results = read_results(results_of(checkpoint, tmp_path / "results.json", **replay, **named))
+        command = command_of(results["settings"], read_checkpoint(checkpoint), "policy")
+        assert ("--demo butter_demo.hdf5:demo_3" in command) == expected
 
 
 def test_figures_of_other_weights_do_not_come_into_the_card(checkpoint, tmp_path):

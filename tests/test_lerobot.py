@@ -295,6 +295,11 @@ def test_what_a_conversion_leaves_that_was_killed_after_its_end_goes_the_next_ti
     for name in ["out/meta/info.json", *(f"out.part/{name}" for name in left)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for place, why in ((tmp_path / "link", "link: is a symbolic link"), (Path("."), r"\.: is no name of a folder")):
+        with pytest.raises(BadInput, match=f"{why}, expected a folder that can be made"), becomes_whole(place, {}):
+            raise AssertionError("it was begun")
     with pytest.raises(BadInput, match="out: is there already"), becomes_whole(tmp_path / "out", {}):
         pass
     assert (tmp_path / "out/meta/info.json").exists() and (tmp_path / "out.part").exists() == stays

@@ -61,6 +61,15 @@ def test_a_step_that_a_resumed_run_repeated_keeps_its_last_value(run_folder):
 
 
 @pytest.mark.filterwarnings("error")
+def test_what_a_resumed_run_did_again_at_other_steps_is_there_once_and_in_order(run_folder):
+    first = [{"step": step, "split": "train", "loss": 9.0, "z_std": 1.0} for step in (50, 100, 150)]
+    between = [{"step": 100, "split": "validation", "loss": 8.0}]
+    again = [{"step": step, "split": "train", "loss": 1.0} for step in (80, 120, 160)]  # from a checkpoint at 60
+    found = plot_curves.read_metrics(run_folder(*first, *between, *again, *between))
+    assert list(found["loss"]["train"].items()) == [(50, 9.0), (80, 1.0), (120, 1.0), (160, 1.0)]
+    assert found["z_std"]["train"] == {50: 1.0} and found["loss"]["validation"] == {100: 8.0}
+
+
 def test_a_value_that_is_not_finite_is_a_hole_and_is_named(run_folder, draw):
     folder = run_folder(
         *LINES,

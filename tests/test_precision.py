@@ -16,6 +16,7 @@ from jepa import bf16, cpu_kernel, mamba
 from jepa.mamba import MambaStack
 from jepa.precision import choose_precision, in_precision
 from jepa.tokenizer import ImageTokenizer
+from observation import CAMERAS
 from statevla_model import RecordedDecision, build_trainer
 
 CPU = torch.device("cpu")
@@ -287,6 +288,32 @@ def test_a_decision_in_bfloat16_is_near_float32s_and_has_the_same_bits_whatever_
         assert (found[..., :6] - expected[..., :6]).abs().max() < 0.02
         assert torch.equal(expected, model.predict(obs, flow_start="zero"))  # fp32 unless asked
     assert not mamba.backend.bfloat16 and mamba.backend.packed is None
+
+
+def test_a_recorded_decision_takes_pictures_of_any_size_and_decides_as_the_model_does():
+    """On CUDA, whose graph has the shapes of its first observation; here its replay is a call on the same buffers."""
+    config = load_config(overrides=SMALL)
+    model = build_trainer(config, phase=2).model.eval()
+    model.state_scaling.fit(torch.randn(64, config.model.state_dim))
+    model.policy.normalizer.fit(torch.rand(64, 6) * 2 - 1)
+    sizes = {size: observation(config, 1, size) for size in (48, config.model.image_size, 20, 224)}
+    for size, obs in sizes.items():
+        for camera in CAMERAS:
+            obs[camera] = torch.randint(0, 256, (1, size, size, 3), dtype=torch.uint8)
+    x_1 = model.start_of_flow(1, "zero")
+    decision = RecordedDecision(model, sizes[48], 4)
+    decision.obs = {name: value.clone() for name, value in decision._at_one_size(sizes[48]).items()}
+    decision.x_1, decision.actions = x_1.clone(), torch.zeros(1, config.model.action_seq_len, 7)
+
+    class Graph:
+        def replay(self) -> None:
+            decision.actions.copy_(decision._decide(decision.obs, decision.x_1))
+
+    decision.graph = Graph()
+    found = [decision(obs, x_1) for obs in sizes.values()]
+    for actions, obs in zip(found, sizes.values(), strict=True):
+        assert torch.equal(actions, model.predict(obs, flow_start="zero"))
+    assert len({tuple(actions.flatten().tolist()) for actions in found}) == len(found)
 
 
 # Threads

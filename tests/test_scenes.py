@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from helpers import one_sentence, run
 
-from collection import scenes
 from collection.files import SceneSettings, claimed
 from collection.scene_drawer import HOLD_STILL, ArmPoses, SceneDrawer, resting_heights, set_scene
 from collection.scenes import SceneBlocks, arm_poses_in, fingerprint
+from demos.hdf5_writing import SCENES_FOLDER
 from demos.simulator_truth import Kinematics
 from observation import CAMERAS, SIMULATOR_KEYS, from_simulator
 from provenance import code_version
@@ -345,7 +345,7 @@ def test_a_second_collector_of_a_scene_is_refused_in_one_sentence(tmp_path):
     write_demos(tmp_path)
     with claimed([NAME], tmp_path / "scenes"):
         said = one_sentence(command(tmp_path, "--scenes", 3, expect=2))
-    assert f"another collect_demos.py is collecting {NAME} in {tmp_path / scenes.FOLDER} (process " in said
+    assert f"another collect_demos.py is collecting {NAME} in {tmp_path / SCENES_FOLDER} (process " in said
     assert not (tmp_path / "scenes").exists()  # which nothing came into
 
 
