@@ -132,7 +132,6 @@ class Phase2Config:
     state_scaling: Literal["standardise", "none"]
     state_noise: NumberOrZero
     gripper_noise: NumberOrZero | None
-    weight_average: Annotated[float, Range(0, 0.999999)]
     flow_start: Literal["noise", "zero"]
     rollout_interval: CountOrZero
     rollouts_per_task: Count

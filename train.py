@@ -20,7 +20,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 # OpenMP's threads wait for each other many hundred times a step, and GCC's spin for up to 20 ms before they sleep.
 # Beside other programs on the same cores the thread that they wait for does not run meanwhile, and a step takes several
@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -46,7 +46,6 @@ from jepa.precision import choose_precision, in_precision
 from provenance import code_version
 from rollouts.evaluation import tasks_of
 from statevla_model import build_trainer, count_parameters, load_encoder, load_weights
-from training.average import WeightAverage, set_parameters
 from training.bad_steps import BadSteps, demos_of
 from training.checkpoint import NO_SCORE, NOT_VALIDATED, Score, check_same_run, read_checkpoint
 from training.data import both_batches, fit_statistics, load_data, phase1_samples, phase2_samples
@@ -86,6 +85,11 @@ def main() -> None:
     resumed = read_checkpoint(resumed_from, phase) if resumed_from else None
     if resumed and not resumed["optimizer_state_dict"]:
         raise BadInput(f"{resumed_from}: holds weights alone, training cannot be resumed from it")
+    if resumed and resumed.get("last_weights"):
+        raise BadInput(
+            f"{resumed_from}: holds an average of its last weights (training.phase2.weight_average), which this "
+            "version no longer has; it can be evaluated, and resumed with the commit that trained it"
+        )
     source_path: str = resumed_from or encoder_from or ""
     source = resumed or (read_checkpoint(source_path, 1) if phase == 2 else None)
 
@@ -129,14 +133,7 @@ def main() -> None:
         )
         if resumed:
             restore_optimizer(optimizer, resumed["optimizer_state_dict"])
-        decay = config.training.phase2.weight_average if phase == 2 else 0.0
         before = resumed.get("progress", {}) if resumed else {}
-        average = None
-        if decay:
-            updates = before.get("average_updates", resumed["step"]) if resumed else 0
-            average = WeightAverage(trained, decay, updates)
-        if resumed and resumed.get("last_weights"):  # the checkpoint's others are their average
-            set_parameters(trained, resumed["last_weights"])
 
         # Samples of training demos in an order that changes with the epoch, held-out ones as they are.
         of_sample = {1: phase1_samples, 2: phase2_samples}[phase](trainer, data, config)
@@ -160,7 +157,7 @@ def main() -> None:
             f"on {processes.number} process(es)"
         )
         epochs = range(first_epoch, recipe.num_epochs)
-        check_disk_space(latest.parent, trainer, trained, bool(average), config.training, epochs)
+        check_disk_space(latest.parent, trainer, trained, config.training, epochs)
 
         ddp_trainer: nn.Module = trainer
         if device.type != "mps":  # Apple's GPUs have no process group, hence one process and nothing to synchronise
@@ -193,10 +190,8 @@ def main() -> None:
             "split_rule": source.get("split_rule", 1) if source else SPLIT_RULE,  # by which they were first drawn
         }
 
-        def checkpoint(epoch: int, samples: int, score: Score, last_weights: Sequence[Tensor]) -> dict:
-            """Of the model as it is after `epoch` epochs and `samples` samples of the next. Every process comes here.
-            last_weights: what the parameters were before their average took their place, () where it did not."""
-            updates = average.updates if average else 0
+        def checkpoint(epoch: int, samples: int, score: Score) -> dict:
+            """Of the model after `epoch` epochs and `samples` samples of the next. Every process comes here."""
             return facts | {
                 "epoch": epoch,
                 "step": step,
@@ -205,24 +200,20 @@ def main() -> None:
                 "best_loss": best.loss,  # of the best checkpoint, as best_success
                 "best_success": best.success,
                 "model_state_dict": trainer.state_dict(),
-                "last_weights": list(last_weights),  # of `trained`, to be resumed from
                 "optimizer_state_dict": optimizer.state_dict(),
-                "progress": progress.to_dict(samples, training_samples, log, batches.waited, bad_steps, updates),
+                "progress": progress.to_dict(samples, training_samples, log, batches.waited, bad_steps),
             }
-
-        def averaged() -> contextlib.AbstractContextManager[Sequence[Tensor]]:
-            return average.in_use() if average else contextlib.nullcontext(())
 
         def save_within(epoch: int, samples: int) -> None:
             """Between two steps: a model that has no score."""
             began = time.perf_counter()
-            with averaged() as last_weights, processes.first_alone():
-                between = checkpoint(epoch, samples, NOT_VALIDATED, last_weights)
+            with processes.first_alone():
+                between = checkpoint(epoch, samples, NOT_VALIDATED)
                 if is_first_rank():
                     checkpoints.write(between)
             log.leave_out(time.perf_counter() - began)
 
-        def validate_and_save(epoch: int, last_weights: Sequence[Tensor] = ()) -> None:
+        def validate_and_save(epoch: int) -> None:
             """After `epoch` epochs. Nothing is saved of a model that is no longer finite."""
             nonlocal best
             began = time.perf_counter()
@@ -248,7 +239,7 @@ def main() -> None:
             log.leave_out(time.perf_counter() - began)  # before the checkpoint keeps the log's clocks
             began = time.perf_counter()
             with processes.first_alone():
-                kept = checkpoint(epoch, 0, score, last_weights)
+                kept = checkpoint(epoch, 0, score)
                 if is_first_rank() and is_best:
                     checkpoints.keep_best(kept, for_later=not (due or signalled))
                 if is_first_rank() and (due or signalled):
@@ -285,12 +276,10 @@ def main() -> None:
                         backpropagate(losses["loss"])
                         gradient_norm = clip_grad_norm_(trained, config.training.gradient_clip)
                         values = losses | {"gradient_norm": gradient_norm}
-                        # This look waits for a GPU's step to end. Without it optimizer, average, target and log would
+                        # This look waits for a GPU's step to end. Without it optimizer, target and log would
                         # each need a condition on the device. On a CPU its cost is not measurable (docs/speed.md).
                         if gradient_norm.isfinite():
                             optimizer.step()
-                            if average:
-                                average.update()
                             if phase == 1:
                                 trainer.update_target(ema_momentum(step, total_steps, config))
                             log.add(values)
@@ -312,8 +301,7 @@ def main() -> None:
                             raise Interrupted(int(signalled))
                     if rollout_interval and (epoch + 1) % rollout_interval == 0:  # which take minutes
                         save_within(epoch, samples)
-                    with averaged() as last_weights:
-                        validate_and_save(epoch + 1, last_weights)
+                    validate_and_save(epoch + 1)
         except Interrupted as stop:
             flags = f" with --checkpoint {latest}{' in place of --phase1_checkpoint' if encoder_from else ''}"
             report(f"\n{stop}: saved after step {step:,}; the same command{'' if arguments.resume else flags} goes on")

@@ -40,7 +40,7 @@ SMALL = {
     "model.policy_layers": 1, "model.policy_embed_dim": 32, "training.phase1.temporal_predictor_hidden_dim": 32,
     "training.phase1.num_epochs": 2, "training.phase2.num_epochs": 2, "training.batch_size": 16,
     "training.log_interval": 3, "training.save_minutes": 1e-9, "training.device": "cpu",
-    "training.mamba_backend": "torch", "training.precision": "fp32", "training.phase2.weight_average": 0.9,
+    "training.mamba_backend": "torch", "training.precision": "fp32",
 }  # fmt: skip
 SCRIPTS = {
     "embed": "embed_language.py", "export": "convert_lerobot.py", "import": "convert_lerobot.py",

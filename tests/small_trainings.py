@@ -37,7 +37,7 @@ def small(phase: int, data: Path, directory: Path, ranks: int = 1, **changes: ob
     changes = {
         "data__data_directory": data, "training__checkpoint_directory": directory, "training__batch_size": batch_size,
         "training__phase1__image_shift": 2, "training__phase1__proprioception_masking": 0.5,
-        "training__phase2__weight_average": 0.9, "training__log_interval": 3, "training__save_interval": 1000,
+        "training__log_interval": 3, "training__save_interval": 1000,
         "training__mamba_backend": "torch", "training__precision": "fp32", "model__encoder_depth": 1,
         "training__save_minutes": 10, "training__learning_rate_schedule": "cosine",
     } | changes  # fmt: skip

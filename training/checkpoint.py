@@ -66,7 +66,6 @@ CAME_LATER = {
     "training.phase2.state_scaling": "standardise",
     "training.phase2.state_noise": 0.0,
     "training.phase2.gripper_noise": None,
-    "training.phase2.weight_average": 0.0,
     "training.phase2.flow_start": "noise",
     "training.phase2.rollout_interval": 0,
     "training.phase2.rollouts_per_task": 2,
@@ -80,6 +79,7 @@ REMOVED = {
     "training.phase1.predictor_dropout": 0.0,
     "training.phase1.rollout_length": 1,
     "training.phase2.scenes_share": 0.0,
+    "training.phase2.weight_average": ANYTHING,  # its weights are what they are; train.py resumes none
 }
 
 

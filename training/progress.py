@@ -34,9 +34,7 @@ class Progress:
                 "been"
             )
 
-    def to_dict(
-        self, samples: int, training_samples: int, log: RunLog, waited: float, bad_steps: BadSteps, average_updates: int
-    ) -> dict:
+    def to_dict(self, samples: int, training_samples: int, log: RunLog, waited: float, bad_steps: BadSteps) -> dict:
         """For a checkpoint; every process has to come here. `samples`: of this epoch so far, of all processes, and
         `training_samples` of a whole one. `waited`: as `RunLog.write_training` has it."""
         names, sums = log.unwritten()
@@ -50,7 +48,6 @@ class Progress:
             "log_count": log.count,
             "log_clocks": log.clocks(waited),
             "bad_steps": bad_steps.counts(),
-            "average_updates": average_updates,
         }
 
     def take_over_log(self, log: RunLog) -> None:

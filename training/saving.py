@@ -61,14 +61,13 @@ def copied(value):
 
 
 def check_disk_space(
-    directory: Path, model: nn.Module, trained: Sequence[Tensor], averaged: bool, config: TrainingConfig,
-    epochs_to_come: range,
-) -> None:  # fmt: skip
+    directory: Path, model: nn.Module, trained: Sequence[Tensor], config: TrainingConfig, epochs_to_come: range
+) -> None:
     """Raises BadInput where the disk has no room for what the run is going to write: a checkpoint has the model's
-    weights, AdamW's two moments of those that train and, with an average, those of the last step."""
+    weights, and AdamW's two moments of those that train."""
     of_trained = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     one = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    one += of_trained * (3 if averaged else 2)
+    one += 2 * of_trained
     kept = sum((epoch + 1) % config.save_interval == 0 for epoch in epochs_to_come)
     replaced = sum((directory / name).exists() for name in (BEST, LATEST)) if epochs_to_come.start else 0
     count = kept + 3 - replaced  # the best, the latest, and a new one beside the one that it takes the place of
